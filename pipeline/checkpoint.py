@@ -1,0 +1,171 @@
+"""What a checkpoint holds and where its bytes lie, read from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.header import TensorInfo, read_header
+from pipeline.storage import Folder
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors files.
+
+    Attributes:
+        role: what the user calls it, `base` or `finetuned`.
+        tensors: every tensor by name.
+        identity: per file its size, time of change and a digest of its header: enough to notice that it is
+            another file than it was.
+        side_files: the small files that come along (configuration, tokenizer, templates).
+        oddities: sentences worth showing to the user.
+    """
+
+    role: str
+    folder: Folder
+    tensors: dict[str, TensorInfo]
+    identity: dict[str, dict[str, Any]]
+    side_files: tuple[str, ...]
+    oddities: tuple[str, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def open_checkpoint(path: str, role: str) -> Checkpoint:
+    """Read the headers of the checkpoint in the folder `path`.
+
+    Raises:
+        UserError: there is no such folder, it holds no safetensors, a shard is missing, or a header lies.
+    """
+    folder = Folder(path)
+    if folder.path.is_file():
+        raise UserError(f"{role}: {path} is a file; give the folder that holds it")
+    if not folder.exists():
+        raise UserError(f"{role}: there is no folder {path}")
+    found = folder.files()
+    top = {name for name in found if "/" not in name}
+    oddities: list[str] = []
+    files, index = _weight_files(folder, top, role, oddities)
+    tensors: dict[str, TensorInfo] = {}
+    identity = {}
+    for name in files:
+        reader = folder.reader(name)
+        for tensor in read_header(reader, name, f"{role}: {folder.path / name}"):
+            if tensor.name in tensors:
+                raise UserError(
+                    f"{role}: tensor {tensor.name!r} is in both {tensors[tensor.name].file} and {name} of {path}; "
+                    "keep one copy, or an index that names the files that belong together"
+                )
+            tensors[tensor.name] = tensor
+        header = reader.read(0, min(reader.size, 8 + int.from_bytes(reader.read(0, 8), "little")))
+        identity[name] = {
+            "size": found[name].size,
+            "mtime_ns": found[name].mtime_ns,
+            "header": hashlib.blake2b(header, digest_size=16).hexdigest(),
+        }
+    folder.close()
+    _compare_with_index(index, tensors, role, oddities)
+    side_files, left = _side_files(found)
+    if left:
+        oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
+    return Checkpoint(role, folder, tensors, identity, side_files, tuple(oddities))
+
+
+def _weight_files(
+    folder: Folder, top: set[str], role: str, oddities: list[str]
+) -> tuple[list[str], dict[str, str] | None]:
+    """The safetensors files that make up the checkpoint, and the index's weight map if there is an index."""
+    weights = sorted(name for name in top if name.endswith(".safetensors"))
+    indices = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
+    if len(indices) > 1:
+        raise UserError(f"{role}: {folder.path} has several indices ({', '.join(indices)}); keep one")
+    if indices:
+        weight_map = _read_index(folder, indices[0], role)
+        files = sorted(set(weight_map.values()))
+        missing = [name for name in files if "/" in name or name not in top]
+        if missing:
+            raise UserError(
+                f"{role}: {indices[0]} names {len(missing)} file(s) that {folder.path} does not have: "
+                f"{', '.join(map(repr, missing[:3]))}; fetch the checkpoint again"
+            )
+        _mention_ignored(weights, files, role, oddities)
+        return files, weight_map
+    if "model.safetensors" in weights:
+        _mention_ignored(weights, ["model.safetensors"], role, oddities)
+        return ["model.safetensors"], None
+    if "adapter_model.safetensors" in weights:
+        raise UserError(f"{role}: {folder.path} holds a LoRA adapter; merge it into its base first")
+    parts = [name for name in weights if not name.startswith("consolidated")] or weights
+    if not parts:
+        pickled = sorted(n for n in top if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        why = f"only {pickled[0]}, which is not read; save it as safetensors first" if pickled else "no safetensors"
+        raise UserError(f"{role}: no checkpoint in {folder.path}: it has {why}")
+    if len(parts) > 1:
+        oddities.append(f"{role}: {len(parts)} safetensors files and no index; all of them are taken")
+    _mention_ignored(weights, parts, role, oddities)
+    return parts, None
+
+
+def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: list[str]) -> None:
+    ignored = [name for name in weights if name not in taken]
+    if ignored:
+        oddities.append(f"{role}: not part of the checkpoint and ignored: {', '.join(ignored[:5])}")
+
+
+def _read_index(folder: Folder, name: str, role: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(folder.read(name))["weight_map"]
+        if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{role}: {folder.path / name} is not an index with a weight_map of names to files") from None
+    return weight_map
+
+
+def _compare_with_index(
+    index: dict[str, str] | None, tensors: dict[str, TensorInfo], role: str, oddities: list[str]
+) -> None:
+    if index is None:
+        return
+    for names, what in (
+        ([n for n in index if n not in tensors], "is named by the index and in none of its files"),
+        ([n for n in tensors if n not in index], "is in a file and not in the index; it is taken"),
+        ([n for n, t in tensors.items() if index.get(n, t.file) != t.file], "is in another file than the index says"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            oddities.append(f"{role}: tensor {names[0]!r}{more} {what}")
+
+
+# What a checkpoint needs beside its weights. Anything else (optimizer states, logs, other formats) stays behind.
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml")
+_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".pkl")
+_NOT_THE_MODEL = ("fapm", "runs", "logs", "checkpoint-", "original", "global_step")
+_MAX_SIDE_BYTES = 256 << 20
+_TRAINING_STATE = ("trainer_state.json", "README.md")
+
+
+def _side_files(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """The files to copy, and weights that are neither copied nor pruned."""
+    side, left = [], []
+    for name, stat in found.items():
+        *folders, file = name.split("/")
+        if len(folders) > 2 or any(f.startswith(_NOT_THE_MODEL) for f in folders):
+            continue
+        if file.endswith(_WEIGHT_SUFFIXES):
+            if folders and file.endswith((".safetensors", ".bin")):
+                left.append(name)
+        elif file.endswith(".index.json") or file in _TRAINING_STATE or stat.size > _MAX_SIDE_BYTES:
+            continue
+        elif file.endswith(_SIDE_SUFFIXES) or file.startswith(_SIDE_NAMES):
+            side.append(name)
+    return tuple(side), left

@@ -1,0 +1,155 @@
+"""Where the arithmetic happens: one interface, the compiled loops on a CPU behind it, torch on any other device.
+
+Both are given the same chunks and return the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pipeline import kernel
+from pipeline.errors import UserError
+from pipeline.score import METHODS
+from pipeline.threshold import KEEP_ALL, KEEP_NONE, ZERO_KEY, Bracket, Threshold, key_of, score_of
+
+BLOCK = kernel.BLOCK
+
+LOWEST, HIGHEST = (int(key_of(np.array([x], np.float32))[0]) for x in (-np.inf, np.inf))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of elements of one tensor, in host memory.
+
+    Attributes:
+        start: flat index of the first, a multiple of BLOCK.
+        stream: where the tensor's random numbers come from.
+        p, f: values, (n,): uint16 bits of bfloat16, float32 or float64; both of one dtype.
+        pruned, kept: bits in the output's dtype, (n,): what an element becomes.
+    """
+
+    start: int
+    stream: int
+    p: np.ndarray
+    f: np.ndarray
+    pruned: np.ndarray
+    kept: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.p.size // BLOCK)
+
+    @property
+    def real(self) -> type[np.floating]:
+        """The type of the arithmetic."""
+        return np.float64 if self.p.dtype == np.float64 else np.float32
+
+
+@dataclass(slots=True)
+class Applied:
+    """What a mask did to a chunk: counts of elements, and Σd² of each block, of all and of the kept ones (float64)."""
+
+    kept: int
+    changed: int
+    kept_changed: int
+    nonfinite: int
+    ties: int
+    squares: np.ndarray
+    kept_squares: np.ndarray
+
+
+class Engine(Protocol):
+    """Everything that is done to elements. `m` is mean|p|, rounded to float32."""
+
+    def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        """Σ|p| and Σp² of each block, float64."""
+        ...
+
+    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, int]:
+        """Add the keys inside the bracket to `bins` (int64); returns how many are above it, and how many d are not finite."""
+        ...
+
+    def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
+        """Write the output's bits to `out`, keeping at most `ties` of the elements equal to the threshold."""
+        ...
+
+
+def float_range(bracket: Bracket) -> tuple[np.float32, np.float32]:
+    """The lowest and the highest score inside a bracket."""
+    return score_of(max(bracket.lo, LOWEST)), score_of(min(bracket.hi, HIGHEST))
+
+
+def float_threshold(threshold: Threshold, ties: int) -> tuple[np.float32, int]:
+    """The threshold as a score, and the ties that go with it."""
+    if threshold == KEEP_NONE:
+        return np.float32(np.inf), 0
+    if threshold == KEEP_ALL:
+        return np.float32(-np.inf), 1 << 62
+    return score_of(threshold.key), ties
+
+
+def add_zeros(zeros: int, bracket: Bracket, shift: int, bins: np.ndarray) -> None:
+    """Count the scores that are exactly 0, which are often most of them, at once."""
+    if zeros and bracket.lo <= ZERO_KEY <= bracket.hi:
+        bins[(ZERO_KEY - bracket.lo) >> shift] += zeros
+
+
+class CpuEngine:
+    """The loops of `pipeline.kernel`, on the calling thread, without the GIL."""
+
+    def __init__(self, method: str):
+        self._kernels = kernel.kernels(method)
+
+    def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        sums, squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
+        kernel.abs_sums(chunk.p, sums, squares)
+        return sums, squares
+
+    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, int]:
+        lo, hi = float_range(bracket)
+        above, zeros, nonfinite = self._kernels.count(
+            chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, lo, hi,
+            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(kernel.TILE, chunk.real),
+        )  # fmt: skip
+        add_zeros(zeros, bracket, shift, bins)
+        return above, nonfinite
+
+    def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
+        score, ties = float_threshold(threshold, ties)
+        squares, kept_squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
+        kept, changed, both, nonfinite, used = self._kernels.apply(
+            chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, score, ties,
+            chunk.pruned, chunk.kept, out, squares, kept_squares,
+            np.empty(kernel.TILE, chunk.real), np.empty(kernel.TILE, out.dtype),
+        )  # fmt: skip
+        return Applied(kept, changed, both, nonfinite, used, squares, kept_squares)
+
+
+def make_engine(method: str, device: str) -> Engine:
+    """The engine for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: a CUDA device was asked for and there is none.
+    """
+    assert method in METHODS
+    if device == "cpu" or (device == "auto" and not _has_cuda()):
+        return CpuEngine(method)
+    from pipeline.device import TorchEngine
+
+    if not _has_cuda():
+        raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+    return TorchEngine(method, "cuda" if device == "auto" else device)
+
+
+def _has_cuda() -> bool:
+    import glob
+
+    # Importing torch takes more than a second; without a driver's device nodes there is nothing to ask it.
+    if not glob.glob("/dev/nvidia[0-9]*") and not glob.glob("/dev/dxg"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,126 @@
+"""The safetensors header, read strictly and written byte for byte the same every time.
+
+A file is: a u64 (little endian) header length, that many bytes of JSON, then the tensors' bytes without
+holes or overlaps. The reader refuses everything that is not exactly that, before anything is allocated for
+it: a header is a claim by a stranger.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.dtypes import BITS
+from pipeline.errors import UserError
+from pipeline.storage import Reader
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_NUMEL = 1 << 48
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies. `offset` is in bytes from the start of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(reader: Reader, file: str, where: str) -> list[TensorInfo]:
+    """The tensors of one file, in the order of their bytes.
+
+    Args:
+        reader: an open file.
+        file: the name that the tensors will carry.
+        where: what to call the file in an error.
+
+    Raises:
+        UserError: the file is not exactly a safetensors file.
+    """
+
+    def bad(why: str) -> UserError:
+        return UserError(f"{where}: not a valid safetensors file: {why}")
+
+    if reader.size < 8:
+        raise bad(f"it has {reader.size} bytes")
+    length = int.from_bytes(reader.read(0, 8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise bad(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
+    if 8 + length > reader.size:
+        raise bad(f"it is truncated: the header claims {length} bytes and the file has {reader.size}")
+    tensors = []
+    for name, entry in _parse_json(reader.read(8, length), bad).items():
+        if name != "__metadata__":
+            tensors.append(_tensor(name, entry, file, 8 + length, bad))
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    position = 8 + length
+    for tensor in tensors:
+        if tensor.offset != position:
+            what = "overlaps its neighbour" if tensor.offset < position else "leaves a gap before it"
+            raise bad(f"tensor {tensor.name!r} {what}")
+        position += tensor.nbytes
+    if position > reader.size:
+        raise bad(f"it is truncated: the tensors need {position} bytes and the file has {reader.size}")
+    if position < reader.size:
+        raise bad(f"{reader.size - position} bytes follow the last tensor")
+    return tensors
+
+
+def _parse_json(text: bytes, bad: Any) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise bad("a key appears twice in its header")
+        return result
+
+    try:
+        header = json.loads(text, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"its header is not JSON ({type(error).__name__})") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    return header
+
+
+def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInfo:
+    if not name or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise bad(f"a tensor is named {name[:80]!r}")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad(f"tensor {name!r} has not exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise bad(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not (isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and n >= 0 for n in shape)):
+        raise bad(f"tensor {name!r} has an impossible shape")
+    numel = math.prod(shape)
+    if max(shape, default=0) > MAX_NUMEL or numel > MAX_NUMEL:
+        raise bad(f"tensor {name!r} claims {numel:.3g} elements")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)):
+        raise bad(f"tensor {name!r} has impossible data_offsets")
+    begin, end = offsets
+    if (end - begin) * 8 != numel * BITS[dtype]:
+        raise bad(f"tensor {name!r} is {dtype} {shape} but has {end - begin} bytes")
+    return TensorInfo(name, dtype, tuple(shape), file, start + begin, end - begin)
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Length, JSON and padding for (name, dtype, shape, nbytes) laid out one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

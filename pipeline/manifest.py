@@ -1,0 +1,282 @@
+"""The output folder as the run's only state: what it is for, what is done, and the manifest that comes last.
+
+fapm/run.json            recipe and identity of the inputs; written first
+fapm/work/…              records of finished shards, counts, thresholds; removed at the end
+model-….safetensors      each appears whole
+model.safetensors.index.json, side files, fapm/recipe.yaml, fapm/tensors.parquet, config.json
+fapm/manifest.json       written last: with it, and only with it, the run is finished
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+from typing import Any, Literal
+
+from pipeline.errors import UserError
+from pipeline.plan import Plan, index_json
+from pipeline.shard import QUANTILES, record_name
+from pipeline.storage import TEMPORARY, Folder
+from pipeline.threshold import Threshold
+
+RUN = "fapm/run.json"
+MANIFEST = "fapm/manifest.json"
+RECIPE = "fapm/recipe.yaml"
+TABLE = "fapm/tensors.parquet"
+WORK = "fapm/work"
+INDEX = "model.safetensors.index.json"
+THRESHOLDS = f"{WORK}/thresholds.json"
+
+State = Literal["new", "unfinished", "finished"]
+
+
+def version() -> str:
+    """The installed version of fapm."""
+    try:
+        return importlib.metadata.version("fapm")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "recipe": plan.recipe.decides(),
+        "inputs": {"base": plan.base.identity, "finetuned": plan.finetuned.identity},
+    }
+
+
+def check_folder(plan: Plan, overwrite: bool) -> State:
+    """Whether the output folder is new, holds a part of this very run, or all of it.
+
+    Raises:
+        UserError: it is one of the inputs, holds something else, or another run.
+    """
+    out = Folder(plan.recipe.out)
+    for role, path in (("base", plan.base.folder.path), ("finetuned", plan.finetuned.folder.path)):
+        if out.path.resolve() == path.resolve():
+            raise UserError(f"--out {out.path} is the {role} checkpoint itself; give another folder")
+    if out.path.exists() and not out.exists():
+        raise UserError(f"--out {out.path} is a file; give a folder")
+    if overwrite or not out.exists() or not any(out.path.iterdir()):
+        return "new"
+    if not out.has(RUN):
+        if set(out.files("fapm")) == set(out.files()) and not out.has(MANIFEST):
+            return "new"  # killed before the first write was complete
+        raise UserError(
+            f"--out {out.path} is not empty and was not made by fapm; give another folder, or --overwrite "
+            "to replace the checkpoint in it"
+        )
+    before = _read_json(out, RUN)
+    differences = _differences(before, _identity(plan))
+    if differences:
+        raise UserError(
+            f"--out {out.path} belongs to another run: {'; '.join(differences[:4])}; give another folder, "
+            "or --overwrite to start again"
+        )
+    return "finished" if out.has(MANIFEST) and not unfinished_shards(plan) else "unfinished"
+
+
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(folder.read(name))
+        assert isinstance(loaded, dict)
+        return loaded
+    except (ValueError, AssertionError):
+        raise UserError(f"{folder.path / name} is damaged; start again with --overwrite") from None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What another recipe or other inputs have that these have not, as sentences."""
+    found = []
+    if before.get("format") != now["format"]:
+        found.append("it was made by another version of fapm")
+    old, new = before.get("recipe", {}), now["recipe"]
+    for name in new:
+        if old.get(name) != json.loads(json.dumps(new[name])):
+            found.append(f"{name} was {old.get(name)!r} and is {new[name]!r}")
+    for role, files in now["inputs"].items():
+        then = before.get("inputs", {}).get(role, {})
+        for file in sorted(files.keys() | then.keys()):
+            if file not in then or file not in files:
+                found.append(f"{role}: {file} is {'new' if file not in then else 'gone'}")
+            elif then[file] != files[file]:
+                what = [key for key in files[file] if then[file].get(key) != files[file][key]]
+                found.append(f"{role}: {file} has changed since ({_how(what, then[file], files[file])})")
+    return found
+
+
+def _how(what: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
+    if "size" in what:
+        return f"{then['size']} bytes then, {now['size']} now"
+    if "header" in what:
+        return "its header differs"
+    when = (datetime.datetime.fromtimestamp(x["mtime_ns"] / 1e9).isoformat(" ", "seconds") for x in (then, now))
+    return "modified {} then, {} now".format(*when)
+
+
+def begin(plan: Plan, state: State) -> None:
+    """Make the folder ready: a new run removes what an earlier one left, a resumed one what it left half-written."""
+    out = Folder(plan.recipe.out)
+    out.remove_folder(TEMPORARY)
+    if state == "new":
+        if out.exists():
+            _clear(out)
+        out.write(RUN, json.dumps(_identity(plan), indent=1).encode())
+    else:
+        out.remove(MANIFEST)
+
+
+def _clear(out: Folder) -> None:
+    """Remove what a checkpoint in this folder consists of, the part that makes it one first."""
+    files = out.files()
+    for name in (MANIFEST, "config.json", INDEX):
+        out.remove(name)
+    for name in files:
+        if "/" not in name and (name.endswith(".safetensors") or name.endswith(".index.json")):
+            out.remove(name)
+    out.remove_folder("fapm")
+
+
+def unfinished_shards(plan: Plan) -> list[int]:
+    """The shards that are not there, or without the record that belongs to them."""
+    out = Folder(plan.recipe.out)
+    done = out.has(MANIFEST)
+    return [
+        s.index
+        for s in plan.shards
+        if not (out.has(s.name) and out.size(s.name) == s.nbytes and (done or out.has(record_name(s.index))))
+    ]
+
+
+def save_thresholds(
+    out: Folder, thresholds: dict[str, Threshold], quotas: dict[int, dict[str, int]], rounds: int
+) -> None:
+    """Keep what was found for the groups over several shards, so that it is not looked for again."""
+    data = {
+        "thresholds": {name: [t.key, t.ties] for name, t in thresholds.items()},
+        "quotas": {str(shard): part for shard, part in quotas.items()},
+        "rounds": rounds,
+    }
+    out.write(THRESHOLDS, json.dumps(data).encode())
+
+
+def load_thresholds(out: Folder) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
+    if not out.has(THRESHOLDS):
+        return None
+    data = _read_json(out, THRESHOLDS)
+    thresholds = {name: Threshold(key, ties) for name, (key, ties) in data["thresholds"].items()}
+    return thresholds, {int(shard): part for shard, part in data["quotas"].items()}, data["rounds"]
+
+
+def load_manifest(path: str) -> dict[str, Any]:
+    """The manifest of a finished run.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    folder = Folder(path)
+    if not folder.exists():
+        raise UserError(f"there is no folder {path}")
+    if not folder.has(MANIFEST):
+        state = "an unfinished run; give the same command again to go on" if folder.has(RUN) else "no output of fapm"
+        raise UserError(f"{path} holds {state}")
+    return _read_json(folder, MANIFEST)
+
+
+def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
+    out = Folder(plan.recipe.out)
+    records = [_read_json(out, record_name(s.index)) for s in plan.shards]
+    rows = [row for record in records for row in record.pop("tensors")]
+    if len(plan.shards) > 1:
+        out.write(INDEX, json.dumps(index_json(plan.shards), indent=2).encode())
+    for name in plan.finetuned.side_files:
+        if name != "config.json":
+            out.write(name, plan.finetuned.folder.read(name))
+    out.write(RECIPE, plan.recipe.to_yaml().encode())
+    out.write(TABLE, table_bytes(rows))
+    if "config.json" in plan.finetuned.side_files:
+        out.write("config.json", _config(plan))
+    manifest = {
+        "fapm": version(),
+        **_identity(plan),
+        "paths": {"base": plan.recipe.base, "finetuned": plan.recipe.finetuned},
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "shards": records,
+        "totals": totals(rows, records),
+        "left_out": list(plan.left_out),
+        "added": list(plan.added),
+        "oddities": list(plan.oddities),
+        **facts,
+    }
+    out.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    out.remove_folder(WORK)
+    out.remove_folder(TEMPORARY)
+    return manifest
+
+
+def _config(plan: Plan) -> bytes:
+    """finetuned's configuration, with the dtype that was asked for, if one was."""
+    text = plan.finetuned.folder.read("config.json")
+    if plan.recipe.dtype is None:
+        return text
+    try:
+        config = json.loads(text)
+    except ValueError:
+        return text
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = plan.recipe.dtype
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def totals(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the rows of pruned tensors; densities are shares of the elements that compete."""
+    pruned = [r for r in rows if r.get("pruned_numel")]
+    numel = sum(r["pruned_numel"] for r in pruned)
+    squares = sum(r["norm_delta"] ** 2 for r in pruned)
+    kept_squares = sum(r["norm_delta"] ** 2 * (r["kept_share"] or 0) for r in pruned)
+    kept, changed, kept_changed = (sum(r[key] for r in pruned) for key in ("kept", "changed", "kept_changed"))
+    return {
+        "tensors": len(rows),
+        "pruned_tensors": len(pruned),
+        "pruned_numel": numel,
+        "kept": kept,
+        "changed": changed,
+        "kept_changed": kept_changed,
+        "density": kept / numel if numel else None,
+        "effective_density": kept_changed / numel if numel else None,
+        "kept_share": kept_squares / squares if squares else None,
+        "norm_delta": squares**0.5,
+        "read_bytes": sum(r["read_bytes"] for r in records),
+        "written_bytes": sum(r["nbytes"] for r in records),
+    }
+
+
+def table_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """The Parquet table, a row a tensor (see the README for the columns)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    integers = ("numel", "k", "pruned_numel", "kept", "changed", "kept_changed", "threshold_key", "ties")
+    reals = ["threshold", "mean_abs_base", "norm_delta", "norm_base", "kept_share", "seconds"]
+    reals += [f"change_{when}_q{round(q * 100):02d}" for when in ("before", "after") for q in QUANTILES]
+    fields = [pa.field(name, pa.string()) for name in ("name", "action", "dtype", "shard", "group")]
+    fields.append(pa.field("shape", pa.list_(pa.int64())))
+    fields += [pa.field(name, pa.int64()) for name in integers]
+    fields += [pa.field(name, pa.float64()) for name in reals]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def read_table(path: str) -> list[dict[str, Any]]:
+    """The rows of a finished run's table."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    return pq.read_table(io.BytesIO(Folder(path).read(TABLE))).to_pylist()  # type: ignore[no-any-return]

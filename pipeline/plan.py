@@ -1,0 +1,303 @@
+"""The plan: pairs base and finetuned tensors, names the groups that share a budget, and cuts the output into shards.
+
+All of it comes from headers, before a weight is read, so that whatever can be known to be wrong is known now.
+
+Order: tensors are laid out by name, over the shards too. So the shards of a group are in the order of its
+ties (SEMANTICS.md, 5), and a worker hands out its part of a tie quota without asking another.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.checkpoint import Checkpoint, open_checkpoint
+from pipeline.dtypes import OUTPUT_DTYPES, is_weight, itemsize
+from pipeline.errors import UserError
+from pipeline.header import TensorInfo, build_header
+from pipeline.recipe import Recipe
+from pipeline.score import METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        action: `prune`, or the side whose values are taken as they are.
+        numel: elements of the output.
+        common: elements that are pruned: all of them, or those of the rows that base has too.
+        group: the group it competes in; empty if it is not pruned.
+        offset: where its bytes begin in the output shard, from the start of the file.
+    """
+
+    name: str
+    action: Literal["prune", "base", "finetuned"]
+    base: TensorInfo | None
+    finetuned: TensorInfo | None
+    dtype: str
+    shape: tuple[int, ...]
+    numel: int
+    common: int
+    group: str
+    nbytes: int
+    offset: int = 0
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """What has to be read for it."""
+        if self.action == "prune":
+            assert self.base and self.finetuned
+            return (self.base, self.finetuned)
+        source = self.base if self.action == "base" else self.finetuned
+        assert source
+        return (source,)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(s.nbytes for s in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the output, the unit of work."""
+
+    index: int
+    name: str
+    tensors: tuple[PairedTensor, ...]
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The elements that compete for one budget. `wide` when its tensors lie in more than one shard."""
+
+    name: str
+    numel: int
+    k: int
+    tensors: int
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be done. `left_out` are the tensors that only base has."""
+
+    recipe: Recipe
+    base: Checkpoint
+    finetuned: Checkpoint
+    shards: tuple[Shard, ...]
+    groups: dict[str, Group]
+    left_out: tuple[str, ...]
+    added: tuple[str, ...]
+    oddities: tuple[str, ...]
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(s.nbytes for s in self.shards)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of all inputs that the output depends on."""
+        return sum(t.read_bytes for s in self.shards for t in s.tensors)
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of the inputs of groups that lie in several shards: they are read once more, to measure."""
+        wide = {name for name, group in self.groups.items() if group.wide}
+        return sum(t.read_bytes for s in self.shards for t in s.tensors if t.group in wide)
+
+    def tensors(self) -> Iterable[PairedTensor]:
+        return (t for s in self.shards for t in s.tensors)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Read the headers of both checkpoints and plan the whole run.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or the two do not belong together.
+    """
+    base = open_checkpoint(recipe.base, "base")
+    finetuned = open_checkpoint(recipe.finetuned, "finetuned")
+    return plan_pair(recipe, base, finetuned)
+
+
+def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
+    """The plan for two opened checkpoints; pure."""
+    oddities = [*base.oddities, *finetuned.oddities]
+    left_out = tuple(sorted(base.tensors.keys() - finetuned.tensors.keys()))
+    added = tuple(sorted(finetuned.tensors.keys() - base.tensors.keys()))
+    if len(added) == len(finetuned.tensors):
+        raise UserError(
+            f"base and finetuned have no tensor name in common (base has {_first(left_out)}, finetuned has "
+            f"{_first(added)}): these are not two versions of one model"
+        )
+    paired = _pair_all(recipe, base, finetuned, oddities)
+    if left_out:
+        oddities.append(f"{len(left_out)} tensor(s) that only base has are left out: {_first(left_out)}")
+    if added:
+        oddities.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {_first(added)}")
+    if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
+        oddities.append("base and finetuned are the same folder: the output will be its copy")
+    oddities += _ignored_settings(recipe, [t.name for t in paired])
+    shards = cut(paired, recipe.shard_size)
+    return Plan(recipe, base, finetuned, shards, group(shards, recipe.density), left_out, added, tuple(oddities))
+
+
+def _first(names: Iterable[str], count: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:count]) + (", …" if len(listed) > count else "") or "none"
+
+
+def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
+    found = []
+    for rule in recipe.rules:
+        only = recipe.model_copy(update={"rules": (rule,)})
+        if not any(only.action(name) for name in names):
+            found.append(f"the rule {rule!r} matches no tensor")
+    if METHODS[recipe.method].score is None and recipe.scope != "tensor":
+        found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")
+    return found
+
+
+def _pair_all(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> list[PairedTensor]:
+    paired, wrong, passed, grown = [], [], [], []
+    for name in sorted(finetuned.tensors):
+        f, p = finetuned.tensors[name], base.tensors.get(name)
+        action = recipe.action(name) if p else "finetuned"
+        dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and is_weight(f.dtype) else f.dtype
+        if action == "base":
+            assert p
+            # A base tensor of another shape is taken whole, with its shape: the rule says so.
+            comparable = is_weight(p.dtype) and is_weight(dtype)
+            paired.append(_paired(name, "base", p, f, dtype if comparable else p.dtype, p.shape, 0, ""))
+        elif action == "finetuned" or p is None:
+            paired.append(_paired(name, "finetuned", p, f, dtype, f.shape, 0, ""))
+        elif not (is_weight(f.dtype) and is_weight(p.dtype)):
+            passed.append(f"{name} ({f.dtype})")
+            paired.append(_paired(name, "finetuned", p, f, f.dtype, f.shape, 0, ""))
+        elif f.shape == p.shape:
+            paired.append(_paired(name, "prune", p, f, dtype, f.shape, f.numel, group_of(name, recipe.scope)))
+        elif _rows_added(p, f) and (action == "prune" or _is_vocabulary(name)):
+            grown.append(f"{name} ({p.shape[0]} → {f.shape[0]} rows)")
+            paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, group_of(name, recipe.scope)))
+        else:
+            wrong.append(f"{name} (base {list(p.shape)}, finetuned {list(f.shape)})")
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} tensor(s) have another shape in base than in finetuned: {_first(wrong)}; "
+            "decide each with --rule NAME=finetuned or --rule NAME=base"
+        )
+    if passed:
+        oddities.append(
+            f"{len(passed)} tensor(s) are not floating point and pass through from finetuned: {_first(passed)}"
+        )
+    if grown:
+        oddities.append(f"rows that only finetuned has are taken from it: {_first(grown)}")
+    return paired
+
+
+def _paired(
+    name: str,
+    action: Literal["prune", "base", "finetuned"],
+    p: TensorInfo | None,
+    f: TensorInfo,
+    dtype: str,
+    shape: tuple[int, ...],
+    common: int,
+    group: str,
+) -> PairedTensor:
+    numel = math.prod(shape)
+    source = p if action == "base" and p else f
+    nbytes = numel * itemsize(dtype) if is_weight(dtype) else source.nbytes
+    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes)
+
+
+def _rows_added(p: TensorInfo, f: TensorInfo) -> bool:
+    return len(p.shape) == len(f.shape) >= 1 and p.shape[1:] == f.shape[1:] and p.shape[0] < f.shape[0]
+
+
+# How the embedding and head matrices (and head biases) of the common architectures are called.
+_VOCABULARY = re.compile(
+    r"(embed_tokens|word_embeddings?|wte|tok_embeddings|embed_in|embeddings?|shared|lm_head|embed_out|"
+    r"predictions\.decoder|predictions|output|head|decoder)\.(weight|bias)$"
+)
+
+
+def _is_vocabulary(name: str) -> bool:
+    return bool(_VOCABULARY.search(name)) and not re.search(r"position|token_type", name)
+
+
+def group_of(name: str, scope: str) -> str:
+    """The group that a tensor competes in.
+
+    A layer is named by the path up to its first number that follows a name: `model.layers.7` holds
+    `model.layers.7.mlp.experts.3.w1.weight` too. A tensor outside any numbered block is a group of its own.
+    """
+    if scope == "global":
+        return "all"
+    if scope == "layer":
+        parts = name.split(".")
+        for i in range(1, len(parts) - 1):
+            if parts[i].isdigit() and not parts[i - 1].isdigit():
+                return ".".join(parts[: i + 1])
+    return name
+
+
+def cut(tensors: list[PairedTensor], shard_size: int) -> tuple[Shard, ...]:
+    """Cut tensors, in the order given, into shards of about equal size and at most `shard_size` bytes.
+
+    A tensor larger than that has a shard of its own. Names follow the Hugging Face convention.
+    """
+    total = sum(t.nbytes for t in tensors)
+    count = max(1, math.ceil(total / shard_size))
+    parts: list[list[PairedTensor]] = [[]]
+    here = done = 0
+    for tensor in tensors:
+        full = here + tensor.nbytes > shard_size or done >= total * len(parts) / count
+        if parts[-1] and tensor.nbytes and full:
+            parts.append([])
+            here = 0
+        parts[-1].append(tensor)
+        here += tensor.nbytes
+        done += tensor.nbytes
+    return tuple(_shard(i, len(parts), part) for i, part in enumerate(parts))
+
+
+def _shard(index: int, count: int, tensors: list[PairedTensor]) -> Shard:
+    name = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    header = build_header((t.name, t.dtype, t.shape, t.nbytes) for t in tensors)
+    position = len(header)
+    placed = []
+    for t in tensors:
+        placed.append(
+            PairedTensor(
+                t.name, t.action, t.base, t.finetuned, t.dtype, t.shape, t.numel, t.common, t.group, t.nbytes, position
+            )
+        )
+        position += t.nbytes
+    return Shard(index, name, tuple(placed), header, position)
+
+
+def group(shards: Iterable[Shard], density: float) -> dict[str, Group]:
+    """The groups of a cut, each with its budget k = int(numel · density)."""
+    numel: dict[str, int] = {}
+    tensors: dict[str, int] = {}
+    where: dict[str, set[int]] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.group:
+                numel[tensor.group] = numel.get(tensor.group, 0) + tensor.common
+                tensors[tensor.group] = tensors.get(tensor.group, 0) + 1
+                where.setdefault(tensor.group, set()).add(shard.index)
+    return {n: Group(n, numel[n], int(numel[n] * density), tensors[n], len(where[n]) > 1) for n in numel}
+
+
+def index_json(shards: Iterable[Shard]) -> dict[str, object]:
+    """The index that Hugging Face libraries read: the size of all tensors in bytes, and each one's file."""
+    weight_map = {t.name: s.name for s in shards for t in s.tensors}
+    return {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.tensors)}, "weight_map": weight_map}

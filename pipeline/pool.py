@@ -1,0 +1,121 @@
+"""A pool applies a step to tasks and hands back the results as they finish. Here: threads of this process.
+
+The run is written against `Pool` alone; `cluster.pool` has the one whose workers are Ray actors.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from pipeline.recipe import Recipe
+from pipeline.shard import Done, Task, Worker
+
+Step = Callable[[Worker, Task], Done]
+
+
+class Pool(Protocol):
+    """Workers. `workers` is how many there are."""
+
+    workers: int
+
+    def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
+        """Apply `step` to every task, each on some worker, and yield results as they finish.
+
+        A worker is given first the shards that it has worked on before, since it may have kept them.
+
+        Raises:
+            UserError: from a step; what is under way is stopped.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the workers."""
+        ...
+
+
+class Backlog:
+    """Tasks that wait. Remembers which worker had which shard, over several maps."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Task] = {}
+        self._owner: dict[int, int] = {}
+
+    def fill(self, tasks: Sequence[Task]) -> None:
+        self._waiting = {task.shard.index: task for task in tasks}
+
+    def take(self, worker: int) -> Task | None:
+        """The next task for a worker: one of its own, else one of nobody's, else another's."""
+        if not self._waiting:
+            return None
+
+        def distance(shard: int) -> int:
+            owner = self._owner.get(shard)
+            return 0 if owner == worker else 1 if owner is None else 2
+
+        shard = min(self._waiting, key=distance)
+        self._owner[shard] = worker
+        return self._waiting.pop(shard)
+
+
+def default_workers(recipe: Recipe, shards: int) -> int:
+    """Workers in this process: a worker for every core, as far as there are shards, and one for a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = recipe.workers or (1 if recipe.device.startswith("cuda") else cores)
+    return max(1, min(wanted, shards))
+
+
+class Threads:
+    """Workers as threads of this process; the loops that take the time do not hold the GIL.
+
+    Args:
+        recipe: the run's.
+        workers: threads, each with a memory budget of its own.
+        progress: told bytes of input dealt with, from any thread.
+    """
+
+    def __init__(self, recipe: Recipe, workers: int, progress: Callable[[int], None] | None = None):
+        self.workers = workers
+        self._cancelled = threading.Event()
+        self._workers = [Worker(recipe, progress, self._cancelled) for _ in range(workers)]
+        self._backlog = Backlog()
+        self._lock = threading.Lock()
+
+    def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
+        self._backlog.fill(tasks)
+        results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
+
+        def work(number: int) -> None:
+            try:
+                while not self._cancelled.is_set():
+                    with self._lock:
+                        task = self._backlog.take(number)
+                    if task is None:
+                        return
+                    results.put(step(self._workers[number], task))
+            except BaseException as error:  # raised by the thread that asked
+                results.put(error)
+                self._cancelled.set()
+
+        threads = [threading.Thread(target=work, args=(i,), name=f"worker-{i}") for i in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in tasks:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        except BaseException:
+            self._cancelled.set()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()

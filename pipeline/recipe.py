@@ -1,0 +1,125 @@
+"""Recipe: everything a user can choose about a prune, validated, from YAML or from keyword arguments."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import UserError
+
+Action = Literal["prune", "base", "finetuned"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: Any) -> int:
+    """`512MB`, `1.5GiB`, `4096` → bytes. Decimal and binary units as they are written."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(value).lower())
+    if not match:
+        raise ValueError(f"{value!r} is not a size; write it like 512MB or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(n: float) -> str:
+    """`1.5 GB`, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.4g} TB"
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Recipe(BaseModel):
+    """What to prune, how, and with what means.
+
+    Raises:
+        UserError: from `Recipe.of` and `Recipe.load`, a value that cannot be, with the field's name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(description="folder of the pre-trained checkpoint")
+    finetuned: str = Field(description="folder of the fine-tuned checkpoint")
+    out: str = Field(description="folder for the pruned checkpoint")
+    method: Literal["fapm", "magnitude", "relative", "random", "dare", "wise-ft"] = "fapm"
+    density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
+    scope: Literal["tensor", "layer", "global"] = "tensor"
+    rules: tuple[str, ...] = ()
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
+    seed: int = Field(0, ge=0, lt=2**63)
+    nonfinite: Literal["error", "base"] = "error"
+    shard_size: Bytes = Field(2**30, ge=2**10)
+    memory: Bytes = Field(2**30, ge=2**26)
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    workers: int | None = Field(None, ge=1, le=100_000)
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _well_formed(cls, rules: Any) -> Any:
+        for rule in rules:
+            if not isinstance(rule, str) or not re.fullmatch(r".+=(prune|base|finetuned)", rule):
+                raise ValueError(f"{rule!r} is not a rule; write it like '*.bias=base' (or =prune, =finetuned)")
+        return tuple(rules)
+
+    @classmethod
+    def of(cls, **choices: Any) -> Recipe:
+        """A recipe from keyword arguments; those that are None keep their default."""
+        try:
+            return cls(**{name: value for name, value in choices.items() if value is not None})
+        except ValidationError as error:
+            raise UserError("; ".join(_sentence(e) for e in error.errors())) from None
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Recipe:
+        """A recipe from a YAML file, its fields overridden by the keyword arguments that are not None."""
+        return cls.of(**{**read_yaml(path), **{k: v for k, v in overrides.items() if v is not None}})
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def decides(self) -> dict[str, Any]:
+        """The choices that the output's bytes depend on; the others only say by what means."""
+        means = {"base", "finetuned", "out", "memory", "device", "workers"}
+        return self.model_dump(mode="json", exclude=means)
+
+    def action(self, name: str) -> Action | None:
+        """What the first rule that matches a tensor's name says of it, or None."""
+        for rule in self.rules:
+            pattern, _, action = rule.rpartition("=")
+            if fnmatchcase(name, pattern):
+                return action  # type: ignore[return-value]
+        return None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping of plain values; tags that would build objects are refused."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{line}: not plain YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: a recipe is a YAML mapping like 'density: 0.1'")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _sentence(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    option = "--" + field.replace("_", "-")
+    if error["type"] == "extra_forbidden":
+        return f"there is no option {field!r}"
+    if error["type"] == "missing":
+        return f"{option} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{option}: {message[0].lower()}{message[1:]} (it is {error['input']!r})"

@@ -1,0 +1,232 @@
+"""A whole prune, over any pool: plan → sample → measure → reduce → write → manifest."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline import manifest
+from pipeline.errors import UserError
+from pipeline.plan import Group, Plan, Shard, make_plan
+from pipeline.pool import Pool, Threads, default_workers
+from pipeline.recipe import Recipe, format_bytes
+from pipeline.score import METHODS
+from pipeline.shard import WIDE_BINS, Task, Worker, load_arrays, measure_name, sample_name
+from pipeline.storage import Folder
+from pipeline.threshold import Bracket, Threshold, at_the_ends, bracket_from_coarse, narrow
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a prune has done. `manifest` is what `fapm/manifest.json` holds; `resumed` counts shards found finished."""
+
+    manifest: dict[str, Any]
+    plan: Plan
+    resumed: int
+    seconds: float
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return self.resumed == len(self.plan.shards)
+
+
+@dataclass
+class Watch:
+    """Where a run tells how far it is; every method may be replaced."""
+
+    begin: Callable[[Plan, int], None] = lambda plan, nbytes: None
+    advance: Callable[[int], None] = lambda nbytes: None
+    say: Callable[[str], None] = lambda line: None
+
+
+def prune(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    pool: Callable[[Plan, Watch], Pool] | None = None,
+    watch: Watch | None = None,
+) -> Result:
+    """Prune a checkpoint as the recipe says, or go on with a prune that was stopped.
+
+    Args:
+        recipe: what to do.
+        overwrite: start again in a folder that holds something else.
+        pool: makes the workers; threads of this process by default.
+        watch: told about the progress.
+
+    Raises:
+        UserError: the inputs, the folder or the disk do not allow it. What is finished stays.
+    """
+    began = time.perf_counter()
+    watch = watch or Watch()
+    plan = make_plan(recipe)
+    state = manifest.check_folder(plan, overwrite)
+    if state == "finished":
+        return Result(manifest.load_manifest(recipe.out), plan, len(plan.shards), time.perf_counter() - began)
+    check_means(plan, state)
+    manifest.begin(plan, state)
+    todo = manifest.unfinished_shards(plan)
+    watch.begin(plan, sum(t.read_bytes for i in todo for t in plan.shards[i].tensors))
+    with closing((pool or in_process)(plan, watch)) as workers:
+        thresholds, quotas, rounds = find_thresholds(plan, workers) if todo else ({}, {}, 0)
+        tasks = []
+        for index in todo:
+            shard = plan.shards[index]
+            mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
+            tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine, round=rounds))
+        for done in workers.map(Worker.write, tasks):
+            watch.say(f"{plan.shards[done.shard].name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
+    seconds = time.perf_counter() - began
+    facts = {"seconds": round(seconds, 3), "workers": workers.workers, "rounds": rounds}
+    return Result(manifest.finish(plan, facts), plan, len(plan.shards) - len(todo), seconds)
+
+
+def in_process(plan: Plan, watch: Watch) -> Threads:
+    """Threads of this process, as many as the recipe says or as there are cores."""
+    return Threads(plan.recipe, default_workers(plan.recipe, len(plan.shards)), watch.advance)
+
+
+def check_means(plan: Plan, state: manifest.State) -> None:
+    """Find out now what would stop the run later.
+
+    Raises:
+        UserError: the disk is too full.
+    """
+    out = Folder(plan.recipe.out)
+    there = sum(out.size(s.name) for s in plan.shards if state == "unfinished" and out.has(s.name))
+    needed, free = plan.write_bytes - there, out.free_bytes()
+    if needed > free:
+        raise UserError(
+            f"--out {out.path} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; "
+            "free some or give another folder"
+        )
+
+
+def groups_of(plan: Plan, shard: Shard) -> dict[str, Group]:
+    return {t.group: plan.groups[t.group] for t in shard.tensors if t.group}
+
+
+def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int]:
+    """The thresholds of the groups that lie in several shards.
+
+    Returns:
+        The thresholds by group; each shard's part of their tie quotas; how often the groups were measured.
+    """
+    out = Folder(plan.recipe.out)
+    found = manifest.load_thresholds(out)
+    if found:
+        return found
+    thresholds, brackets = {}, {}
+    for name, group in plan.groups.items():
+        if group.wide:
+            ends = at_the_ends(group.numel, group.k) if METHODS[plan.recipe.method].score else everything(plan.recipe)
+            if ends:
+                thresholds[name] = ends
+            else:
+                brackets[name] = Bracket()
+    keep = bool(brackets) and plan.pair_bytes * 1.1 <= (plan.recipe.memory - (64 << 20)) * pool.workers
+    if brackets:
+        brackets = first_brackets(plan, pool, brackets, keep)
+    rounds = 0
+    last_round: dict[str, tuple[int, Bracket]] = {}
+    while brackets:
+        rounds += 1
+        last_round |= {name: (rounds, bracket) for name, bracket in brackets.items()}
+        counted = measured(plan, pool, brackets, rounds, keep)
+        for name, (above, bins) in counted.items():
+            result = narrow(brackets[name], brackets[name].shift(WIDE_BINS), above, bins, plan.groups[name].k)
+            if isinstance(result, Threshold):
+                thresholds[name] = result
+                del brackets[name]
+            else:
+                brackets[name] = result
+    quotas = share_ties(plan, out, thresholds, last_round)
+    if thresholds:
+        manifest.save_thresholds(out, thresholds, quotas, rounds)
+    return thresholds, quotas, rounds
+
+
+def everything(recipe: Recipe) -> Threshold:
+    """For a method that chooses nothing: all elements, or, at 0, none."""
+    end = at_the_ends(1, 1 if recipe.density else 0)
+    assert end
+    return end
+
+
+def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
+    """The shards that hold tensors of these groups."""
+    wanted = set(groups)
+    return [s for s in plan.shards if any(t.group in wanted for t in s.tensors)]
+
+
+def first_brackets(plan: Plan, pool: Pool, brackets: dict[str, Bracket], keep: bool) -> dict[str, Bracket]:
+    """Where a sample says that the thresholds are."""
+    out = Folder(plan.recipe.out)
+    shards = holders(plan, brackets)
+    tasks = [Task(s, groups_of(plan, s), keep=keep) for s in shards if not out.has(sample_name(s.index))]
+    for _ in pool.map(Worker.sample, tasks):
+        pass
+    sums: dict[str, np.ndarray] = {}
+    for shard in shards:
+        for name, histogram in load_arrays(out, sample_name(shard.index)).items():
+            sums[name] = sums.get(name, 0) + histogram
+    groups = plan.groups
+    return {name: bracket_from_coarse(sums[name], groups[name].k / groups[name].numel) for name in brackets}
+
+
+def measured(
+    plan: Plan, pool: Pool, brackets: dict[str, Bracket], round_: int, keep: bool
+) -> dict[str, tuple[int, np.ndarray]]:
+    """Count every score of some groups: above the bracket, and inside by bins. The reduction of a distributed run."""
+    out = Folder(plan.recipe.out)
+    sums: dict[str, tuple[int, np.ndarray]] = {}
+
+    def add(shard: int) -> None:
+        saved = load_arrays(out, measure_name(shard, round_))
+        for name, above in json.loads(saved["above"].tobytes()).items():
+            bins = saved["bins:" + name]
+            if name in sums:
+                sums[name][1][:] += bins
+                sums[name] = (sums[name][0] + above, sums[name][1])
+            else:
+                sums[name] = (above, bins.astype(np.int64))
+
+    tasks = []
+    for shard in holders(plan, brackets):
+        if out.has(measure_name(shard.index, round_)):
+            add(shard.index)
+        else:
+            groups = groups_of(plan, shard)
+            mine = {name: brackets[name] for name in groups if name in brackets}
+            tasks.append(Task(shard, groups, brackets=mine, round=round_, keep=keep))
+    for done in pool.map(Worker.measure, tasks):
+        add(done.shard)
+    return sums
+
+
+def share_ties(
+    plan: Plan, out: Folder, thresholds: dict[str, Threshold], last_round: dict[str, tuple[int, Bracket]]
+) -> dict[int, dict[str, int]]:
+    """Hand out the tie quotas in the order of the shards, which is the order of the tensors' names."""
+    left = {name: threshold.ties for name, threshold in thresholds.items()}
+    quotas: dict[int, dict[str, int]] = {}
+    for shard in holders(plan, thresholds):
+        quotas[shard.index] = {}
+        loaded: dict[int, dict[str, np.ndarray]] = {}
+        for name in sorted({t.group for t in shard.tensors if t.group in thresholds}):
+            part = 0
+            if left[name] and name in last_round:
+                round_, bracket = last_round[name]
+                if round_ not in loaded:
+                    loaded[round_] = load_arrays(out, measure_name(shard.index, round_))
+                part = min(left[name], int(loaded[round_]["bins:" + name][thresholds[name].key - bracket.lo]))
+            quotas[shard.index][name] = part
+            left[name] -= part
+    assert not any(left.values()), left
+    return quotas

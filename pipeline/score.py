@@ -1,0 +1,119 @@
+"""The methods: what each element is worth, and what a kept element becomes.
+
+A scoring method is one function of
+
+    d  = |f − p|      the size of the change
+    p  = |p|          the size of the pre-trained weight
+    m  = mean(|p|)    over the whole tensor
+    u                 in [0, 1), a hash of (seed, tensor name, flat index)
+
+written with operators only. The same function is called with numpy arrays, with torch tensors on any device,
+and, compiled, with scalars: so there is one meaning of the score, and every operation rounds once in the
+type of its operands (float32; float64 for float64 tensors). Where the result is NaN it is not defined, and
+SEMANTICS.md decides: 0 where d = 0, −inf elsewhere. To add a method, add its function and its line in METHODS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+def fapm(d: Any, p: Any, m: Any, u: Any) -> Any:
+    """S = |Δ| − m·(|Δ|/|p|). FAPM, arXiv 2509.08255."""
+    return d - m * (d / p)
+
+
+def magnitude(d: Any, p: Any, m: Any, u: Any) -> Any:
+    """S = |Δ|. The trim step of TIES, arXiv 2306.01708."""
+    return d
+
+
+def relative(d: Any, p: Any, m: Any, u: Any) -> Any:
+    """S = −|Δ|/|p|, the second term of FAPM alone. Subtracted from m − m = 0, so that zero keeps its plus sign."""
+    return (m - m) - d / p
+
+
+def random(d: Any, p: Any, m: Any, u: Any) -> Any:
+    """S = u: elements chosen by chance, the same ones everywhere."""
+    return u
+
+
+def rescaled(p: Any, f: Any, density: Any) -> Any:
+    """p + (f − p)/density: what DARE keeps, arXiv 2311.03099."""
+    return p + (f - p) / density
+
+
+def interpolated(p: Any, f: Any, density: Any) -> Any:
+    """(1 − α)·p + α·f with α = density: WiSE-FT, arXiv 2109.01903."""
+    return (1 - density) * p + density * f
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune.
+
+    Attributes:
+        score: what an element is worth; None takes all elements.
+        keep: the value of a kept element; None keeps the fine-tuned one, bit for bit.
+        hashed: whether the score uses `u`.
+    """
+
+    score: Callable[[Any, Any, Any, Any], Any] | None
+    keep: Callable[[Any, Any, Any], Any] | None = None
+    hashed: bool = False
+
+
+METHODS = {
+    "fapm": Method(fapm),
+    "magnitude": Method(magnitude),
+    "relative": Method(relative),
+    "random": Method(random, hashed=True),
+    "dare": Method(random, rescaled, hashed=True),
+    "wise-ft": Method(None, interpolated),
+}
+
+
+def stream_of(seed: int, name: str) -> int:
+    """The 64 bits, as a signed integer, from which a tensor's `u` are counted."""
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def mix(x: Any) -> Any:
+    """SplitMix64's finalizer on signed 64-bit integers (which wrap); returns the upper 24 of its 64 bits.
+
+    Operators only, like the scores. Steele, Lea, Flood, OOPSLA 2014.
+    """
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return (x >> 40) & 0xFFFFFF
+
+
+GAMMA = -7046029254386353131  # 2^64 / golden ratio, odd: the step between two counters
+UNIT = 2.0**-24
+
+
+def uniform(stream: int, positions: np.ndarray) -> np.ndarray:
+    """u of the elements at `positions` (int64): float32 multiples of 2^-24 in [0, 1)."""
+    with np.errstate(over="ignore"):
+        hashed = mix(np.int64(stream) + (positions.astype(np.int64) + 1) * np.int64(GAMMA))
+    return hashed.astype(np.float32) * np.float32(UNIT)
+
+
+def evaluate(
+    method: Method, p: np.ndarray, f: np.ndarray, m: np.float32, stream: int, positions: np.ndarray
+) -> np.ndarray:
+    """Scores of some elements, on the host. p, f: float32 (or float64) values. Returns float32."""
+    assert method.score is not None
+    with np.errstate(all="ignore"):
+        d = np.abs(f - p)
+        u = uniform(stream, positions) if method.hashed else None
+        scores = np.asarray(method.score(d, np.abs(p), p.dtype.type(m), u))
+        scores = np.where(np.isnan(scores), np.where(d == 0, 0, -np.inf), scores)
+        return scores.astype(np.float32)

@@ -1,0 +1,213 @@
+"""Bytes in and out of folders: ranged reads into the caller's buffer, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+TEMPORARY = "fapm/tmp"  # in the output folder, so that publishing is a rename within one file system
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """Size in bytes and time of the last change in nanoseconds since 1970."""
+
+    size: int
+    mtime_ns: int
+
+
+@contextlib.contextmanager
+def plain_errors(path: Path | str) -> Iterator[None]:
+    """Turn what an operating system says of `path` into a sentence for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left while writing {path}; free some and run the same command again: it goes on from here"
+            ) from None
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+class Reader:
+    """An open file, read by ranges. Safe to use from several threads.
+
+    Raises:
+        UserError: the file cannot be opened, or ends before a range that was asked for.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with plain_errors(path):
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._fd).st_size
+
+    def read_into(self, offset: int, target: np.ndarray) -> None:
+        """Fill `target` (contiguous uint8) with the bytes at `offset`."""
+        view = memoryview(target)
+        while view.nbytes:
+            with plain_errors(self.path):
+                got = os.preadv(self._fd, [view], offset)
+            if not got:
+                raise UserError(f"{self.path}: the file ends at byte {offset}; it was cut short while in use")
+            view = view[got:]
+            offset += got
+
+    def read(self, offset: int, length: int) -> bytes:
+        target = np.empty(length, np.uint8)
+        self.read_into(offset, target)
+        return target.tobytes()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Writer:
+    """A file being written under a temporary name, in any order of ranges."""
+
+    def __init__(self, folder: Folder, name: str, size: int):
+        self.path = folder.path / name
+        self._temporary = folder.path / TEMPORARY / f"{Path(name).name}.{uuid.uuid4().hex[:12]}"
+        with plain_errors(self._temporary):
+            self._temporary.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with plain_errors(self.path):
+                if size:
+                    os.posix_fallocate(self._fd, 0, size)  # a full disk is known now, not after an hour
+        except UserError:
+            self.discard()
+            raise
+
+    def write(self, offset: int, data: np.ndarray | bytes) -> None:
+        view = memoryview(data)
+        with plain_errors(self.path):
+            while view.nbytes:
+                done = os.pwrite(self._fd, view, offset)
+                view = view[done:]
+                offset += done
+
+    def publish(self) -> None:
+        """Make the file durable, then let it appear under its name, in one step."""
+        with plain_errors(self.path):
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._temporary, self.path)
+            _sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Folder:
+    """A folder of files with plain relative names (`a.json`, `sub/b.txt`), read and written whole or by ranges.
+
+    Nothing outside the folder is reachable through a name.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._readers: dict[str, Reader] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[Path]]:
+        return Folder, (self.path,)  # open files stay behind
+
+    def _at(self, name: str) -> Path:
+        parts = name.split("/")
+        if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            raise UserError(f"{self.path}: refused the file name {name!r}, which leads out of the folder")
+        return self.path / name
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def files(self, under: str = "") -> dict[str, FileStat]:
+        """Every file below, by name; hidden files and folders are left out."""
+        found = {}
+        for folder, folders, names in os.walk(self.path / under):
+            folders[:] = sorted(n for n in folders if not n.startswith("."))
+            for name in sorted(names):
+                path = Path(folder, name)
+                if not name.startswith(".") and path.is_file():
+                    stat = path.stat()
+                    found[path.relative_to(self.path).as_posix()] = FileStat(stat.st_size, stat.st_mtime_ns)
+        return found
+
+    def has(self, name: str) -> bool:
+        return self._at(name).is_file()
+
+    def size(self, name: str) -> int:
+        return self._at(name).stat().st_size
+
+    def reader(self, name: str) -> Reader:
+        """The file, opened once and kept open until `close`."""
+        with self._lock:
+            if name not in self._readers:
+                self._readers[name] = Reader(self._at(name))
+            return self._readers[name]
+
+    def close(self) -> None:
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+
+    def read(self, name: str) -> bytes:
+        with plain_errors(self.path / name):
+            return self._at(name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file in one step."""
+        self._at(name)
+        writer = Writer(self, name, 0)
+        try:
+            writer.write(0, data)
+            writer.publish()
+        except BaseException:
+            writer.discard()
+            raise
+
+    def create(self, name: str, size: int) -> Writer:
+        """Begin a file of `size` bytes that appears under its name when it is published."""
+        self._at(name)
+        return Writer(self, name, size)
+
+    def remove(self, name: str) -> None:
+        with plain_errors(self.path / name):
+            self._at(name).unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        with plain_errors(self.path / name):
+            if self._at(name).is_dir():
+                shutil.rmtree(self._at(name))
+
+    def free_bytes(self) -> int:
+        """What the file system under the folder (or its nearest parent that exists) has left."""
+        path = self.path.absolute()
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free

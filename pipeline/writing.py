@@ -1,0 +1,90 @@
+"""Writing: a shard's bytes, in order, through a few buffers that a thread hashes and writes behind the arithmetic."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import numpy as np
+import xxhash
+
+from pipeline.storage import Writer
+
+BUFFER_BYTES = 8 << 20
+_BUFFERS = 3
+
+
+class Sink:
+    """Takes a file's bytes in order.
+
+    `reserve` lends the next bytes to be filled in place. Errors of the writing thread are raised by the next call.
+    """
+
+    def __init__(self, writer: Writer, size: int):
+        self._writer = writer
+        self._size = size
+        self._hash = xxhash.xxh3_128()
+        self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            self._free.put(np.empty(BUFFER_BYTES, np.uint8))
+        self._full: queue.SimpleQueue[tuple[np.ndarray, int] | None] = queue.SimpleQueue()
+        self._current: np.ndarray | None = None
+        self._used = 0
+        self._position = 0
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, name="write", daemon=True)
+        self._thread.start()
+
+    def reserve(self, nbytes: int, align: int = 1) -> np.ndarray:
+        """The next `nbytes` (at most BUFFER_BYTES) of the file, to be filled before the next call."""
+        if self._current is not None and (self._used + nbytes > BUFFER_BYTES or self._used % align):
+            self._flush()
+        if self._current is None:
+            self._current = self._free.get()
+            self._used = 0
+        lent = self._current[self._used : self._used + nbytes]
+        self._used += nbytes
+        return lent
+
+    def append(self, data: np.ndarray | bytes) -> None:
+        """Copy bytes to the end."""
+        view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+        for start in range(0, view.size, BUFFER_BYTES):
+            part = view[start : start + BUFFER_BYTES]
+            self.reserve(part.size)[:] = part
+
+    def finish(self) -> str:
+        """Wait until all is written; returns the xxh3-128 of the file in hexadecimal."""
+        self._flush()
+        self._full.put(None)
+        self._thread.join()
+        if self._error:
+            raise self._error
+        # A tensor forgotten in a preallocated file would read as zeros: every byte is accounted for.
+        assert self._position == self._size, (self._position, self._size)
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Stop without finishing; the file is discarded."""
+        self._full.put(None)
+        self._thread.join()
+        self._writer.discard()
+
+    def _flush(self) -> None:
+        if self._error:
+            raise self._error
+        if self._current is not None:
+            self._full.put((self._current, self._used))
+            self._current = None
+
+    def _write(self) -> None:
+        while item := self._full.get():
+            buffer, used = item
+            if self._error is None:
+                try:
+                    self._hash.update(buffer[:used])
+                    self._writer.write(self._position, buffer[:used])
+                    self._position += used
+                except BaseException as error:  # raised again by the thread that computes
+                    self._error = error
+            self._free.put(buffer)
