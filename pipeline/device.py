@@ -45,14 +45,14 @@ class TorchEngine:
         p = self._values(chunk.p).to(torch.float64).abs_()
         return _block_sums(p), _block_sums(p.square_())
 
-    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, int]:
+    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
         d, s = self._scores(chunk, m)
         lo, hi = (float(x) for x in float_range(bracket))
         inside = s[(s >= lo) & (s <= hi) & (s != 0)].view(torch.int32).to(torch.int64)
         keys = torch.where(inside < 0, ~inside, inside | ZERO_KEY) & 0xFFFFFFFF
         bins += torch.bincount((keys - bracket.lo) >> shift, minlength=bins.size).cpu().numpy()
         add_zeros(int((s == 0).sum()), bracket, shift, bins)
-        return int((s > hi).sum()), int((~d.isfinite()).sum())
+        return int((s > hi).sum()), bool(d.isfinite().all())
 
     def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
         score, ties = float_threshold(threshold, ties)
@@ -69,7 +69,6 @@ class TorchEngine:
             kept=int(keep.sum()),
             changed=int(changed.sum()),
             kept_changed=int((keep & changed).sum()),
-            nonfinite=int((~d.isfinite()).sum()),
             ties=min(int(equal.sum()), ties),
             squares=_block_sums(squares),
             kept_squares=_block_sums(torch.where(keep, squares, 0.0)),

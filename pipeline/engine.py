@@ -55,7 +55,6 @@ class Applied:
     kept: int
     changed: int
     kept_changed: int
-    nonfinite: int
     ties: int
     squares: np.ndarray
     kept_squares: np.ndarray
@@ -68,8 +67,9 @@ class Engine(Protocol):
         """Σ|p| and Σp² of each block, float64."""
         ...
 
-    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, int]:
-        """Add the keys inside the bracket to `bins` (int64); returns how many are above it, and how many d are not finite."""
+    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
+        """Add the keys inside the bracket to `bins` (int64); returns how many are above it, and whether
+        all d are finite."""
         ...
 
     def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
@@ -108,24 +108,27 @@ class CpuEngine:
         kernel.abs_sums(chunk.p, sums, squares)
         return sums, squares
 
-    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, int]:
+    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
         lo, hi = float_range(bracket)
-        above, zeros, nonfinite = self._kernels.count(
+        sizes = np.empty(kernel.TILE, chunk.real)
+        codes = sizes.view(f"u{sizes.itemsize}")
+        above, zeros, largest = self._kernels.count(
             chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, lo, hi,
-            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(kernel.TILE, chunk.real),
+            np.uint32(bracket.lo), np.uint32(shift), bins, sizes, codes,
         )  # fmt: skip
         add_zeros(zeros, bracket, shift, bins)
-        return above, nonfinite
+        infinity = np.array([np.inf], chunk.real).view(codes.dtype)[0]
+        return above, bool(largest < infinity)
 
     def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
         score, ties = float_threshold(threshold, ties)
         squares, kept_squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
-        kept, changed, both, nonfinite, used = self._kernels.apply(
+        kept, changed, both, used = self._kernels.apply(
             chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, score, ties,
             chunk.pruned, chunk.kept, out, squares, kept_squares,
             np.empty(kernel.TILE, chunk.real), np.empty(kernel.TILE, out.dtype),
         )  # fmt: skip
-        return Applied(kept, changed, both, nonfinite, used, squares, kept_squares)
+        return Applied(kept, changed, both, used, squares, kept_squares)
 
 
 def make_engine(method: str, device: str) -> Engine:

@@ -95,7 +95,7 @@ def kernels(name: str) -> Kernels:
     version = _VERSION
 
     @register_jitable
-    def score_tile(p, f, m, stream, start, size, sizes, scores):  # type: ignore[no-untyped-def]
+    def score_tile(p, f, m, stream, start, sizes, scores):  # type: ignore[no-untyped-def]
         for i in range(sizes.size):
             a = _value(p[i])
             d = abs(_value(f[i]) - a)
@@ -108,30 +108,32 @@ def kernels(name: str) -> Kernels:
         return version
 
     @_jit
-    def count(p, f, m, stream, start, lo, hi, base, shift, histogram, sizes):  # type: ignore[no-untyped-def]
+    def count(p, f, m, stream, start, lo, hi, base, shift, histogram, sizes, size_codes):  # type: ignore[no-untyped-def]
+        """Keys in [lo, hi] into the histogram, but for those of 0, which are counted: often they are most."""
         scores = np.empty(TILE, np.float32)
         codes = scores.view(np.uint32)
         flags = np.zeros(TILE, np.uint8)
         words = flags.view(np.uint64)
-        above = zeros = bad = 0
+        zero_inside = lo <= 0 <= hi
+        above = zeros = 0
+        largest = size_codes[0] & 0
         for t in range(0, p.size, TILE):
             size = min(TILE, p.size - t)
-            d = sizes[:size]
             s = scores[:size]
-            score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, size, d, s)
+            score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, sizes[:size], s)
             higher = np.uint32(0)
-            zero = np.uint32(0)
-            infinite = np.uint32(0)
             for i in range(size):
                 higher += np.uint32(s[i] > hi)
-                zero += np.uint32(s[i] == 0)
-                infinite += np.uint32(not (d[i] < np.inf))
+                largest = max(largest, size_codes[i])
+            above += higher
+            if zero_inside:
+                zero = np.uint32(0)
+                for i in range(size):
+                    zero += np.uint32(s[i] == 0)
+                zeros += zero
             for i in range(size):
                 flags[i] = (s[i] >= lo) & (s[i] <= hi) & (s[i] != 0)
             flags[size:] = 0
-            above += higher
-            zeros += zero
-            bad += infinite
             for w in range((size + 7) // 8):
                 if words[w]:
                     for i in range(8 * w, 8 * w + 8):
@@ -139,14 +141,14 @@ def kernels(name: str) -> Kernels:
                             code = codes[i]
                             key = ~code if code >> np.uint32(31) else code | np.uint32(0x80000000)
                             histogram[np.uint32(key - base) >> shift] += 1
-        return above, zeros, bad
+        return above, zeros, largest
 
     @_jit
     def apply(p, f, m, stream, start, threshold, ties, pruned, kept, out, sums, kept_sums, sizes, keep):  # type: ignore[no-untyped-def]
         scores = np.empty(TILE, np.float32)
         lanes = np.empty(_LANES)
         lanes2 = np.empty(_LANES)
-        n_kept = n_changed = n_both = bad = used = 0
+        n_kept = n_changed = n_both = used = 0
         for block in range(sums.size):
             lanes[:] = 0.0
             lanes2[:] = 0.0
@@ -156,7 +158,7 @@ def kernels(name: str) -> Kernels:
                 d = sizes[:size]
                 s = scores[:size]
                 k = keep[:size]
-                score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, size, d, s)
+                score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, d, s)
                 equal = np.uint32(0)
                 for i in range(size):
                     equal += np.uint32(s[i] == threshold)
@@ -175,16 +177,13 @@ def kernels(name: str) -> Kernels:
                 changed = np.uint32(0)
                 taken = np.uint32(0)
                 both = np.uint32(0)
-                infinite = np.uint32(0)
                 for i in range(size):
                     changed += np.uint32(d[i] != 0)
                     taken += np.uint32(k[i] != 0)
                     both += np.uint32((k[i] != 0) & (d[i] != 0))
-                    infinite += np.uint32(not (d[i] < np.inf))
                 n_changed += changed
                 n_kept += taken
                 n_both += both
-                bad += infinite
                 for r in range(0, size, _LANES):
                     dr = d[r : r + _LANES]
                     kr = k[r : r + _LANES]
@@ -195,6 +194,6 @@ def kernels(name: str) -> Kernels:
                         lanes2[i] += y * y
             sums[block] = _total(lanes)
             kept_sums[block] = _total(lanes2)
-        return n_kept, n_changed, n_both, bad, used
+        return n_kept, n_changed, n_both, used
 
     return Kernels(count, apply)

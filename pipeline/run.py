@@ -17,7 +17,7 @@ from pipeline.plan import Group, Plan, Shard, make_plan
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
 from pipeline.score import METHODS
-from pipeline.shard import WIDE_BINS, Task, Worker, load_arrays, measure_name, sample_name
+from pipeline.shard import Task, Worker, load_arrays, measure_name, sample_name
 from pipeline.storage import Folder
 from pipeline.threshold import Bracket, Threshold, at_the_ends, bracket_from_coarse, narrow
 
@@ -140,7 +140,7 @@ def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[
         last_round |= {name: (rounds, bracket) for name, bracket in brackets.items()}
         counted = measured(plan, pool, brackets, rounds, keep)
         for name, (above, bins) in counted.items():
-            result = narrow(brackets[name], brackets[name].shift(WIDE_BINS), above, bins, plan.groups[name].k)
+            result = narrow(brackets[name], brackets[name].shift(), above, bins, plan.groups[name].k)
             if isinstance(result, Threshold):
                 thresholds[name] = result
                 del brackets[name]

@@ -47,7 +47,6 @@ SAMPLE = 1 << 17
 WIDE_SAMPLE = 1 << 21
 """The same for a group over several shards, where a wrong guess costs another read of everything."""
 
-WIDE_BINS = 1 << 20
 _RUN = 256  # elements sampled side by side
 _FAR_RUN = 2048  # the same where each run is a read of its own
 _REPORTED = 1 << 14  # elements behind the quantiles of a tensor
@@ -200,9 +199,9 @@ class Worker:
             for tensor in wanted:
                 bracket = task.brackets[tensor.group]
                 if tensor.group not in bins:
-                    bins[tensor.group] = np.zeros(bracket.bins(bracket.shift(WIDE_BINS)), np.int64)
+                    bins[tensor.group] = np.zeros(bracket.bins(bracket.shift(MAX_BINS)), np.int64)
                     above[tensor.group] = 0
-            self._count(passes, tallies, task.brackets, WIDE_BINS, bins, above)
+            self._count(passes, tallies, task.brackets, MAX_BINS, bins, above)
         saved: dict[str, np.ndarray] = {"means": _json_array(means), "above": _json_array(above)}
         for name, counted in bins.items():
             saved["bins:" + name] = counted if counted.max(initial=0) >= 2**32 else counted.astype(np.uint32)
@@ -331,15 +330,15 @@ class Worker:
     ) -> None:
         """Count the scores of some groups inside their brackets."""
         wanted = {t.name: None for t in passes.section.tensors if t.group in brackets and t.name in tallies}
-        suspicious = 0
+        all_finite = True
         for tensor, chunk in self._chunks(passes, wanted):
             bracket = brackets[tensor.group]
             shift = bracket.shift(max_bins if isinstance(max_bins, int) else max_bins[tensor.group])
             m = tallies[tensor.name].m
-            higher, odd = self._engine.count(chunk, m, bracket, shift, bins[tensor.group])
+            higher, finite = self._engine.count(chunk, m, bracket, shift, bins[tensor.group])
             above[tensor.group] += higher
-            suspicious += odd
-        if suspicious:
+            all_finite &= finite
+        if not all_finite:
             self._refuse_nonfinite(passes, tallies)
 
     def _search(self, task: Task, passes: _Passes, tallies: dict[str, _Tally]) -> dict[str, Threshold]:
@@ -357,7 +356,7 @@ class Worker:
             if ends:
                 found[name] = ends
                 continue
-            max_bins[name] = min(MAX_BINS, 1 << max(8, (group.numel // 4).bit_length()))
+            max_bins[name] = min(MAX_BINS, 1 << max(8, (group.numel // 8).bit_length()))
             brackets[name] = Bracket()
             if group.numel >= 2 * SAMPLE:
                 scores = []
@@ -402,7 +401,6 @@ class Worker:
         thresholds = self._search(task, passes, tallies)
         quotas |= {name: threshold.ties for name, threshold in thresholds.items()}
         thresholds |= task.thresholds
-        suspicious = 0
         for loaded in passes:
             self._check()
             for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
@@ -410,9 +408,9 @@ class Worker:
                 if part.raw:
                     self._pass_through(part, views[0], sink)
                 else:
-                    suspicious += self._apply(part, views, tallies[tensor.name], thresholds, quotas, sink)
+                    self._apply(part, views, tallies[tensor.name], thresholds, quotas, sink)
             self._progress(loaded.piece.nbytes)
-        if suspicious:
+        if not all(np.isfinite(block).all() for tally in tallies.values() for block in tally.squares):
             self._refuse_nonfinite(passes, tallies)
         for tensor in section.tensors:
             if tensor.name in tallies and tallies[tensor.name].sample is None:
@@ -431,7 +429,7 @@ class Worker:
         thresholds: dict[str, Threshold],
         quotas: dict[str, int],
         sink: Sink,
-    ) -> int:
+    ) -> None:
         chunk, group = self._chunk(part, views), part.tensor.group
         width = itemsize(part.tensor.dtype)
         out = sink.reserve(chunk.p.size * width, width).view(f"u{width}")
@@ -442,7 +440,6 @@ class Worker:
         tally.kept_changed += applied.kept_changed
         tally.squares.append(applied.squares)
         tally.kept_squares.append(applied.kept_squares)
-        return applied.nonfinite
 
     def _pass_through(self, part: Slice, stored: np.ndarray, sink: Sink) -> None:
         source, target = part.tensor.sources[-1].dtype, part.tensor.dtype
@@ -595,12 +592,14 @@ def _row(
         "kept_share": kept_squares / squares if squares else None,
     }  # fmt: skip
     assert tally.sample
-    scores, d, p = tally.sample
+    every = -(-tally.sample[0].size // _REPORTED)
+    scores, d, p = (part[::every] for part in tally.sample)
     defined = (d != 0) & (p != 0)
     kept = defined & (scores >= score_of(threshold.key) if math.isfinite(score) else threshold == KEEP_ALL)
     with np.errstate(all="ignore"):
         change = d / p
     for when, chosen in (("before", defined), ("after", kept)):
-        found = np.quantile(change[chosen], QUANTILES) if chosen.any() else [None] * len(QUANTILES)
-        row |= {f"change_{when}_q{round(q * 100):02d}": v and float(v) for q, v in zip(QUANTILES, found, strict=True)}
+        ordered = np.sort(change[chosen])
+        for q in QUANTILES:
+            row[f"change_{when}_q{round(q * 100):02d}"] = float(ordered[int(q * ordered.size)]) if ordered.size else None
     return row

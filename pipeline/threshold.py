@@ -16,8 +16,8 @@ import numpy as np
 MAX_KEY = 2**32 - 1
 ZERO_KEY = 1 << 31  # the key of the score 0
 
-MAX_BINS = 1 << 18
-"""Bins of a histogram that stays with its worker: 2 MB, which a cache holds."""
+MAX_BINS = 1 << 20
+"""Bins of a histogram: 8 MB. Enough to close most brackets that a sample suggests in one count."""
 
 COARSE_SHIFT = 16
 COARSE_BINS = 1 << 16
@@ -110,7 +110,7 @@ def _bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
     return bin_, int(sums[bin_] - histogram[bin_])
 
 
-_SIGMAS = 5.0
+_SIGMAS = 4.0
 
 
 def _ranks(size: int, share: float) -> tuple[int, int]:
