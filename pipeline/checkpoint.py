@@ -122,7 +122,7 @@ def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: 
 
 def _read_index(folder: Folder, name: str, role: str) -> dict[str, str]:
     try:
-        weight_map = json.loads(folder.read(name))["weight_map"]
+        weight_map: dict[str, str] = json.loads(folder.read(name))["weight_map"]
         if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.engine import BLOCK, Applied, Chunk, add_zeros, float_range, float_threshold
+from pipeline.chunk import Chunk
+from pipeline.engine import Applied, add_zeros, float_range, float_threshold
+from pipeline.kernel import BLOCK
 from pipeline.score import GAMMA, METHODS, UNIT, magnitude, mix
 from pipeline.threshold import ZERO_KEY, Bracket, Threshold
 

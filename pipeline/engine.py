@@ -11,41 +11,12 @@ from typing import Protocol
 import numpy as np
 
 from pipeline import kernel
+from pipeline.chunk import Chunk
 from pipeline.errors import UserError
 from pipeline.score import METHODS
 from pipeline.threshold import KEEP_ALL, KEEP_NONE, ZERO_KEY, Bracket, Threshold, key_of, score_of
 
-BLOCK = kernel.BLOCK
-
 LOWEST, HIGHEST = (int(key_of(np.array([x], np.float32))[0]) for x in (-np.inf, np.inf))
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A run of elements of one tensor, in host memory.
-
-    Attributes:
-        start: flat index of the first, a multiple of BLOCK.
-        stream: where the tensor's random numbers come from.
-        p, f: values, (n,): uint16 bits of bfloat16, float32 or float64; both of one dtype.
-        pruned, kept: bits in the output's dtype, (n,): what an element becomes.
-    """
-
-    start: int
-    stream: int
-    p: np.ndarray
-    f: np.ndarray
-    pruned: np.ndarray
-    kept: np.ndarray
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.p.size // BLOCK)
-
-    @property
-    def real(self) -> type[np.floating]:
-        """The type of the arithmetic."""
-        return np.float64 if self.p.dtype == np.float64 else np.float32
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from pipeline import score as score_module
 from pipeline.score import GAMMA, METHODS, UNIT, Method, mix
 
 BLOCK = 1 << 16
-"""Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Part of the contract: never change it."""
+"""Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Never change it: m depends on it."""
 
 _LANES = 1024
 TILE = 2048

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.plan import Plan, index_json
-from pipeline.shard import QUANTILES, record_name
+from pipeline.shard import record_name
 from pipeline.storage import TEMPORARY, Folder
+from pipeline.table import from_parquet, to_parquet, totals
 from pipeline.threshold import Threshold
 
 RUN = "fapm/run.json"
@@ -134,7 +135,7 @@ def _clear(out: Folder) -> None:
     for name in (MANIFEST, "config.json", INDEX):
         out.remove(name)
     for name in files:
-        if "/" not in name and (name.endswith(".safetensors") or name.endswith(".index.json")):
+        if "/" not in name and (name.endswith((".safetensors", ".index.json"))):
             out.remove(name)
     out.remove_folder("fapm")
 
@@ -196,7 +197,7 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         if name != "config.json":
             out.write(name, plan.finetuned.folder.read(name))
     out.write(RECIPE, plan.recipe.to_yaml().encode())
-    out.write(TABLE, table_bytes(rows))
+    out.write(TABLE, to_parquet(rows))
     if "config.json" in plan.finetuned.side_files:
         out.write("config.json", _config(plan))
     manifest = {
@@ -205,7 +206,11 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         "paths": {"base": plan.recipe.base, "finetuned": plan.recipe.finetuned},
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "shards": records,
-        "totals": totals(rows, records),
+        "totals": {
+            **totals(rows),
+            "read_bytes": sum(r["read_bytes"] for r in records),
+            "written_bytes": sum(r["nbytes"] for r in records),
+        },
         "left_out": list(plan.left_out),
         "added": list(plan.added),
         "oddities": list(plan.oddities),
@@ -232,51 +237,6 @@ def _config(plan: Plan) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def totals(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over the rows of pruned tensors; densities are shares of the elements that compete."""
-    pruned = [r for r in rows if r.get("pruned_numel")]
-    numel = sum(r["pruned_numel"] for r in pruned)
-    squares = sum(r["norm_delta"] ** 2 for r in pruned)
-    kept_squares = sum(r["norm_delta"] ** 2 * (r["kept_share"] or 0) for r in pruned)
-    kept, changed, kept_changed = (sum(r[key] for r in pruned) for key in ("kept", "changed", "kept_changed"))
-    return {
-        "tensors": len(rows),
-        "pruned_tensors": len(pruned),
-        "pruned_numel": numel,
-        "kept": kept,
-        "changed": changed,
-        "kept_changed": kept_changed,
-        "density": kept / numel if numel else None,
-        "effective_density": kept_changed / numel if numel else None,
-        "kept_share": kept_squares / squares if squares else None,
-        "norm_delta": squares**0.5,
-        "read_bytes": sum(r["read_bytes"] for r in records),
-        "written_bytes": sum(r["nbytes"] for r in records),
-    }
-
-
-def table_bytes(rows: list[dict[str, Any]]) -> bytes:
-    """The Parquet table, a row a tensor (see the README for the columns)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    integers = ("numel", "k", "pruned_numel", "kept", "changed", "kept_changed", "threshold_key", "ties")
-    reals = ["threshold", "mean_abs_base", "norm_delta", "norm_base", "kept_share", "seconds"]
-    reals += [f"change_{when}_q{round(q * 100):02d}" for when in ("before", "after") for q in QUANTILES]
-    fields = [pa.field(name, pa.string()) for name in ("name", "action", "dtype", "shard", "group")]
-    fields.append(pa.field("shape", pa.list_(pa.int64())))
-    fields += [pa.field(name, pa.int64()) for name in integers]
-    fields += [pa.field(name, pa.float64()) for name in reals]
-    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
-
-
 def read_table(path: str) -> list[dict[str, Any]]:
     """The rows of a finished run's table."""
-    import io
-
-    import pyarrow.parquet as pq
-
-    return pq.read_table(io.BytesIO(Folder(path).read(TABLE))).to_pylist()  # type: ignore[no-any-return]
+    return from_parquet(Folder(path).read(TABLE))

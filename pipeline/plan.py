@@ -50,7 +50,8 @@ class PairedTensor:
     def sources(self) -> tuple[TensorInfo, ...]:
         """What has to be read for it."""
         if self.action == "prune":
-            assert self.base and self.finetuned
+            assert self.base is not None
+            assert self.finetuned is not None
             return (self.base, self.finetuned)
         source = self.base if self.action == "base" else self.finetuned
         assert source

@@ -83,7 +83,8 @@ class Recipe(BaseModel):
         return cls.of(**{**read_yaml(path), **{k: v for k, v in overrides.items() if v is not None}})
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""

@@ -16,10 +16,9 @@ from pipeline.errors import UserError
 from pipeline.plan import Group, Plan, Shard, make_plan
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
-from pipeline.score import METHODS
-from pipeline.shard import Task, Worker, load_arrays, measure_name, sample_name
+from pipeline.shard import Task, Worker, load_arrays, measure_name, sample_name, threshold_at_the_ends
 from pipeline.storage import Folder
-from pipeline.threshold import Bracket, Threshold, at_the_ends, bracket_from_coarse, narrow
+from pipeline.threshold import Bracket, Threshold, bracket_from_coarse, narrow
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def prune(
         for index in todo:
             shard = plan.shards[index]
             mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
-            tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine, round=rounds))
+            tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
         for done in workers.map(Worker.write, tasks):
             watch.say(f"{plan.shards[done.shard].name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
     seconds = time.perf_counter() - began
@@ -125,7 +124,7 @@ def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[
     thresholds, brackets = {}, {}
     for name, group in plan.groups.items():
         if group.wide:
-            ends = at_the_ends(group.numel, group.k) if METHODS[plan.recipe.method].score else everything(plan.recipe)
+            ends = threshold_at_the_ends(plan.recipe, group)
             if ends:
                 thresholds[name] = ends
             else:
@@ -150,13 +149,6 @@ def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[
     if thresholds:
         manifest.save_thresholds(out, thresholds, quotas, rounds)
     return thresholds, quotas, rounds
-
-
-def everything(recipe: Recipe) -> Threshold:
-    """For a method that chooses nothing: all elements, or, at 0, none."""
-    end = at_the_ends(1, 1 if recipe.density else 0)
-    assert end
-    return end
 
 
 def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:

@@ -55,7 +55,7 @@ class Reader:
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
         """Fill `target` (contiguous uint8) with the bytes at `offset`."""
-        view = memoryview(target)
+        view = target.data
         while view.nbytes:
             with plain_errors(self.path):
                 got = os.preadv(self._fd, [view], offset)
@@ -91,7 +91,7 @@ class Writer:
             raise
 
     def write(self, offset: int, data: np.ndarray | bytes) -> None:
-        view = memoryview(data)
+        view = memoryview(data) if isinstance(data, bytes) else data.data
         with plain_errors(self.path):
             while view.nbytes:
                 done = os.pwrite(self._fd, view, offset)

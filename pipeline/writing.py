@@ -82,7 +82,7 @@ class Sink:
             buffer, used = item
             if self._error is None:
                 try:
-                    self._hash.update(buffer[:used])
+                    self._hash.update(buffer[:used].data)
                     self._writer.write(self._position, buffer[:used])
                     self._position += used
                 except BaseException as error:  # raised again by the thread that computes
