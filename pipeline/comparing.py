@@ -1,0 +1,221 @@
+"""Comparing: one tensor of an output beside its sources, a chunk at a time, in numpy.
+
+It computes what `pipeline.verify` expects of the tensor without the code that wrote it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
+from pipeline.header import TensorInfo
+from pipeline.manifest import TABLE
+from pipeline.plan import PairedTensor, Plan
+from pipeline.score import METHODS, evaluate, stream_of
+from pipeline.storage import Folder
+from pipeline.threshold import key_of, score_of
+
+CHUNK = 1 << 18
+"""Elements looked at at once; a multiple of BLOCK."""
+
+BLOCK = 1 << 16
+"""Elements whose |p| is added up in float64 before the sums are added exactly."""
+
+_SAME_MEAN = 1e-12  # relative; what the order of float64 additions inside a block may do, and far below float32
+
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class Budget:
+    """What a group may keep, used up as its tensors are read in the order of their names.
+
+    `above` counts the keys above `key`. `ties_left` is None where the group's threshold or one of its tensors is
+    missing, so that there is no mask to check.
+    """
+
+    k: int
+    key: int = 0
+    ties: int = 0
+    ties_left: int | None = None
+    above: int = 0
+
+
+@dataclass(slots=True)
+class _Finding:
+    """Elements of a tensor that have the same thing wrong."""
+
+    count: int = 0
+    first: int = -1
+    score: float = math.nan
+
+    def add(self, wrong: np.ndarray, start: int, scores: np.ndarray | None = None) -> None:
+        if wrong.any():
+            if not self.count:
+                at = int(np.argmax(wrong))
+                self.first = start + at
+                self.score = math.nan if scores is None else float(scores[at])
+            self.count += int(np.count_nonzero(wrong))
+
+    def __str__(self) -> str:
+        return f"{self.count} element(s), the first at flat index {self.first},"
+
+
+class Comparison:
+    """One tensor of the output beside its sources."""
+
+    def __init__(self, plan: Plan, folder: Folder, tensor: PairedTensor, there: TensorInfo, progress: Progress):
+        self._recipe = plan.recipe
+        self._folders = {"base": plan.base.folder, "finetuned": plan.finetuned.folder, "out": folder}
+        self._tensor = tensor
+        self._infos = {"base": tensor.base, "finetuned": tensor.finetuned, "out": there}
+        self._progress = progress
+
+    def _bytes(self, side: str, begin: int, end: int) -> np.ndarray:
+        """Stored bytes `begin` to `end` of the tensor on one side."""
+        info = self._infos[side]
+        assert info
+        stored = np.empty(end - begin, np.uint8)
+        self._folders[side].reader(info.file).read_into(info.offset + begin, stored)
+        return stored
+
+    def _elements(self, side: str, start: int, stop: int) -> np.ndarray:
+        info = self._infos[side]
+        assert info
+        return self._bytes(side, start * itemsize(info.dtype), stop * itemsize(info.dtype))
+
+    def _in_output_dtype(self, side: str, stored: np.ndarray) -> np.ndarray:
+        info = self._infos[side]
+        assert info
+        return convert(stored, info.dtype, self._tensor.dtype, self._tensor.name)
+
+    def passed_through(self) -> list[str]:
+        """Every element is its source's."""
+        finding = _Finding()
+        self._compare(self._tensor.action, 0, finding)
+        return self._differs(self._tensor.action, finding)
+
+    def _compare(self, source: str, first: int, finding: _Finding) -> None:
+        """Compare elements from `first` on with those of one side."""
+        tensor, info = self._tensor, self._infos[source]
+        assert info
+        if is_weight(info.dtype) and is_weight(tensor.dtype):
+            width = itemsize(tensor.dtype)
+            for start, stop in _chunks(first, tensor.numel):
+                wanted = self._in_output_dtype(source, self._elements(source, start, stop))
+                finding.add(self._elements("out", start, stop).view(wanted.dtype) != wanted, start)
+                self._progress((stop - start) * width)
+        else:  # not scored, of any width: bytes
+            for start, stop in _chunks(0, tensor.nbytes):
+                finding.add(self._bytes("out", start, stop) != self._bytes(source, start, stop), start)
+                self._progress(stop - start)
+
+    def _differs(self, source: str, finding: _Finding) -> list[str]:
+        if not finding.count:
+            return []
+        return [f"tensor {self._tensor.name!r}: {finding} differ from {source}, which it is taken from"]
+
+    def pruned(self, row: dict[str, Any], budgets: dict[str, Budget]) -> list[str]:
+        """Every element is what the mask of its group's threshold makes of it; added rows are finetuned's."""
+        tensor, method = self._tensor, METHODS[self._recipe.method]
+        scored = method.score is not None
+        problems = []
+        mean = self._mean()
+        recorded = row.get("mean_abs_base")
+        if tensor.common and recorded is not None:
+            if math.isclose(mean, recorded, rel_tol=_SAME_MEAN):
+                mean = recorded
+            else:
+                problems.append(f"tensor {tensor.name!r}: mean |p| is {mean} and {TABLE} says {recorded}")
+        budget = budgets[tensor.group]
+        strange, dropped, added = _Finding(), _Finding(), _Finding()
+        count = 0
+        for start, stop in _chunks(0, tensor.common):
+            p, f, pruned, kept = self._pair(start, stop)
+            out = self._elements("out", start, stop).view(pruned.dtype)
+            keep, scores = self._mask(budget, p, f, np.float32(mean), start)
+            strange.add((out != pruned) & (out != kept), start)
+            if keep is not None:
+                count += int(np.count_nonzero(keep))
+                dropped.add(keep & (out != kept) & (out == pruned), start, scores)
+                added.add(~keep & (out != pruned) & (out == kept), start, scores)
+            self._progress((stop - start) * out.itemsize)
+        sources = "base's value nor finetuned's"
+        if method.keep:
+            sources = f"base's value nor what {self._recipe.method} makes of the two"
+        if strange.count:
+            problems.append(f"tensor {tensor.name!r}: {strange} are neither {sources}")
+        for finding, what in ((dropped, "dropped and should be kept"), (added, "kept and should be dropped")):
+            if finding.count:
+                why = f"; it scores {finding.score:.9g}, and its group's threshold is {score_of(budget.key):.9g}"
+                problems.append(f"tensor {tensor.name!r}: {finding} are {what}" + why * scored)
+        if budget.ties_left is not None and row.get("kept") not in (None, count):
+            problems.append(f"tensor {tensor.name!r}: {TABLE} says that {row['kept']} elements are kept, it is {count}")
+        rest = _Finding()
+        self._compare("finetuned", tensor.common, rest)
+        return problems + self._differs("finetuned", rest)
+
+    def _mean(self) -> float:
+        """mean |p| over the common elements: an exact sum of float64 sums of blocks."""
+        tensor = self._tensor
+        assert tensor.base
+        sums: list[float] = []
+        for start, stop in _chunks(0, tensor.common):
+            p = np.abs(upcast(values(self._elements("base", start, stop), tensor.base.dtype)))
+            sums += (float(p[i : i + BLOCK].sum(dtype=np.float64)) for i in range(0, p.size, BLOCK))
+        return math.fsum(sums) / tensor.common if tensor.common else 0.0
+
+    def _pair(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """p and f as values of one real dtype; bits of what an element becomes if it is pruned, and if it is kept."""
+        tensor, recipe = self._tensor, self._recipe
+        assert tensor.base
+        assert tensor.finetuned
+        stored_p, stored_f = (self._elements(side, start, stop) for side in ("base", "finetuned"))
+        p = upcast(values(stored_p, tensor.base.dtype))
+        f = upcast(values(stored_f, tensor.finetuned.dtype))
+        pruned = self._in_output_dtype("base", stored_p)
+        if recipe.nonfinite == "base":
+            # What is not finite is base's value, in finetuned's dtype.
+            odd = nonfinite(stored_f, tensor.finetuned.dtype)
+            if odd.any():
+                as_f = convert(stored_p, tensor.base.dtype, tensor.finetuned.dtype, tensor.name)
+                stored_f = np.where(odd, as_f, stored_f.view(as_f.dtype)).view(np.uint8)
+                f = upcast(values(stored_f, tensor.finetuned.dtype))
+        real = np.result_type(p, f)
+        p, f = p.astype(real, copy=False), f.astype(real, copy=False)
+        keep = METHODS[recipe.method].keep
+        if keep and 0 < recipe.density < 1:
+            with np.errstate(all="ignore"):
+                kept = round_to(keep(p, f, real.type(recipe.density)), tensor.dtype, tensor.name)
+        else:
+            kept = self._in_output_dtype("finetuned", stored_f)
+        return p, f, pruned, kept
+
+    def _mask(
+        self, budget: Budget, p: np.ndarray, f: np.ndarray, m: np.float32, start: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which elements are kept, and their scores; takes from the group's ties in order."""
+        method = METHODS[self._recipe.method]
+        if method.score is None:
+            return np.full(p.size, self._recipe.density > 0), None
+        if budget.ties_left is None:
+            return None, None
+        positions = np.arange(start, start + p.size)
+        scores = evaluate(method, p, f, m, stream_of(self._recipe.seed, self._tensor.name), positions)
+        keys = key_of(scores)
+        keep = keys > budget.key
+        budget.above += int(np.count_nonzero(keep))
+        if budget.ties_left:
+            tied = np.flatnonzero(keys == budget.key)[: budget.ties_left]
+            keep[tied] = True
+            budget.ties_left -= tied.size
+        return keep, scores
+
+
+def _chunks(first: int, end: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + CHUNK, end)) for start in range(first, end, CHUNK))

@@ -1,0 +1,241 @@
+"""Verification: a second reading of a finished output against its inputs, by other code than the one that wrote it.
+
+What is taken from the run: its recipe, and of every group the threshold's key and the tie quota. All else is done
+again, in numpy: checksums, means, scores, masks. An output that is the mask of a threshold which holds exactly k
+elements is the exact top k: whatever was dropped scores no higher than what was kept.
+
+Each tensor is read twice, a chunk at a time (for its mean, then to be compared), so memory does not depend on its size.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import xxhash
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.comparing import Budget, Comparison, Progress
+from pipeline.errors import UserError
+from pipeline.header import TensorInfo, read_header
+from pipeline.manifest import INDEX, TABLE, load_manifest, read_table
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import Recipe
+from pipeline.score import METHODS
+from pipeline.storage import Folder
+from pipeline.threshold import MAX_KEY, score_of
+
+
+def verify(
+    out: str, base: str | None = None, finetuned: str | None = None, progress: Progress | None = None
+) -> list[str]:
+    """Check a finished prune: its files, every element of every tensor, and what each group keeps.
+
+    Args:
+        out: the output folder.
+        base, finetuned: where the inputs are now, if not where the run found them.
+        progress: told bytes of the output as they are checked; they add up to the bytes of its tensors.
+
+    Returns:
+        What is wrong, a sentence each that names the shard, tensor or group; empty if all is right.
+
+    Raises:
+        UserError: there is no finished run, or its inputs are gone or are other files by now.
+    """
+    manifest = load_manifest(out)
+    plan = _plan(manifest, out, base, finetuned)
+    folder = Folder(out)
+    try:
+        tensors, unreadable, problems = _check_files(folder, manifest["shards"])
+        problems += _check_index(folder, tensors, unreadable, len(manifest["shards"]))
+        rows = _read_rows(out, problems)
+        budgets = _budgets(plan, rows, problems)
+        problems += _check_names(plan, tensors, unreadable, rows, budgets)
+        for tensor in sorted(plan.tensors(), key=lambda t: t.name):
+            if tensor.name in tensors:
+                compared = Comparison(plan, folder, tensor, tensors[tensor.name], progress or (lambda nbytes: None))
+                row = rows.get(tensor.name, {})
+                problems += compared.pruned(row, budgets) if tensor.action == "prune" else compared.passed_through()
+        problems += _check_counts(plan, budgets)
+    finally:
+        for opened in (folder, plan.base.folder, plan.finetuned.folder):
+            opened.close()
+    return problems
+
+
+def _plan(manifest: dict[str, Any], out: str, base: str | None, finetuned: str | None) -> Plan:
+    """The plan of the run, made again from its recipe and the headers of its inputs.
+
+    Raises:
+        UserError: an input is gone or is not the one that was pruned.
+    """
+    paths = {"base": base or manifest["paths"]["base"], "finetuned": finetuned or manifest["paths"]["finetuned"]}
+    for role, path in paths.items():
+        if not Folder(path).exists():
+            raise UserError(f"the {role} checkpoint of this run, {path}, is not there; say where it is with --{role}")
+    plan = make_plan(Recipe.of(**paths, out=out, **manifest["recipe"]))
+    for checkpoint, moved in ((plan.base, base), (plan.finetuned, finetuned)):
+        _check_identity(checkpoint, manifest["inputs"][checkpoint.role], moved is not None)
+    return plan
+
+
+def _check_identity(checkpoint: Checkpoint, then: dict[str, dict[str, Any]], moved: bool) -> None:
+    """A copy has another time of change, which says nothing; in the same place it says that the file was replaced."""
+    what = ("size", "header") if moved else ("size", "header", "mtime_ns")
+    for file in sorted(then.keys() | checkpoint.identity.keys()):
+        old, new = then.get(file), checkpoint.identity.get(file)
+        if old is None or new is None or any(old[key] != new[key] for key in what):
+            raise UserError(
+                f"{checkpoint.role}: {checkpoint.folder.path / file} is not the file that was pruned; give the folder "
+                f"of the one that was with --{checkpoint.role}, or prune again"
+            )
+
+
+# Files.
+
+
+def _check_files(folder: Folder, records: list[dict[str, Any]]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
+    """Sizes, checksums and headers of the shards; returns the tensors, the shards that cannot be read, and problems."""
+    tensors: dict[str, TensorInfo] = {}
+    unreadable: set[str] = set()
+    problems: list[str] = []
+    for record in records:
+        name = record["name"]
+        if not folder.has(name):
+            problems.append(f"{name}: missing")
+            unreadable.add(name)
+            continue
+        reader = folder.reader(name)
+        if reader.size != record["nbytes"]:
+            problems.append(f"{name}: has {reader.size} bytes and should have {record['nbytes']}")
+        digest = xxhash.xxh3_128()
+        for offset in range(0, reader.size, 8 << 20):
+            digest.update(reader.read(offset, min(8 << 20, reader.size - offset)))
+        if digest.hexdigest() != record["xxh3_128"]:
+            problems.append(f"{name}: its xxh3-128 is {digest.hexdigest()} and should be {record['xxh3_128']}")
+        try:
+            found = read_header(reader, name, name)
+        except UserError as error:
+            problems.append(str(error))
+            unreadable.add(name)
+            continue
+        for tensor in found:
+            if tensor.name in tensors:
+                problems.append(f"tensor {tensor.name!r}: in both {tensors[tensor.name].file} and {name}")
+            tensors[tensor.name] = tensor
+    known = {record["name"] for record in records}
+    for name in sorted(folder.files()):
+        if name.endswith(".safetensors") and "/" not in name and name not in known:
+            problems.append(f"{name}: not a shard of this run, and would be taken for one")
+    return tensors, unreadable, problems
+
+
+def _check_index(folder: Folder, tensors: dict[str, TensorInfo], unreadable: set[str], shards: int) -> list[str]:
+    """Whether the index says what the headers of readable shards say. One shard needs none."""
+    if not folder.has(INDEX):
+        return [f"{INDEX}: missing"] if shards > 1 else []
+    try:
+        index = json.loads(folder.read(INDEX))
+        weight_map, total = dict(index["weight_map"]), index["metadata"]["total_size"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{INDEX}: not an index with a weight_map and a total_size"]
+    problems = []
+    wrong = []
+    for name in sorted(weight_map.keys() | tensors.keys()):
+        said, there = weight_map.get(name), tensors[name].file if name in tensors else None
+        if said != there and said not in unreadable:
+            wrong.append(f"{name!r} (the index says {said or 'nothing'}, it is in {there or 'none of the shards'})")
+    if wrong:
+        problems.append(f"{INDEX}: disagrees with the headers on {len(wrong)} tensor(s): {'; '.join(wrong[:3])}")
+    size = sum(t.nbytes for t in tensors.values())
+    if total != size and not unreadable:
+        problems.append(f"{INDEX}: says {total} bytes in all, and the tensors have {size}")
+    return problems
+
+
+def _check_names(
+    plan: Plan,
+    tensors: dict[str, TensorInfo],
+    unreadable: set[str],
+    rows: dict[str, dict[str, Any]],
+    budgets: dict[str, Budget],
+) -> list[str]:
+    """Whether the tensors are those of the plan. Takes those that cannot be compared out of `tensors`.
+
+    Their groups are then incomplete: what the ties among them would have taken is not known.
+    """
+    problems = []
+    wanted = {t.name: t for t in plan.tensors()}
+    for name in sorted(tensors.keys() - wanted.keys()):
+        problems.append(f"tensor {name!r}: in {tensors.pop(name).file}, but not in the inputs")
+    for name, tensor in wanted.items():
+        there = tensors.get(name)
+        if there and (there.dtype, there.shape) == (tensor.dtype, tensor.shape):
+            continue
+        if there:
+            problems.append(
+                f"tensor {name!r}: {there.dtype} {list(there.shape)} in {there.file}, "
+                f"and should be {tensor.dtype} {list(tensor.shape)}"
+            )
+            del tensors[name]
+        elif rows.get(name, {}).get("shard") not in unreadable:
+            problems.append(f"tensor {name!r}: missing from the output")
+        if tensor.group:
+            budgets[tensor.group].ties_left = None
+    return problems
+
+
+# What the run recorded of each group.
+
+
+def _read_rows(out: str, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """The table's rows by tensor; none if it cannot be read."""
+    import pyarrow as pa
+
+    try:
+        return {row["name"]: row for row in read_table(out)}
+    except (UserError, pa.ArrowException, KeyError):
+        problems.append(f"{TABLE}: missing or damaged, so what each group keeps cannot be checked")
+        return {}
+
+
+def _budgets(plan: Plan, rows: dict[str, dict[str, Any]], problems: list[str]) -> dict[str, Budget]:
+    """Each group's k, and its threshold put together from the rows of its tensors.
+
+    The key is the same in all of them; `ties` is the part of the quota that the row's shard has handed out.
+    """
+    numel: dict[str, int] = {}
+    recorded: dict[str, list[tuple[Any, Any, Any]]] = {}
+    for tensor in plan.tensors():
+        if tensor.group:
+            numel[tensor.group] = numel.get(tensor.group, 0) + tensor.common
+            if tensor.common:
+                row = rows.get(tensor.name, {})
+                entry = (row.get("shard"), row.get("threshold_key"), row.get("ties"))
+                recorded.setdefault(tensor.group, []).append(entry)
+    budgets = {name: Budget(int(count * plan.recipe.density)) for name, count in numel.items()}
+    for name, entries in recorded.items():
+        keys = {key for _, key, _ in entries}
+        parts = {(shard, ties) for shard, _, ties in entries}
+        one_key = len(keys) == 1 and all(key is not None and 0 <= key <= MAX_KEY for key in keys)
+        if one_key and len(parts) == len({shard for shard, _ in parts}) and all(ties is not None for _, ties in parts):
+            budgets[name].key = keys.pop()
+            budgets[name].ties = budgets[name].ties_left = sum(ties for _, ties in parts)
+        elif rows:
+            problems.append(f"group {name!r}: {TABLE} does not record one threshold for all of its tensors")
+    return budgets
+
+
+def _check_counts(plan: Plan, budgets: dict[str, Budget]) -> list[str]:
+    """Whether the threshold of each group holds exactly k elements."""
+    problems = []
+    for name, budget in budgets.items():
+        if METHODS[plan.recipe.method].score is None or budget.ties_left is None:
+            continue
+        holds = budget.above + budget.ties - budget.ties_left
+        if holds != budget.k:
+            problems.append(
+                f"group {name!r}: {holds} elements reach its threshold {score_of(budget.key):.9g} "
+                f"({budget.above} above it), and exactly {budget.k} should be kept"
+            )
+    return problems
