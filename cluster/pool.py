@@ -60,6 +60,10 @@ class RayPool:
         self._actors: list[Any] = [remote.remote(recipe) for _ in range(self.workers)]
         self._backlog = Backlog()
 
+    def wait_until_ready(self) -> None:
+        """Return when every actor has been made."""
+        ray.get([actor.__ray_ready__.remote() for actor in self._actors])
+
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
         self._backlog.fill(tasks)
         running: dict[Any, int] = {}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.plan import Plan, index_json
-from pipeline.shard import record_name
+from pipeline.shard import record_name, saved_read_bytes
 from pipeline.storage import TEMPORARY, Folder
 from pipeline.table import from_parquet, to_parquet, totals
 from pipeline.threshold import Threshold
@@ -208,7 +208,7 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         "shards": records,
         "totals": {
             **totals(rows),
-            "read_bytes": sum(r["read_bytes"] for r in records),
+            "read_bytes": sum(r["read_bytes"] for r in records) + _read_to_measure(out),
             "written_bytes": sum(r["nbytes"] for r in records),
         },
         "left_out": list(plan.left_out),
@@ -220,6 +220,10 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
     out.remove_folder(WORK)
     out.remove_folder(TEMPORARY)
     return manifest
+
+
+def _read_to_measure(out: Folder) -> int:
+    return sum(saved_read_bytes(out, name) for name in out.files(WORK) if name.endswith(".npz"))
 
 
 def _config(plan: Plan) -> bytes:

@@ -18,16 +18,23 @@ import numpy as np
 
 from pipeline.dtypes import itemsize
 from pipeline.header import TensorInfo
+from pipeline.kernel import BLOCK
 from pipeline.plan import PairedTensor, Shard
 from pipeline.storage import Folder
 
 CHUNK = 1 << 20
-"""Elements handed to the arithmetic at once; a multiple of its block."""
+"""Elements handed to the arithmetic at once, at most; a multiple of its block."""
 
 PIECE_BYTES = 8 << 20
+"""Input bytes read and held together."""
+
+_ALIGN = 64
+_MOST_SLICES = 512  # in a piece, so that the gaps of alignment stay small
+BUFFER_BYTES = PIECE_BYTES + 4 * _ALIGN * _MOST_SLICES
+_FEWEST = 2  # buffers that streaming needs: one in use, one being read
 BATCH_BYTES = 32 << 20
 OVERHEAD_BYTES = 48 << 20
-"""What a worker needs beside resident sections: output buffers, two pieces, histograms, a chunk's temporaries."""
+"""What a worker needs beside its input buffers: output buffers, histograms, a chunk's temporaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ def _section(tensors: Sequence[PairedTensor]) -> Section:
     for tensor in tensors:
         for piece in _slices(tensor):
             nbytes = sum(length for _, _, length in extents(piece))
-            if here and size + nbytes > PIECE_BYTES:
+            if here and (size + nbytes > PIECE_BYTES or len(here) == _MOST_SLICES):
                 pieces.append(Piece(tuple(here), size))
                 here, size = [], 0
             here.append(piece)
@@ -93,11 +100,13 @@ def _section(tensors: Sequence[PairedTensor]) -> Section:
 
 def _slices(tensor: PairedTensor) -> Iterator[Slice]:
     """The common elements of both sides, then the bytes that pass through."""
-    for start in range(0, tensor.common, CHUNK):
-        yield Slice(tensor, start, min(start + CHUNK, tensor.common))
+    together = sum(itemsize(s.dtype) for s in tensor.sources) if tensor.common else 1
+    step = min(CHUNK, PIECE_BYTES // together // BLOCK * BLOCK)
+    for start in range(0, tensor.common, step):
+        yield Slice(tensor, start, min(start + step, tensor.common))
     source = tensor.sources[-1]
     begin = tensor.common * itemsize(source.dtype) if tensor.common else 0
-    step = CHUNK * max(1, itemsize(source.dtype))
+    step = CHUNK * max(1, itemsize(source.dtype))  # bytes; at most a piece, and a multiple of every width
     for start in range(begin, source.nbytes, step):
         yield Slice(tensor, start, min(start + step, source.nbytes), raw=True)
 
@@ -113,33 +122,27 @@ def extents(piece: Slice) -> list[tuple[int, TensorInfo, int]]:
 
 
 class Memory:
-    """Buffers within a budget of bytes. Freed ones are kept and used again, which is cheaper than fresh pages.
+    """Buffers of one size within a budget of bytes. Those given back are used again: fresh pages cost ten reads.
 
     For one thread: buffers are taken and given back by the one that computes.
     """
 
     def __init__(self, budget: int):
-        self.budget = budget
-        self._held = 0
+        self._left = max(_FEWEST, budget // BUFFER_BYTES)
         self._free: list[mmap.mmap] = []
 
-    def take(self, nbytes: int, force: bool = False) -> mmap.mmap | None:
-        """A buffer of at least `nbytes`, or None if the budget has no room; `force` takes it all the same."""
-        fitting = [b for b in self._free if nbytes <= len(b) <= 2 * nbytes + (1 << 20)]
-        if fitting:
-            best = min(fitting, key=len)
-            self._free.remove(best)
-            return best
-        size = max(mmap.PAGESIZE, -(-nbytes // (1 << 20)) << 20)
-        while self._held + size > self.budget and self._free:
-            self._held -= len(self._free.pop(0))
-        if self._held + size > self.budget and not force:
-            return None
-        self._held += size
-        buffer = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-        return buffer
+    @property
+    def room(self) -> int:
+        """How many buffers can be taken now."""
+        return self._left + len(self._free)
+
+    def take(self) -> mmap.mmap:
+        """A buffer of BUFFER_BYTES; there must be room for it."""
+        if self._free:
+            return self._free.pop()
+        assert self._left, "no room"
+        self._left -= 1
+        return mmap.mmap(-1, BUFFER_BYTES)
 
     def give(self, buffer: mmap.mmap) -> None:
         self._free.append(buffer)
@@ -178,21 +181,15 @@ class SectionReader:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def fits(self, section: Section) -> bool:
-        """Whether the section can be resident at all."""
-        return _roomy(section) <= self.memory.budget - OVERHEAD_BYTES
-
     def start(self, section: Section) -> list[Load] | None:
         """Begin to read a whole section, or say None if there is no room for it now."""
-        taken: list[tuple[Piece, mmap.mmap]] = []
-        for piece in section.pieces:
-            buffer = self.memory.take(_room(piece))
-            if buffer is None:
-                for _, other in taken:
-                    self.memory.give(other)
-                return None
-            taken.append((piece, buffer))
-        return [Load(self._threads.submit(self._load, piece, buffer), buffer) for piece, buffer in taken]
+        if len(section.pieces) > self.memory.room - _FEWEST:
+            return None
+        return [self._submit(piece) for piece in section.pieces]
+
+    def _submit(self, piece: Piece) -> Load:
+        buffer = self.memory.take()
+        return Load(self._threads.submit(self._load, piece, buffer), buffer)
 
     def release(self, loads: Sequence[Load]) -> None:
         """Give a section's buffers back, once nothing writes to them any more."""
@@ -203,19 +200,11 @@ class SectionReader:
     def stream(self, pieces: Sequence[Piece]) -> Iterator[Loaded]:
         """One pass over pieces that do not all fit: the next is read while one is used."""
         ahead: list[Load] = []
-        waiting = iter(pieces)
-
-        def submit() -> None:
-            piece = next(waiting, None)
-            if piece:
-                buffer = self.memory.take(_room(piece), force=True)
-                assert buffer is not None
-                ahead.append(Load(self._threads.submit(self._load, piece, buffer), buffer))
-
-        submit()
+        waiting = list(reversed(pieces))
         try:
-            while ahead:
-                submit()
+            while waiting or ahead:
+                while waiting and len(ahead) < _FEWEST:
+                    ahead.append(self._submit(waiting.pop()))
                 yield ahead[0].future.result()
                 self.release([ahead.pop(0)])
         finally:
@@ -262,15 +251,3 @@ class SectionReader:
             self.bytes_read += target.nbytes
             sides.append(target.reshape(-1))
         return sides
-
-
-_ALIGN = 64
-
-
-def _room(piece: Piece) -> int:
-    """Bytes of a piece with the gaps that alignment may cost."""
-    return piece.nbytes + 4 * _ALIGN * len(piece.slices)
-
-
-def _roomy(section: Section) -> int:
-    return sum(-(-_room(p) // (1 << 20)) << 20 for p in section.pieces)

@@ -21,7 +21,7 @@ LOCAL = 1 << 17
 WIDE = 1 << 21
 """The same for a group over several shards, where a wrong guess costs another read of everything."""
 
-REPORTED = 1 << 14
+REPORTED = 1 << 13
 """Elements behind the quantiles of a tensor."""
 
 _RUN = 256  # elements side by side

@@ -86,6 +86,10 @@ def record_name(shard: int) -> str:
     return f"fapm/work/shard-{shard:05d}.json"
 
 
+READ_BYTES = "read_bytes"
+"""In a file of samples or counts, what it cost to make."""
+
+
 class Interrupted(Exception):  # noqa: N818 - no error
     """The run was told to stop; what is finished stays."""
 
@@ -153,8 +157,9 @@ class Worker:
                 m = np.float32(np.abs(taken.p).mean(dtype=np.float64))
                 counted = coarse_histogram(taken.scores(tensor, self._recipe, m))
                 histograms[tensor.group] = histograms.get(tensor.group, 0) + counted
-        self._save(sample_name(task.shard.index), histograms)
-        return Done(task.shard.index, self._reader.bytes_read - read, 0, time.perf_counter() - began)
+        done = Done(task.shard.index, self._reader.bytes_read - read, 0, time.perf_counter() - began)
+        self._save(sample_name(task.shard.index), histograms, done)
+        return done
 
     def measure(self, task: Task) -> Done:
         """Count all scores of groups over several shards inside their brackets, into `measure_name`."""
@@ -170,8 +175,9 @@ class Worker:
         saved = {"means": _json_array(means), "above": _json_array(above)}
         for name, counted in bins.items():
             saved["bins:" + name] = counted if counted.max(initial=0) >= 2**32 else counted.astype(np.uint32)
-        self._save(measure_name(task.shard.index, task.round), saved)
-        return Done(task.shard.index, self._reader.bytes_read - read, 0, time.perf_counter() - began)
+        done = Done(task.shard.index, self._reader.bytes_read - read, 0, time.perf_counter() - began)
+        self._save(measure_name(task.shard.index, task.round), saved, done)
+        return done
 
     def write(self, task: Task) -> Done:
         """Write the pruned shard, and its record into `record_name`; the shard appears whole and last."""
@@ -213,7 +219,7 @@ class Worker:
         keep = task.keep and not write
 
         def start(i: int) -> None:
-            if i < len(cut) and loads[i] is None and self._reader.fits(cut[i]):
+            if i < len(cut) and loads[i] is None:
                 loads[i] = self._reader.start(cut[i])
 
         def release(i: int) -> None:
@@ -430,9 +436,9 @@ class Worker:
             hint = "--nonfinite base takes base's value there"
         raise UserError(f"weights that are not finite: {listed}; {hint}")
 
-    def _save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+    def _save(self, name: str, arrays: dict[str, np.ndarray], done: Done) -> None:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **{READ_BYTES: np.array(done.read_bytes)}, **arrays)  # type: ignore[arg-type]
         self._out.write(name, buffer.getvalue())
 
 
@@ -460,9 +466,15 @@ def _json_array(data: Any) -> np.ndarray:
 
 
 def load_arrays(folder: Folder, name: str) -> dict[str, np.ndarray]:
-    """What a worker saved for the driver."""
+    """What a worker saved for the driver: samples by group, or counts."""
     with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as saved:
-        return dict(saved)
+        return {key: saved[key] for key in saved.files if key != READ_BYTES}
+
+
+def saved_read_bytes(folder: Folder, name: str) -> int:
+    """How many input bytes a worker read for what it saved under this name."""
+    with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as saved:
+        return int(saved[READ_BYTES])
 
 
 def load_means(folder: Folder, shard: int) -> dict[str, tuple[float, float]]:

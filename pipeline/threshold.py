@@ -110,7 +110,7 @@ def _bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
     return bin_, int(sums[bin_] - histogram[bin_])
 
 
-_SIGMAS = 4.0
+_SIGMAS = 3.0  # a miss costs one more count, a wider bracket more bins than one count can close
 
 
 def _ranks(size: int, share: float) -> tuple[int, int]:
@@ -121,12 +121,15 @@ def _ranks(size: int, share: float) -> tuple[int, int]:
 
 def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
     """A bracket for the `share` highest, suggested by the scores of a sample (float32)."""
-    size = scores.size
-    first, last = _ranks(size, share)
-    places = [i for i in (size - last, size - first) if 0 <= i < size]
-    found = key_of(np.partition(scores, places)) if places else scores
-    lo = int(found[size - last]) if size - last >= 0 else 0
-    hi = int(found[size - first]) if 0 <= size - first < size else MAX_KEY
+    first, last = _ranks(scores.size, share)
+    lo, hi = 0, MAX_KEY
+    if last < scores.size:
+        place = scores.size - last
+        scores = np.partition(scores, place)[place:]  # the higher ones hold the other end too
+        lo = int(key_of(scores[:1])[0])
+    if first > 0:
+        place = scores.size - first
+        hi = int(key_of(np.partition(scores, place)[place : place + 1])[0])
     return Bracket(lo, hi)
 
 
