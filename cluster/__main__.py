@@ -1,0 +1,5 @@
+"""`python -m cluster` is `fapm`."""
+
+from cluster.cli import main
+
+main()

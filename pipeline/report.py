@@ -1,0 +1,301 @@
+"""What is told to a person or a program: facts of a plan, a checkpoint or a run, and the same facts as a short table.
+
+`…_facts` give what `--json` prints: plain dictionaries, sizes in bytes, times in seconds, shares from 0 to 1.
+`…_text` lay such facts out for a terminal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.plan import PairedTensor, Plan, group_of
+from pipeline.recipe import format_bytes
+from pipeline.score import METHODS
+
+if TYPE_CHECKING:
+    from pipeline.run import Result
+
+_LISTED = 3  # names that a line of text gives of a longer list
+_EXTREMES = 5  # tensors at each end of the kept share
+
+
+def layout(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells in aligned columns, two blanks between them; the columns in `right` are flush right."""
+    cells = [list(row) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+
+    def line(row: list[str]) -> str:
+        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, cells))
+
+
+def _fields(heading: str, fields: list[tuple[str, str]], oddities: Sequence[str]) -> str:
+    """A heading, a line a field, and everything odd, a line each."""
+    odd = [("odd" if i == 0 else "", oddity) for i, oddity in enumerate(oddities)] or [("odd", "nothing")]
+    return f"{heading}\n{layout([('', *field) for field in [*fields, *odd]])}"
+
+
+def _names(names: Sequence[str]) -> str:
+    return f"{len(names)}: " + ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.3%}" if share < 0.1 else f"{share:.1%}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+# A run.
+
+
+def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
+    """What a finished run has done, from its manifest."""
+    recipe = manifest["recipe"]
+    return {
+        "out": out,
+        "base": manifest["paths"]["base"],
+        "finetuned": manifest["paths"]["finetuned"],
+        **{choice: recipe[choice] for choice in ("method", "density", "scope")},
+        "shards": len(manifest["shards"]),
+        "totals": manifest["totals"],
+        "finished": manifest["finished"],
+        "run_seconds": manifest["seconds"],
+        "workers": manifest["workers"],
+        "left_out": manifest["left_out"],
+        "added": manifest["added"],
+        "oddities": manifest["oddities"],
+    }
+
+
+def prune_facts(result: Result) -> dict[str, Any]:
+    """What a prune has just done. `run_seconds` are those of the run that finished, `seconds` those of this command.
+
+    `read_bytes_per_second` is None where shards of an earlier try are among the bytes.
+    """
+    facts = run_facts(result.manifest, result.plan.recipe.out)
+    rate = None if result.resumed else facts["totals"]["read_bytes"] / result.seconds
+    now = {"resumed": result.resumed, "nothing_to_do": result.nothing_to_do, "seconds": result.seconds}
+    return facts | now | {"read_bytes_per_second": rate}
+
+
+def run_text(facts: dict[str, Any]) -> str:
+    """The table at the end of a prune, from `prune_facts` or `run_facts`."""
+    totals, blends = facts["totals"], METHODS[facts["method"]].score is None
+    heading = f"{facts['out']}: {facts['method']}, {'α' if blends else 'density'} {facts['density']:g}"
+    heading += "" if blends else f", scope {facts['scope']}"
+    if facts.get("nothing_to_do"):
+        heading += f"\nalready finished {facts['finished']}; nothing to do"
+    elif facts.get("resumed"):
+        heading += f"\nwent on from {facts['resumed']} of {_plural(facts['shards'], 'shard')} that were finished"
+    tensors = f"{totals['tensors']:,}, {totals['pruned_tensors']:,} of them pruned"
+    fields = [("tensors", f"{tensors}, in {_plural(facts['shards'], 'shard')}")]
+    if blends:
+        fields.append(("α", f"{facts['density']:g} of Δ in every element"))
+    elif totals["density"] is not None:
+        effective = f"{totals['effective_density']:.4g} effective (kept and changed)"
+        fields.append(("density", f"{facts['density']:g} asked, {totals['density']:.4g} kept, {effective}"))
+        same = "Δ is 0 everywhere: finetuned equals base"
+        fields.append(("kept ‖Δ‖²", same if totals["kept_share"] is None else _share(totals["kept_share"])))
+    rate = facts.get("read_bytes_per_second")
+    fields += [
+        ("read", format_bytes(totals["read_bytes"]) + (f", {format_bytes(rate)}/s" if rate else "")),
+        ("written", format_bytes(totals["written_bytes"])),
+        ("time", f"{_seconds(facts['run_seconds'])} with {_plural(facts['workers'], 'worker')}"),
+    ]
+    return _fields(heading, fields, facts["oddities"])
+
+
+def extremes(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The tensors that keep the lowest and the highest share of their ‖Δ‖², of the `changed_tensors`.
+
+    Args:
+        rows: the table of a run.
+    """
+    ranked = sorted((r for r in rows if r["kept_share"] is not None), key=lambda r: (r["kept_share"], r["name"]))
+    shown = ("name", "shape", "kept_share", "norm_delta", "norm_base")
+    short = [{key: row[key] for key in shown} for row in ranked]
+    end = min(_EXTREMES, len(short) // 2)
+    highest = short[end:][-_EXTREMES:][::-1]
+    return {"lowest": short[:end], "highest": highest, "changed_tensors": len(short)}
+
+
+def extremes_text(facts: dict[str, Any]) -> str:
+    """Those tensors, a line each, the highest share first."""
+    lowest, highest = facts["lowest"][::-1], facts["highest"]
+    if not highest:
+        return "no tensor has changed"
+    if highest[0]["kept_share"] == (lowest or highest)[-1]["kept_share"]:
+        return f"every tensor that has changed keeps {_share(highest[0]['kept_share'])} of its ‖Δ‖²"
+
+    def line(row: dict[str, Any]) -> tuple[str, str, str]:
+        change = f"{row['norm_delta'] / row['norm_base']:.2e}" if row["norm_base"] else "–"
+        return _share(row["kept_share"]), change, f"{row['name']} {row['shape']}"
+
+    between = facts["changed_tensors"] - len(lowest) - len(highest)
+    gap = [("…", "", f"({_plural(between, 'tensor')} between)")] if between else []
+    heading = ("kept ‖Δ‖²", "‖Δ‖ / ‖W‖", "tensor")
+    return layout([heading, *map(line, highest), *gap, *map(line, lowest)], right=(0, 1))
+
+
+# A plan.
+
+
+def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any]:
+    """What a prune would do.
+
+    Args:
+        state: of the output folder: `new`, `unfinished` or `finished`.
+        todo: shards that are not there yet.
+        workers: how many this machine would run.
+    """
+    kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": []}
+    for tensor in plan.tensors():
+        if kind := _kind(plan, tensor):
+            kinds[kind].append(tensor.name)
+    return {
+        "base": plan.recipe.base,
+        "finetuned": plan.recipe.finetuned,
+        "out": plan.recipe.out,
+        "state": state,
+        "recipe": plan.recipe.decides(),
+        "tensors": sum(1 for _ in plan.tensors()),
+        **kinds | {"pruned": len(kinds["pruned"])},
+        "added": list(plan.added),
+        "left_out": list(plan.left_out),
+        "shards": len(plan.shards),
+        "shards_to_do": todo,
+        "largest_shard_bytes": max(s.nbytes for s in plan.shards),
+        "groups": len(plan.groups),
+        "wide_groups": sum(g.wide for g in plan.groups.values()),
+        "competing_elements": sum(g.numel for g in plan.groups.values()),
+        "kept_elements": sum(g.k for g in plan.groups.values()),
+        "read_bytes": plan.pair_bytes,
+        "read_twice_bytes": _read_twice(plan),
+        "write_bytes": plan.write_bytes,
+        "memory_bytes_per_worker": plan.recipe.memory,
+        "workers": workers,
+        "workers_worth_having": len(plan.shards),
+        "oddities": list(plan.oddities),
+    }
+
+
+def _kind(plan: Plan, tensor: PairedTensor) -> str:
+    if tensor.action == "prune":
+        return "pruned" if tensor.common == tensor.numel else "grown"
+    if tensor.base is None:
+        return ""  # listed as added
+    return "ruled" if plan.recipe.action(tensor.name) in ("base", "finetuned") else "passed_through"
+
+
+def _read_twice(plan: Plan) -> int:
+    """Bytes that are read once more to measure wide groups, at most: not if all inputs fit the workers' memory."""
+    if METHODS[plan.recipe.method].score is None:
+        return 0
+    measured = {name for name, g in plan.groups.items() if g.wide and 0 < g.k < g.numel}
+    return sum(t.read_bytes for t in plan.tensors() if t.group in measured)
+
+
+_STATES = {
+    "new": "",
+    "unfinished": "\nan unfinished run of this recipe is there; prune goes on with it",
+    "finished": "\nthis run is finished; prune would do nothing",
+}
+
+_APART = {
+    "grown": "with new rows",
+    "ruled": "ruled out",
+    "passed_through": "passed through",
+    "added": "only in finetuned",
+    "left_out": "left out",
+}
+
+
+def plan_text(facts: dict[str, Any]) -> str:
+    """A plan as a table."""
+    recipe, blends = facts["recipe"], METHODS[facts["recipe"]["method"]].score is None
+    heading = f"{facts['out']}: {recipe['method']}, {'α' if blends else 'density'} {recipe['density']:g}"
+    heading += ("" if blends else f", scope {recipe['scope']}") + _STATES[facts["state"]]
+    fields = [("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned")]
+    fields += [(what, _names(facts[key])) for key, what in _APART.items() if facts[key]]
+    left = "" if facts["shards_to_do"] == facts["shards"] else f", {facts['shards_to_do']} of them to do"
+    wide = f", {facts['wide_groups']:,} of them over several shards" if facts["wide_groups"] else ""
+    twice = f", {format_bytes(facts['read_twice_bytes'])} of it twice unless all fits the workers' memory"
+    fields += [
+        ("shards", f"{facts['shards']:,}{left}, the largest {format_bytes(facts['largest_shard_bytes'])}"),
+        ("groups", f"{facts['groups']:,}{wide}"),
+        ("kept", f"{facts['kept_elements']:,} of {facts['competing_elements']:,} elements"),
+        ("to read", format_bytes(facts["read_bytes"]) + (twice if facts["read_twice_bytes"] else "")),
+        ("to write", format_bytes(facts["write_bytes"])),
+        ("memory", f"{format_bytes(facts['memory_bytes_per_worker'])} a worker, beside the interpreter"),
+        ("workers", f"{facts['workers']} here, up to {facts['workers_worth_having']:,} are worth having"),
+    ]
+    if blends:
+        fields = [field for field in fields if field[0] not in ("groups", "kept")]
+    return _fields(heading, fields, facts["oddities"])
+
+
+# A checkpoint.
+
+
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint holds. Tensors of one dtype and shape whose names differ in numbers only are one pattern."""
+    patterns: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
+    dtypes: dict[str, dict[str, int]] = {}
+    layers: dict[str, set[str]] = {}
+    files: dict[tuple[str, str, tuple[int, ...]], set[str]] = {}
+    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.name):
+        key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", tensor.name), tensor.dtype, tensor.shape)
+        empty = {"tensors": 0, "parameters": 0, "bytes": 0}
+        for sums in (patterns.setdefault(key, dict(empty)), dtypes.setdefault(tensor.dtype, dict(empty))):
+            sums["tensors"] += 1
+            sums["parameters"] += tensor.numel
+            sums["bytes"] += tensor.nbytes
+        files.setdefault(key, set()).add(tensor.file)
+        layer = group_of(tensor.name, "layer")
+        if layer != tensor.name:
+            layers.setdefault(layer.rpartition(".")[0], set()).add(layer)
+    hollow = sorted(t.name for t in checkpoint.tensors.values() if not t.numel)
+    return {
+        "path": str(checkpoint.folder.path),
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(t.numel for t in checkpoint.tensors.values()),
+        "bytes": checkpoint.nbytes,
+        "files": {name: identity["size"] for name, identity in checkpoint.identity.items()},
+        "layers": {stack: len(found) for stack, found in layers.items()},
+        "dtypes": dtypes,
+        "patterns": [
+            {"name": name, "dtype": dtype, "shape": list(shape), **sums, "files": len(files[name, dtype, shape])}
+            for (name, dtype, shape), sums in patterns.items()
+        ],
+        "side_files": list(checkpoint.side_files),
+        "oddities": [*checkpoint.oddities, *([f"tensors without elements: {_names(hollow)}"] if hollow else [])],
+    }
+
+
+def checkpoint_text(facts: dict[str, Any]) -> str:
+    """A checkpoint as a table."""
+    rows = [("tensor", "dtype", "shape", "tensors", "parameters", "bytes", "files")]
+    for entry in [*facts["patterns"], {**facts, "name": "all", "dtype": "", "shape": "", "files": len(facts["files"])}]:
+        counts = f"{entry['tensors']:,}", f"{entry['parameters']:,}", format_bytes(entry["bytes"])
+        rows.append((entry["name"], entry["dtype"], str(entry["shape"]), *counts, f"{entry['files']:,}"))
+    dtypes = [f"{dtype} {_share(sums['bytes'] / max(1, facts['bytes']))}" for dtype, sums in facts["dtypes"].items()]
+    fields = [
+        ("layers", ", ".join(f"{count} in {stack}" for stack, count in facts["layers"].items()) or "none"),
+        ("dtypes", ", ".join(dtypes)),
+        ("other files", _names(facts["side_files"]) if facts["side_files"] else "none"),
+    ]
+    return layout(rows, right=(3, 4, 5, 6)) + "\n" + _fields("", fields, facts["oddities"])
