@@ -81,15 +81,12 @@ class CpuEngine:
 
     def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
         lo, hi = float_range(bracket)
-        sizes = np.empty(kernel.TILE, chunk.real)
-        codes = sizes.view(f"u{sizes.itemsize}")
-        above, zeros, largest = self._kernels.count(
+        above, zeros, finite = self._kernels.count(
             chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, lo, hi,
-            np.uint32(bracket.lo), np.uint32(shift), bins, sizes, codes,
+            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(kernel.TILE, chunk.real),
         )  # fmt: skip
         add_zeros(zeros, bracket, shift, bins)
-        infinity = np.array([np.inf], chunk.real).view(codes.dtype)[0]
-        return above, bool(largest < infinity)
+        return above, finite
 
     def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
         score, ties = float_threshold(threshold, ties)

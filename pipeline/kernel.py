@@ -27,9 +27,10 @@ from pipeline.score import GAMMA, METHODS, UNIT, Method, mix
 BLOCK = 1 << 16
 """Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Never change it: m depends on it."""
 
-_LANES = 1024
-TILE = 2048
+TILE = 1024
 """Elements handled while in the first-level cache."""
+
+_LANES = 256  # a tile is four rows of lanes
 
 # numba keeps a compiled kernel until its own file changes; the formulas are in another one.
 _VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(score_module).encode(), digest_size=4).digest(), "little")
@@ -53,16 +54,24 @@ def abs_sums(p, sums, squares):  # type: ignore[no-untyped-def]
     """Σ|p| and Σp² of each BLOCK of a chunk, in float64."""
     lanes = np.empty(_LANES)
     lanes2 = np.empty(_LANES)
+    tile = np.empty(TILE, p.dtype)
     for block in range(sums.size):
         lanes[:] = 0.0
         lanes2[:] = 0.0
         stop = min((block + 1) * BLOCK, p.size)
-        for start in range(block * BLOCK, stop, _LANES):
-            row = p[start : min(start + _LANES, stop)]
-            for i in range(row.size):
-                x = np.float64(abs(_value(row[i])))
-                lanes[i] += x
-                lanes2[i] += x * x
+        for start in range(block * BLOCK, stop, TILE):
+            row = p[start : min(start + TILE, stop)]
+            if row.size < TILE:
+                tile[:] = 0
+                tile[: row.size] = row
+                row = tile
+            for i in range(_LANES):
+                a = np.float64(abs(_value(row[i])))
+                b = np.float64(abs(_value(row[i + _LANES])))
+                c = np.float64(abs(_value(row[i + 2 * _LANES])))
+                d = np.float64(abs(_value(row[i + 3 * _LANES])))
+                lanes[i] += (a + b) + (c + d)
+                lanes2[i] += (a * a + b * b) + (c * c + d * d)
         sums[block] = _total(lanes)
         squares[block] = _total(lanes2)
 
@@ -96,7 +105,7 @@ def kernels(name: str) -> Kernels:
 
     @register_jitable
     def score_tile(p, f, m, stream, start, sizes, scores):  # type: ignore[no-untyped-def]
-        for i in range(sizes.size):
+        for i in range(p.size):
             a = _value(p[i])
             d = abs(_value(f[i]) - a)
             u = np.float32(0)
@@ -105,10 +114,12 @@ def kernels(name: str) -> Kernels:
             s = np.float32(score(d, abs(a), m, u))
             sizes[i] = d
             scores[i] = s if s == s else (np.float32(0) if d == 0 else np.float32(-np.inf))
+        sizes[p.size :] = 0
+        scores[p.size :] = -np.inf
         return version
 
     @_jit
-    def count(p, f, m, stream, start, lo, hi, base, shift, histogram, sizes, size_codes):  # type: ignore[no-untyped-def]
+    def count(p, f, m, stream, start, lo, hi, base, shift, histogram, sizes):  # type: ignore[no-untyped-def]
         """Keys in [lo, hi] into the histogram, but for those of 0, which are counted: often they are most."""
         scores = np.empty(TILE, np.float32)
         codes = scores.view(np.uint32)
@@ -116,32 +127,34 @@ def kernels(name: str) -> Kernels:
         words = flags.view(np.uint64)
         zero_inside = lo <= 0 <= hi
         above = zeros = 0
-        largest = size_codes[0] & 0
+        finite = 0
         for t in range(0, p.size, TILE):
             size = min(TILE, p.size - t)
-            s = scores[:size]
-            score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, sizes[:size], s)
+            score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, sizes, scores)
             higher = np.uint32(0)
-            for i in range(size):
-                higher += np.uint32(s[i] > hi)
-                largest = max(largest, size_codes[i])
+            for i in range(TILE):
+                higher += np.uint32(scores[i] > hi)
             above += higher
+            real = np.uint32(0)
+            for i in range(TILE):
+                real += np.uint32(sizes[i] < np.inf)
+            finite += real == TILE
             if zero_inside:
                 zero = np.uint32(0)
-                for i in range(size):
-                    zero += np.uint32(s[i] == 0)
+                for i in range(TILE):
+                    zero += np.uint32(scores[i] == 0)
                 zeros += zero
-            for i in range(size):
-                flags[i] = (s[i] >= lo) & (s[i] <= hi) & (s[i] != 0)
+            for i in range(TILE):
+                flags[i] = (scores[i] >= lo) & (scores[i] <= hi) & (scores[i] != 0)
             flags[size:] = 0
-            for w in range((size + 7) // 8):
+            for w in range(TILE // 8):
                 if words[w]:
                     for i in range(8 * w, 8 * w + 8):
                         if flags[i]:
                             code = codes[i]
                             key = ~code if code >> np.uint32(31) else code | np.uint32(0x80000000)
                             histogram[np.uint32(key - base) >> shift] += 1
-        return above, zeros, largest
+        return above, zeros, finite * TILE >= p.size
 
     @_jit
     def apply(p, f, m, stream, start, threshold, ties, pruned, kept, out, sums, kept_sums, sizes, keep):  # type: ignore[no-untyped-def]
@@ -155,43 +168,47 @@ def kernels(name: str) -> Kernels:
             stop = min((block + 1) * BLOCK, p.size)
             for t in range(block * BLOCK, stop, TILE):
                 size = min(TILE, stop - t)
-                d = sizes[:size]
-                s = scores[:size]
-                k = keep[:size]
-                score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, d, s)
-                equal = np.uint32(0)
-                for i in range(size):
-                    equal += np.uint32(s[i] == threshold)
-                for i in range(size):
-                    k[i] = -np.int64(s[i] > threshold)
-                if equal and used < ties:
-                    for i in range(size):
-                        if s[i] == threshold and used < ties:
-                            k[i] = -1
-                            used += 1
+                score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, sizes, scores)
+                for i in range(TILE):
+                    keep[i] = -np.int64(scores[i] > threshold)
+                changed = np.uint32(0)
+                taken = np.uint32(0)
+                both = np.uint32(0)
+                for i in range(TILE):
+                    changed += np.uint32(sizes[i] != 0)
+                    taken += np.uint32(scores[i] > threshold)
+                    both += np.uint32((scores[i] > threshold) & (sizes[i] != 0))
+                n_changed += changed
+                n_kept += taken
+                n_both += both
+                if used < ties:
+                    equal = np.uint32(0)
+                    for i in range(TILE):
+                        equal += np.uint32(scores[i] == threshold)
+                    if equal:
+                        for i in range(size):
+                            if scores[i] == threshold and used < ties:
+                                keep[i] = -1
+                                used += 1
+                                n_kept += 1
+                                n_both += sizes[i] != 0
+                                lanes2[i % _LANES] += np.float64(sizes[i]) * np.float64(sizes[i])
                 a = pruned[t : t + size]
                 b = kept[t : t + size]
                 o = out[t : t + size]
                 for i in range(size):
-                    o[i] = a[i] ^ ((a[i] ^ b[i]) & k[i])
-                changed = np.uint32(0)
-                taken = np.uint32(0)
-                both = np.uint32(0)
-                for i in range(size):
-                    changed += np.uint32(d[i] != 0)
-                    taken += np.uint32(k[i] != 0)
-                    both += np.uint32((k[i] != 0) & (d[i] != 0))
-                n_changed += changed
-                n_kept += taken
-                n_both += both
-                for r in range(0, size, _LANES):
-                    dr = d[r : r + _LANES]
-                    kr = k[r : r + _LANES]
-                    for i in range(dr.size):
-                        x = np.float64(dr[i])
-                        y = np.float64(dr[i] if kr[i] else 0)
-                        lanes[i] += x * x
-                        lanes2[i] += y * y
+                    o[i] = a[i] ^ ((a[i] ^ b[i]) & keep[i])
+                for i in range(_LANES):
+                    x0 = np.float64(sizes[i])
+                    x1 = np.float64(sizes[i + _LANES])
+                    x2 = np.float64(sizes[i + 2 * _LANES])
+                    x3 = np.float64(sizes[i + 3 * _LANES])
+                    lanes[i] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+                    y0 = x0 if scores[i] > threshold else 0.0
+                    y1 = x1 if scores[i + _LANES] > threshold else 0.0
+                    y2 = x2 if scores[i + 2 * _LANES] > threshold else 0.0
+                    y3 = x3 if scores[i + 3 * _LANES] > threshold else 0.0
+                    lanes2[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3)
             sums[block] = _total(lanes)
             kept_sums[block] = _total(lanes2)
         return n_kept, n_changed, n_both, used

@@ -145,7 +145,7 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
     oddities += _ignored_settings(recipe, [t.name for t in paired])
-    shards = cut(paired, recipe.shard_size)
+    shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
     return Plan(recipe, base, finetuned, shards, group(shards, recipe.density), left_out, added, tuple(oddities))
 
 
@@ -247,6 +247,14 @@ def group_of(name: str, scope: str) -> str:
             if parts[i].isdigit() and not parts[i - 1].isdigit():
                 return ".".join(parts[: i + 1])
     return name
+
+
+def default_shard_size(total: int) -> int:
+    """Bytes of a shard where the recipe does not say: 1 GiB, less for small models, so that workers finish together.
+
+    An eighth of the whole, from 256 MiB to 1 GiB. Never a matter of how many workers there are: the bytes would be too.
+    """
+    return min(max(total // 8, 256 << 20), 1 << 30)
 
 
 def cut(tensors: list[PairedTensor], shard_size: int) -> tuple[Shard, ...]:

@@ -56,7 +56,7 @@ class Recipe(BaseModel):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"
-    shard_size: Bytes = Field(2**30, ge=2**10)
+    shard_size: Annotated[Bytes, Field(ge=2**10)] | None = None
     memory: Bytes = Field(2**30, ge=2**26)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     workers: int | None = Field(None, ge=1, le=100_000)
