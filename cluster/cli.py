@@ -7,23 +7,19 @@ show a traceback. What takes time to load is imported inside the commands, so th
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.options import json_option, read_choices, recipe_options
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.pool import Pool
-    from pipeline.recipe import Recipe
     from pipeline.run import Watch
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
 class Commands(click.Group):
@@ -73,66 +69,8 @@ def cli() -> None:
     """
 
 
-_RECIPE_OPTIONS = (
-    click.option("--base", metavar="FOLDER", help="Folder of the pre-trained checkpoint."),
-    click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint."),
-    click.option("--out", metavar="FOLDER", help="Folder for the pruned checkpoint."),
-    click.option(
-        "--density", metavar="SHARE", help="Share of the elements that stay fine-tuned; for wise-ft it is α.  [0.1]"
-    ),
-    click.option("--method", metavar="NAME", help="fapm, magnitude, relative, random, dare or wise-ft.  [fapm]"),
-    click.option("--scope", metavar="SCOPE", help="What shares one budget: tensor, layer or global.  [tensor]"),
-    click.option(
-        "--rule", "rules", metavar="PATTERN=ACTION", multiple=True,
-        help="What becomes of the tensors whose name matches: prune, base or finetuned. The first match decides; "
-        "rules given here replace the recipe's. Repeatable.",
-    ),
-    click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
-    click.option("--seed", metavar="N", help="For random and dare.  [0]"),
-    click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
-    click.option("--shard-size", metavar="SIZE", help="Largest file to write.  [1GiB]"),
-    click.option("--memory", metavar="SIZE", help="Budget of each worker.  [1GiB]"),
-    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [auto]"),
-    click.option("--workers", metavar="N", help="How many work side by side.  [one for each core or GPU]"),
-    click.option(
-        "--ray", metavar="WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"
-    ),
-    click.option("--config", metavar="FILE", help="A recipe in YAML with these options; those given here override it."),
-    click.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),
-    _json_option,
-)  # fmt: skip
-
-
-def _recipe_options(command: Command) -> Command:
-    for option in reversed(_RECIPE_OPTIONS):
-        command = option(command)
-    return command
-
-
-def _read_choices(config: str | None, choices: dict[str, Any]) -> tuple[Recipe, str, str]:
-    """The recipe, where to run it (`off`, `local` or a Ray address), and who said so."""
-    from pipeline.recipe import Recipe, read_yaml
-
-    ray, by = choices.pop("ray"), "--ray"
-    choices = {name: value for name, value in choices.items() if value not in (None, ())}
-    if config:
-        from_file = read_yaml(config)
-        in_file = from_file.pop("ray", None)
-        choices = from_file | choices
-        if ray is None and in_file is not None:
-            ray, by = "off" if in_file is False else in_file, f"ray in {config}"  # YAML reads `off` as false
-    if ray is None:
-        ray, by = (os.environ["RAY_ADDRESS"], "RAY_ADDRESS") if os.environ.get("RAY_ADDRESS") else ("off", "")
-    if not isinstance(ray, str) or not ray:
-        raise UserError(f"{by}: give off, local or the address of a Ray cluster (it is {ray!r})")
-    missing = [f"--{side}" for side in ("base", "finetuned", "out") if choices.get(side) is None]
-    if missing:
-        raise click.UsageError(f"missing: {', '.join(missing)}. Give each here or in the recipe of --config.")
-    return Recipe.of(**choices), ray, by
-
-
 @cli.command()
-@_recipe_options
+@recipe_options
 def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Prune a checkpoint.
 
@@ -146,7 +84,7 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
       fapm prune --base llama/ --finetuned llama-math/ --out blend/ --method wise-ft --density 0.5
       fapm prune --config recipe.yaml --density 0.2 --ray local --workers 4
     """
-    recipe, ray, by = _read_choices(config, choices)
+    recipe, ray, by = read_choices(config, choices)
     from cluster.progress import Progress
     from pipeline.report import prune_facts, run_text
     from pipeline.run import prune
@@ -184,7 +122,7 @@ def _pool(ray: str, by: str) -> Callable[[Plan, Watch], Pool]:
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Say what prune would do with the same arguments, and check what it would check. Reads no weights.
 
@@ -193,7 +131,7 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
       fapm plan --base llama/ --finetuned llama-math/ --out pruned/
       fapm plan --config recipe.yaml --scope global --shard-size 2GiB --json
     """
-    recipe, _, _ = _read_choices(config, choices)
+    recipe, _, _ = read_choices(config, choices)
     from pipeline.manifest import check_folder, unfinished_shards
     from pipeline.plan import make_plan
     from pipeline.pool import default_workers
@@ -211,7 +149,7 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
 
 @cli.command()
 @click.argument("checkpoint")
-@_json_option
+@json_option
 def inspect(checkpoint: str, as_json: bool) -> None:
     """List what the folder CHECKPOINT holds, from its headers alone.
 
@@ -229,7 +167,7 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("out")
-@_json_option
+@json_option
 def report(out: str, as_json: bool) -> None:
     """Show again what the finished prune in the folder OUT has done, and which tensors kept least and most of Δ.
 
@@ -249,7 +187,7 @@ def report(out: str, as_json: bool) -> None:
 @click.argument("out")
 @click.option("--base", metavar="FOLDER", help="Where the pre-trained checkpoint is now.  [where prune found it]")
 @click.option("--finetuned", metavar="FOLDER", help="Where the fine-tuned checkpoint is now.  [where prune found it]")
-@_json_option
+@json_option
 def verify(out: str, base: str | None, finetuned: str | None, as_json: bool) -> None:
     """Check the finished prune in the folder OUT against its inputs: checksums, every element, what each group keeps.
 

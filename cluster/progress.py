@@ -6,6 +6,7 @@ draws the bar a few times a second, and keeps its clock going where a large piec
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import TracebackType
@@ -70,9 +71,8 @@ class Progress:
             monitor_interval = 0  # its own thread would draw at other times than ours
 
         Bar.set_lock(threading.RLock())
-        self._bar = Bar(
-            total=nbytes, desc=label, unit="B", unit_scale=True, file=self._stream, dynamic_ncols=True, leave=False
-        )
+        size = {"dynamic_ncols": True} if _has_size(self._stream) else {"ncols": 79, "nrows": 24}
+        self._bar = Bar(total=nbytes, desc=label, unit="B", unit_scale=True, file=self._stream, leave=False, **size)
         self._drawer = threading.Thread(target=self._draw_until_ended, name="progress", daemon=True)
         self._drawer.start()
 
@@ -121,3 +121,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _has_size(stream: TextIO) -> bool:
+    """Whether a terminal knows its size. Some consoles and containers say 0 × 0, where tqdm would draw nothing."""
+    try:
+        return all(os.get_terminal_size(stream.fileno()))
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from pipeline.score import METHODS
 if TYPE_CHECKING:
     from pipeline.run import Result
 
-_LISTED = 3  # names that a line of text gives of a longer list
+_LISTED = 3  # names in a line of text, of a longer list
 _EXTREMES = 5  # tensors at each end of the kept share
 
 
@@ -162,10 +162,9 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         todo: shards that are not there yet.
         workers: how many this machine would run.
     """
-    kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": []}
+    kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
     for tensor in plan.tensors():
-        if kind := _kind(plan, tensor):
-            kinds[kind].append(tensor.name)
+        kinds[_kind(plan, tensor)].append(tensor.name)
     return {
         "base": plan.recipe.base,
         "finetuned": plan.recipe.finetuned,
@@ -174,7 +173,6 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         "recipe": plan.recipe.decides(),
         "tensors": sum(1 for _ in plan.tensors()),
         **kinds | {"pruned": len(kinds["pruned"])},
-        "added": list(plan.added),
         "left_out": list(plan.left_out),
         "shards": len(plan.shards),
         "shards_to_do": todo,
@@ -197,7 +195,7 @@ def _kind(plan: Plan, tensor: PairedTensor) -> str:
     if tensor.action == "prune":
         return "pruned" if tensor.common == tensor.numel else "grown"
     if tensor.base is None:
-        return ""  # listed as added
+        return "added"
     return "ruled" if plan.recipe.action(tensor.name) in ("base", "finetuned") else "passed_through"
 
 

@@ -1,0 +1,78 @@
+"""The options of `fapm prune` and `fapm plan`, and the recipe that they make together with a YAML file.
+
+They take any text and default to None: the recipe knows what is allowed and what the defaults are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+
+_RECIPE_OPTIONS = (
+    click.option("--base", metavar="FOLDER", help="Folder of the pre-trained checkpoint."),
+    click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint."),
+    click.option("--out", metavar="FOLDER", help="Folder for the pruned checkpoint."),
+    click.option(
+        "--density", metavar="SHARE", help="Share of the elements that stay fine-tuned; for wise-ft it is α.  [0.1]"
+    ),
+    click.option("--method", metavar="NAME", help="fapm, magnitude, relative, random, dare or wise-ft.  [fapm]"),
+    click.option("--scope", metavar="SCOPE", help="What shares one budget: tensor, layer or global.  [tensor]"),
+    click.option(
+        "--rule", "rules", metavar="PATTERN=ACTION", multiple=True,
+        help="What becomes of the tensors whose name matches: prune, base or finetuned. The first match decides; "
+        "rules given here replace the recipe's. Repeatable.",
+    ),
+    click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
+    click.option("--seed", metavar="N", help="For random and dare.  [0]"),
+    click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
+    click.option("--shard-size", metavar="SIZE", help="Largest file to write.  [1GiB]"),
+    click.option("--memory", metavar="SIZE", help="Budget of each worker.  [1GiB]"),
+    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [auto]"),
+    click.option("--workers", metavar="N", help="How many work side by side.  [one for each core or GPU]"),
+    click.option(
+        "--ray", metavar="WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"
+    ),
+    click.option("--config", metavar="FILE", help="A recipe in YAML with these options; those given here override it."),
+    click.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),
+    json_option,
+)  # fmt: skip
+
+
+def recipe_options(command: Command) -> Command:
+    for option in reversed(_RECIPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_choices(config: str | None, choices: dict[str, Any]) -> tuple[Recipe, str, str]:
+    """The recipe, where to run it (`off`, `local` or a Ray address), and who said so."""
+    from pipeline.recipe import Recipe, read_yaml
+
+    ray, by = choices.pop("ray"), "--ray"
+    choices = {name: value for name, value in choices.items() if value not in (None, ())}
+    if config:
+        from_file = read_yaml(config)
+        in_file = from_file.pop("ray", None)
+        choices = from_file | choices
+        if ray is None and in_file is not None:
+            ray, by = "off" if in_file is False else in_file, f"ray in {config}"  # YAML reads `off` as false
+    if ray is None:
+        ray, by = (os.environ["RAY_ADDRESS"], "RAY_ADDRESS") if os.environ.get("RAY_ADDRESS") else ("off", "")
+    if not isinstance(ray, str) or not ray:
+        raise UserError(f"{by}: give off, local or the address of a Ray cluster (it is {ray!r})")
+    missing = [f"--{side}" for side in ("base", "finetuned", "out") if choices.get(side) is None]
+    if missing:
+        raise click.UsageError(f"missing: {', '.join(missing)}. Give each here or in the recipe of --config.")
+    return Recipe.of(**choices), ray, by
