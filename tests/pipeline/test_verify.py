@@ -169,7 +169,8 @@ def test_added_rows_and_rules_pass(tmp_path):
     assert "'model.norm.weight': 1 element(s), the first at flat index 3, differ from base" in found[1]
 
 
-def test_chunks_and_blocks_do_not_show(tmp_path):
+@pytest.mark.parametrize("method", ["fapm", "random"])
+def test_chunks_and_blocks_do_not_show(tmp_path, method):
     """A tensor of several chunks, with ties and a quota that spans them."""
     random = np.random.default_rng(1)
     shape = (3, (1 << 18) + 77)
@@ -178,7 +179,7 @@ def test_chunks_and_blocks_do_not_show(tmp_path):
     for role, values in (("base", p), ("finetuned", f)):
         (tmp_path / role).mkdir()
         save_file({"w": torch.tensor(values)}, tmp_path / role / "model.safetensors")
-    out = pruned(tmp_path)
+    out = pruned(tmp_path, method=method)
     assert verify(str(out)) == []
     edit(out, "w", lambda t: t.view(-1)[600_000].add_(1))
     assert "flat index 600000" in " ".join(verify(str(out)))
