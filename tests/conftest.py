@@ -1,0 +1,54 @@
+"""What the tests share. Run them with `pytest` from the repository's root; `-m "not slow"` takes the quick ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import Tensors, load, save
+
+from pipeline import Recipe, prune
+from pipeline.run import Result
+
+
+class Runner:
+    """Prunes pairs inside one temporary folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._runs = 0
+
+    def write(self, base: Tensors, finetuned: Tensors, shards: tuple[int, int] = (1, 1)) -> None:
+        save(self.folder / "base", base, shards[0])
+        save(self.folder / "finetuned", finetuned, shards[1])
+
+    def recipe(self, out: str | None = None, **choices: Any) -> Recipe:
+        sides = {"base": str(self.folder / "base"), "finetuned": str(self.folder / "finetuned")}
+        defaults = {"workers": 1, "device": "cpu", "memory": "128MB"}
+        return Recipe.of(**sides, out=str(self.folder / (out or self.new_name())), **{**defaults, **choices})
+
+    def new_name(self) -> str:
+        self._runs += 1
+        return f"out-{self._runs}"
+
+    def prune(self, out: str | None = None, **choices: Any) -> tuple[Path, Result]:
+        recipe = self.recipe(out, **choices)
+        result = prune(recipe)
+        return Path(recipe.out), result
+
+    def pruned(self, **choices: Any) -> Tensors:
+        """Prune into a new folder and read what came out with the safetensors library."""
+        return load(self.prune(**choices)[0])
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)
+
+
+@pytest.fixture
+def new_runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Runner]:
+    """For tests that need several pairs, such as those of hypothesis."""
+    return lambda: Runner(tmp_path_factory.mktemp("pair"))

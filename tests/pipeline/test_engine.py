@@ -1,0 +1,297 @@
+"""pytest tests/pipeline/test_engine.py: compiled loops and torch give the bits that numpy and a sort give."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.chunk import Chunk
+from pipeline.device import TorchEngine
+from pipeline.dtypes import upcast
+from pipeline.engine import CpuEngine, make_engine
+from pipeline.errors import UserError
+from pipeline.kernel import BLOCK, TILE
+from pipeline.reading import CHUNK
+from pipeline.score import METHODS, stream_of
+from pipeline.threshold import (
+    HIGHEST_KEY,
+    KEEP_ALL,
+    KEEP_NONE,
+    LOWEST_KEY,
+    MAX_KEY,
+    ZERO_KEY,
+    Bracket,
+    Threshold,
+    key_of,
+)
+
+SCORED = [name for name, method in METHODS.items() if method.score]
+KINDS = ["bfloat16", "float32", "float64"]
+SIZES = [1, 7, TILE + 1, BLOCK + 13]
+SEED, NAME = 3, "model.layers.0.weight"
+
+EXTREMES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, 1e38, -3e38, 3e38, 0.5, 2.0]
+
+
+def values(kind: str, size: int, seed: int, special: bool = False) -> np.ndarray:
+    """What a chunk carries: uint16 bits for bfloat16, else the floats."""
+    random = np.random.default_rng(seed)
+    x = random.choice(EXTREMES, size) if special else random.normal(size=size)
+    if not special:
+        x[random.random(size) < 0.2] = 0
+    if kind == "bfloat16":
+        return torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    return x.astype(kind)
+
+
+def pair(kind: str, size: int, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    p, f = values(kind, size, 1, special), values(kind, size, 2, special)
+    same = np.random.default_rng(3).random(size) < 0.3
+    return p, np.where(same, p, f)
+
+
+def chunk_of(p: np.ndarray, f: np.ndarray, start: int = 0) -> Chunk:
+    random = np.random.default_rng(5)
+    pruned, kept = (random.integers(0, 2**16, p.size, np.uint16) for _ in range(2))
+    return Chunk(start, stream_of(SEED, NAME), p.copy(), f.copy(), pruned, kept)
+
+
+def engines(method: str) -> list:
+    return [CpuEngine(method), TorchEngine(method, "cpu")]
+
+
+def expected_scores(method: str, p: np.ndarray, f: np.ndarray) -> np.ndarray:
+    return oracle.scores(method, upcast(p), upcast(f), SEED, NAME) + np.float32(0)
+
+
+def check_count(engine, method, p, f, bracket, max_bins) -> None:
+    s = expected_scores(method, p, f)
+    keys = key_of(s).astype(np.int64)
+    shift = bracket.shift(max_bins)
+    bins = np.zeros(bracket.bins(shift), np.int64)
+    above, _ = engine.count(chunk_of(p, f), oracle.mean_of(upcast(p)), bracket, shift, bins)
+    inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
+    assert above == int((keys > bracket.hi).sum())
+    assert np.array_equal(bins, np.bincount((inside - bracket.lo) >> shift, minlength=bins.size))
+
+
+def check_apply(engine, method, p, f, k) -> None:
+    s, chunk, m = expected_scores(method, p, f), chunk_of(p, f), oracle.mean_of(upcast(p))
+    mask = oracle.kept_mask(s, k)
+    if 0 < k < s.size:
+        kth = np.sort(s)[::-1][k - 1]
+        limit = Threshold(int(key_of(kth.reshape(1))[0]), k - int((s > kth).sum()))
+    else:
+        limit = KEEP_ALL if k else KEEP_NONE
+    out = np.zeros_like(chunk.kept)
+    applied = engine.apply(chunk, m, limit, limit.ties, out)
+    assert np.array_equal(out, np.where(mask, chunk.kept, chunk.pruned))
+    with np.errstate(all="ignore"):
+        d = np.abs(upcast(f) - upcast(p))
+        squares = d.astype(np.float64) ** 2
+    assert applied.kept == k
+    assert applied.changed == int((d != 0).sum())
+    assert applied.kept_changed == int((mask & (d != 0)).sum())
+    if 0 < k < s.size:
+        assert applied.ties == limit.ties
+    assert applied.squares.shape == applied.kept_squares.shape == (-(-p.size // BLOCK),)
+    assert math.isclose(applied.squares.sum(), squares.sum(), rel_tol=1e-12)
+    assert math.isclose(applied.kept_squares.sum(), squares[mask].sum(), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", [False, True], ids=["gaussian", "extremes"])
+def test_counts_are_those_of_numpy(method, kind, special):
+    for size in SIZES:
+        p, f = pair(kind, size, special)
+        for engine in engines(method):
+            check_count(engine, method, p, f, Bracket(), 1 << 16)
+            check_count(engine, method, p, f, Bracket(ZERO_KEY - (1 << 28), ZERO_KEY + (1 << 28)), 1 << 10)
+
+
+# The key of −0 lies right below that of 0, and belongs to no score.
+EDGES = [
+    (0, ZERO_KEY - 2), (0, ZERO_KEY), (ZERO_KEY, MAX_KEY), (ZERO_KEY + 1, MAX_KEY), (ZERO_KEY, ZERO_KEY),
+    (ZERO_KEY - 1, ZERO_KEY), (ZERO_KEY - 1, MAX_KEY), (0x007FFFFF, 0x007FFFFF), (0xFF800000, 0xFF800000),
+    (0xFF800001, MAX_KEY), (0xFF800000, MAX_KEY), (0, 0x00800000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fapm", "relative", "magnitude"])
+@pytest.mark.parametrize(("lo", "hi"), EDGES)
+def test_counts_at_the_edges_of_zero_and_of_infinity(method, lo, hi):
+    p, f = pair("float32", 5000, special=True)
+    for engine in engines(method):
+        check_count(engine, method, p, f, Bracket(lo, hi), 1 << 12)
+
+
+@pytest.mark.parametrize("method", ["fapm", "relative", "magnitude"])
+@pytest.mark.parametrize("lo", [0, ZERO_KEY - 1, ZERO_KEY - (1 << 12)])
+def test_zeros_are_above_a_bracket_that_ends_right_below_zero(method, lo):
+    p, f = pair("float32", 5000)
+    for engine in engines(method):
+        check_count(engine, method, p, f, Bracket(lo, ZERO_KEY - 1), 1 << 12)
+
+
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", [False, True], ids=["gaussian", "extremes"])
+def test_masks_are_those_of_a_stable_sort(method, kind, special):
+    for size in SIZES:
+        p, f = pair(kind, size, special)
+        for k in {0, 1, size // 10, size - 1, size}:
+            for engine in engines(method):
+                check_apply(engine, method, p, f, k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["fapm", "relative", "magnitude"]),
+    st.lists(st.tuples(st.sampled_from(EXTREMES), st.sampled_from(EXTREMES)), min_size=1, max_size=40),
+    st.data(),
+)
+def test_any_pair_of_extremes_in_any_bracket(method, elements, data):
+    p, f = (np.array(side, np.float32) for side in zip(*elements, strict=True))
+    edges = [LOWEST_KEY, ZERO_KEY - 2, ZERO_KEY - 1, ZERO_KEY, ZERO_KEY + 1, HIGHEST_KEY]
+    edges += [int(k) for k in key_of(expected_scores(method, p, f))]
+    lo, hi = sorted(data.draw(st.tuples(st.sampled_from(edges), st.sampled_from(edges))))
+    k = data.draw(st.integers(0, p.size))
+    for engine in engines(method):
+        check_count(engine, method, p, f, Bracket(lo, hi), 1 << 12)
+        check_apply(engine, method, p, f, k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_every_base_weight_is_zero(kind):
+    p, f = np.zeros_like(values(kind, 3000, 1)), values(kind, 3000, 2)
+    for method in SCORED:
+        for engine in engines(method):
+            check_count(engine, method, p, f, Bracket(), 1 << 16)
+            for k in (1, 700, 2999):
+                check_apply(engine, method, p, f, k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_blocks(kind):
+    for size in SIZES:
+        p, f = pair(kind, size)
+        x = np.abs(upcast(p).astype(np.float64))
+        for engine in engines("fapm"):
+            sums, squares = engine.abs_sums(chunk_of(p, f))
+            for i in range(-(-size // BLOCK)):
+                block = x[i * BLOCK : (i + 1) * BLOCK]
+                assert math.isclose(sums[i], math.fsum(block), rel_tol=1e-13)
+                assert math.isclose(squares[i], math.fsum(block**2), rel_tol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_is_right_to_the_bit(kind):
+    for seed in range(20):
+        p = values(kind, 3 * BLOCK + 5, seed)
+        sums, _ = CpuEngine("fapm").abs_sums(chunk_of(p, p))
+        assert np.float32(math.fsum(sums) / p.size) == oracle.mean_of(upcast(p))
+
+
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("make", [CpuEngine, lambda method: TorchEngine(method, "cpu")], ids=["compiled", "torch"])
+def test_nothing_depends_on_where_a_tensor_is_cut(method, make):
+    assert CHUNK % BLOCK == 0
+    engine, size = make(method), 3 * BLOCK + 100
+    p, f = pair("bfloat16", size)
+    m = oracle.mean_of(upcast(p))
+    limit = Threshold(ZERO_KEY, size // 7)
+
+    def in_steps(step: int) -> tuple:
+        whole = chunk_of(p, f)
+        bins, out, left = np.zeros(1 << 16, np.int64), np.empty_like(whole.kept), limit.ties
+        above, lists, counts = 0, ([], [], [], []), np.zeros(3, int)
+        for start in range(0, size, step):
+            part = slice(start, start + step)
+            mine = (side[part].copy() for side in (p, f))
+            chunk = Chunk(start, whole.stream, *mine, whole.pruned[part], whole.kept[part])
+            above += engine.count(chunk, m, Bracket(), 16, bins)[0]
+            applied = engine.apply(chunk, m, limit, left, out[part])
+            left -= applied.ties
+            counts += (applied.kept, applied.changed, applied.kept_changed)
+            parts = (*engine.abs_sums(chunk), applied.squares, applied.kept_squares)
+            for found, block in zip(lists, parts, strict=True):
+                found += block.tolist()
+        return (above, bins.tolist(), out.tolist(), left, counts.tolist()), np.array(lists)
+
+    counts, sums = in_steps(size)
+    for step in (BLOCK, 2 * BLOCK):
+        other_counts, other_sums = in_steps(step)
+        assert counts == other_counts
+        # A device may add up a block in another order (SEMANTICS.md, 2); the compiled loops never do.
+        assert np.array_equal(sums, other_sums) if make is CpuEngine else np.allclose(sums, other_sums, rtol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", SCORED)
+def test_the_inputs_are_left_as_they_are(method, kind):
+    """A resident section is used for every pass: mean, counts and output see the same weights."""
+    p, f = pair(kind, 3000)
+    for engine in engines(method):
+        chunk = chunk_of(p, f)
+        before = [side.tobytes() for side in (chunk.p, chunk.f, chunk.pruned, chunk.kept)]
+        engine.abs_sums(chunk)
+        engine.count(chunk, np.float32(1), Bracket(), 16, np.zeros(1 << 16, np.int64))
+        engine.apply(chunk, np.float32(1), Threshold(ZERO_KEY, 5), 5, np.empty_like(chunk.kept))
+        assert [side.tobytes() for side in (chunk.p, chunk.f, chunk.pruned, chunk.kept)] == before
+
+
+@pytest.mark.parametrize("method", SCORED)
+def test_what_is_not_finite_is_noticed(method):
+    for bad in (np.nan, np.inf, -np.inf):
+        for side in (0, 1):
+            for kind in ("float32", "float64"):
+                p, f = pair(kind, TILE + 5)
+                (p, f)[side][TILE + 1] = bad
+                for engine in engines(method):
+                    _, finite = engine.count(chunk_of(p, f), np.float32(1), Bracket(), 16, np.zeros(1 << 16, np.int64))
+                    assert not finite
+                    clean = pair(kind, TILE + 5)
+                    _, finite = engine.count(chunk_of(*clean), np.float32(1), Bracket(), 16, np.zeros(1 << 16, int))
+                    assert finite
+
+
+def test_output_bits_of_every_width():
+    p, f = pair("float32", 3000)
+    s, m = expected_scores("fapm", p, f), oracle.mean_of(p)
+    kth = np.sort(s)[::-1][299]
+    limit = Threshold(int(key_of(kth.reshape(1))[0]), 300 - int((s > kth).sum()))
+    for width in (1, 2, 4, 8):
+        random = np.random.default_rng(width)
+        pruned, kept = (random.integers(0, 256, 3000 * width, np.uint8).view(f"u{width}") for _ in range(2))
+        for engine in engines("fapm"):
+            out = np.zeros_like(kept)
+            engine.apply(Chunk(0, 0, p.copy(), f.copy(), pruned, kept), m, limit, limit.ties, out)
+            assert np.array_equal(out, np.where(oracle.kept_mask(s, 300), kept, pruned))
+
+
+def test_a_device_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(UserError, match="no CUDA device"):
+        make_engine("fapm", "cuda")
+    assert isinstance(make_engine("fapm", "auto"), CpuEngine)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_gives_the_bits_of_the_cpu(method, kind):
+    engine = TorchEngine(method, "cuda")
+    for special in (False, True):
+        for size in SIZES:
+            p, f = pair(kind, size, special)
+            check_count(engine, method, p, f, Bracket(), 1 << 16)
+            for k in {1, size // 10, size // 2, size}:
+                check_apply(engine, method, p, f, k)
