@@ -1,0 +1,135 @@
+"""pytest tests/pipeline/test_memory.py: memory follows the budget, and the bytes do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import gaussian, save, weights_of
+
+from pipeline import Recipe, prune
+from pipeline.header import build_header
+from pipeline.manifest import load_manifest
+
+RUN = """
+import json, resource, sys
+from pipeline import Recipe, prune
+prune(Recipe.of(**json.loads(sys.argv[1])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_kib(recipe: Recipe) -> int:
+    """Peak resident memory of a process of its own that prunes, in KiB."""
+    command = [sys.executable, "-c", RUN, recipe.model_dump_json(exclude_none=True)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=250).stdout)
+
+
+ROWS, COLUMNS = 375_000, 2_000  # 1.5 GB of bfloat16
+
+
+def write_huge(folder: Path, changed: bool) -> None:
+    """One tensor of 1.5 GB, a block of random weights over and over, and a few small ones beside it."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    random = np.random.default_rng(0)
+    p = random.normal(0, 0.02, 1 << 22).astype(np.float32)
+    if changed:
+        p += np.random.default_rng(1).normal(0, 2e-4, p.size).astype(np.float32)
+    block = torch.from_numpy(p).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    shapes = {"model.layers.0.a": (ROWS, COLUMNS), "model.layers.0.b": (300, 1000), "model.layers.1.c": (300, 1000)}
+    tensors = [(name, "BF16", shape, 2 * shape[0] * shape[1]) for name, shape in shapes.items()]
+    with (folder / "model.safetensors").open("wb", buffering=0) as file:
+        file.write(build_header(tensors))
+        for _, _, _, left in tensors:
+            while left:
+                left -= file.write(block[:left])
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("huge")
+    write_huge(folder / "base", False)
+    write_huge(folder / "finetuned", True)
+    yield folder
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+
+
+@pytest.fixture(scope="module")
+def floor(tmp_path_factory) -> int:
+    """What the interpreter, the libraries and a tiny prune take, in KiB."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base, finetuned = gaussian({"model.layers.0.a": (64, 64), "model.layers.1.b": (64, 64)}, torch.bfloat16)
+    save(folder / "base", base)
+    save(folder / "finetuned", finetuned)
+    sides = {"base": str(folder / "base"), "finetuned": str(folder / "finetuned")}
+    recipe = Recipe.of(**sides, out=str(folder / "out"), memory="64MiB", workers=1, device="cpu", shard_size="8kB")
+    return peak_kib(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+def test_a_tensor_of_six_times_the_budget(huge, floor, scope):
+    """Peak memory above that of a tiny run stays within the budget, and the bytes are those of a large budget."""
+    sides = {"base": str(huge / "base"), "finetuned": str(huge / "finetuned"), "scope": scope}
+    choices = {"workers": 1, "device": "cpu", "shard_size": "200MB"}
+    small = Recipe.of(**sides, **choices, out=str(huge / f"small-{scope}"), memory="256MB")
+    large = Recipe.of(**sides, **choices, out=str(huge / f"large-{scope}"), memory="6GB")
+    used = (peak_kib(small) - floor) * 1024
+    prune(large)
+    read = {r.out: load_manifest(r.out)["totals"]["read_bytes"] for r in (small, large)}
+    print(f"\n{scope}: {used / 1e6:.0f} MB above the floor of {floor * 1024 / 1e6:.0f} MB; bytes read {read}")
+    one, other = weights_and_index(Path(small.out)), weights_and_index(Path(large.out))
+    assert one.keys() == other.keys()
+    for name, file in one.items():
+        assert subprocess.run(["cmp", file, other[name]]).returncode == 0, name
+    for recipe in (small, large):
+        for file in Path(recipe.out).glob("*.safetensors"):
+            file.unlink()
+    assert used < 1.1 * 256e6
+
+
+def weights_and_index(folder: Path) -> dict[str, Path]:
+    return {f.name: f for f in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]}
+
+
+@pytest.mark.slow
+def test_global_scope_reads_little_more_than_twice(tmp_path):
+    """2.1 times what tensor scope reads where nothing fits the budget, 1.05 times where all of it does."""
+    shapes = {f"model.layers.{i}.w": (2000, 2500) for i in range(12)}  # 240 MB of both sides together
+    base, finetuned = gaussian(shapes, torch.bfloat16, delta=0.01)
+    save(tmp_path / "base", base)
+    save(tmp_path / "finetuned", finetuned)
+    choices = {
+        "base": str(tmp_path / "base"), "finetuned": str(tmp_path / "finetuned"), "device": "cpu", "shard_size": "12MB"
+    }  # fmt: skip
+
+    def read_bytes(scope: str, memory: str) -> int:
+        recipe = Recipe.of(**choices, out=str(tmp_path / f"{scope}-{memory}"), scope=scope, memory=memory, workers=1)
+        return prune(recipe).manifest["totals"]["read_bytes"]
+
+    once = read_bytes("tensor", "256MB")
+    assert once <= 1.02 * 2 * sum(t.nbytes for t in base.values())
+    for scope in ("layer", "global"):
+        assert read_bytes(scope, "128MB") <= 2.1 * once
+        assert read_bytes(scope, "1GB") <= 1.05 * once
+    assert weights_of(tmp_path / "global-128MB") == weights_of(tmp_path / "global-1GB")
+    assert json.loads((tmp_path / "global-1GB" / "fapm" / "manifest.json").read_text())["totals"]["read_bytes"]
+
+
+@pytest.mark.slow
+def test_many_small_tensors_take_no_more_than_the_budget(tmp_path, floor):
+    shapes = {f"model.layers.{i // 100}.t{i}": (40, 100) for i in range(20_000)}
+    base, finetuned = gaussian(shapes, torch.bfloat16)
+    save(tmp_path / "base", base)
+    save(tmp_path / "finetuned", finetuned)
+    sides = {"base": str(tmp_path / "base"), "finetuned": str(tmp_path / "finetuned")}
+    for scope in ("tensor", "global"):
+        recipe = Recipe.of(**sides, out=str(tmp_path / scope), memory="128MB", workers=1, device="cpu", scope=scope)
+        assert (peak_kib(recipe) - floor) * 1024 < 1.1 * 128e6 + 20_000 * 4_000  # headers and rows: 4 kB a tensor
