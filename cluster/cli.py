@@ -136,13 +136,13 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     from pipeline.plan import make_plan
     from pipeline.pool import default_workers
     from pipeline.report import plan_facts, plan_text
-    from pipeline.run import check_means
+    from pipeline.run import check_disk
 
     made = make_plan(recipe)
     state = check_folder(made, overwrite)
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
     if state != "finished":
-        check_means(made, state)
+        check_disk(made, state)
     facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)))
     _print(facts, plan_text(facts), as_json)
 

@@ -37,7 +37,7 @@ _RECIPE_OPTIONS = (
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
     click.option("--seed", metavar="N", help="For random and dare.  [0]"),
     click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
-    click.option("--shard-size", metavar="SIZE", help="Largest file to write.  [1GiB]"),
+    click.option("--shard-size", metavar="SIZE", help="Largest file to write.  [an eighth of all, 256MiB to 1GiB]"),
     click.option("--memory", metavar="SIZE", help="Budget of each worker.  [1GiB]"),
     click.option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [auto]"),
     click.option("--workers", metavar="N", help="How many work side by side.  [one for each core or GPU]"),

@@ -87,8 +87,7 @@ class RayPool:
                     f"a Ray worker was lost ({_last_line(error)}); finished shards stay: run the same command again"
                 ) from error
             give(number)
-            if step is Worker.write:
-                self._watch.advance(done.read_bytes)
+            self._watch.advance(done.dealt_bytes)
             yield done
 
     def close(self) -> None:

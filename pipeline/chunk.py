@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.dtypes import bits, convert, nonfinite, round_to, upcast, values
-from pipeline.kernel import BLOCK
 from pipeline.plan import PairedTensor
 from pipeline.reading import Slice
 from pipeline.recipe import Recipe
-from pipeline.score import METHODS, stream_of
+from pipeline.score import BLOCK, METHODS, stream_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +23,7 @@ class Chunk:
         stream: where the tensor's random numbers come from.
         p, f: values, (n,): uint16 bits of bfloat16, float32 or float64; both of one dtype.
         pruned, kept: bits in the output's dtype, (n,): what an element becomes.
+        rounded: whether any of them had to be rounded, so that it may have become infinite.
     """
 
     start: int
@@ -32,6 +32,7 @@ class Chunk:
     f: np.ndarray
     pruned: np.ndarray
     kept: np.ndarray
+    rounded: bool = False
 
     @property
     def blocks(self) -> int:
@@ -52,14 +53,15 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
     p, f = values(stored_p, tensor.base.dtype), values(stored_f, tensor.finetuned.dtype)
     if p.dtype != f.dtype:
         p, f = _common(p, f)
-    pruned = convert(stored_p, tensor.base.dtype, tensor.dtype, tensor.name)
+    pruned = convert(stored_p, tensor.base.dtype, tensor.dtype)
     if method.keep is None or recipe.density in (0, 1):
-        kept = convert(stored_f, tensor.finetuned.dtype, tensor.dtype, tensor.name)
+        kept = convert(stored_f, tensor.finetuned.dtype, tensor.dtype)
     else:
         x, y = upcast(p), upcast(f)
         with np.errstate(all="ignore"):
-            kept = round_to(method.keep(x, y, x.dtype.type(recipe.density)), tensor.dtype, tensor.name)
-    return Chunk(part.start, stream_of(recipe.seed, tensor.name), p, f, pruned, kept)
+            kept = round_to(method.keep(x, y, x.dtype.type(recipe.density)), tensor.dtype)
+    rounded = method.keep is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
+    return Chunk(part.start, stream_of(recipe.seed, tensor.name), p, f, pruned, kept, rounded)
 
 
 def pair_of_values(
@@ -89,7 +91,7 @@ def repaired(stored_p: np.ndarray, stored_f: np.ndarray, tensor: PairedTensor, r
         return stored_f
     from_base = bits(stored_p, tensor.base.dtype)[odd].view(np.uint8)
     fixed = bits(stored_f, tensor.finetuned.dtype).copy()
-    fixed[odd] = convert(from_base, tensor.base.dtype, tensor.finetuned.dtype, tensor.name)
+    fixed[odd] = convert(from_base, tensor.base.dtype, tensor.finetuned.dtype)
     return fixed.view(np.uint8)
 
 

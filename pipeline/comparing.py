@@ -92,7 +92,7 @@ class Comparison:
     def _in_output_dtype(self, side: str, stored: np.ndarray) -> np.ndarray:
         info = self._infos[side]
         assert info
-        return convert(stored, info.dtype, self._tensor.dtype, self._tensor.name)
+        return convert(stored, info.dtype, self._tensor.dtype)
 
     def passed_through(self) -> list[str]:
         """Every element is its source's."""
@@ -183,7 +183,7 @@ class Comparison:
             # What is not finite is base's value, in finetuned's dtype.
             odd = nonfinite(stored_f, tensor.finetuned.dtype)
             if odd.any():
-                as_f = convert(stored_p, tensor.base.dtype, tensor.finetuned.dtype, tensor.name)
+                as_f = convert(stored_p, tensor.base.dtype, tensor.finetuned.dtype)
                 stored_f = np.where(odd, as_f, stored_f.view(as_f.dtype)).view(np.uint8)
                 f = upcast(values(stored_f, tensor.finetuned.dtype))
         real = np.result_type(p, f)
@@ -191,7 +191,7 @@ class Comparison:
         keep = METHODS[recipe.method].keep
         if keep and 0 < recipe.density < 1:
             with np.errstate(all="ignore"):
-                kept = round_to(keep(p, f, real.type(recipe.density)), tensor.dtype, tensor.name)
+                kept = round_to(keep(p, f, real.type(recipe.density)), tensor.dtype)
         else:
             kept = self._in_output_dtype("finetuned", stored_f)
         return p, f, pruned, kept

@@ -92,9 +92,9 @@ def pair() -> tuple[Tensors, Tensors]:
         weights = random.standard_normal(shape, np.float32) * np.float32(WEIGHT_STD)
         if name.endswith("norm.weight"):
             weights += 1
-        base[name] = round_to(weights, "BF16", name)
+        base[name] = round_to(weights, "BF16")
         change = random.standard_normal(shape, np.float32) * np.float32(CHANGE_STD)
-        finetuned[name] = round_to(upcast(base[name]) + change, "BF16", name)
+        finetuned[name] = round_to(upcast(base[name]) + change, "BF16")
     return base, finetuned
 
 

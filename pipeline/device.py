@@ -9,8 +9,7 @@ import torch
 
 from pipeline.chunk import Chunk
 from pipeline.engine import Applied, add_zeros, float_range, float_threshold
-from pipeline.kernel import BLOCK
-from pipeline.score import GAMMA, METHODS, UNIT, magnitude, mix
+from pipeline.score import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
 from pipeline.threshold import ZERO_KEY, Bracket, Threshold
 
 
@@ -33,19 +32,19 @@ class TorchEngine:
     def _scores(self, chunk: Chunk, m: np.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """d in the type of the arithmetic, and S in float32."""
         p, f = self._values(chunk.p), self._values(chunk.f)
-        d = (f - p).abs_()
+        d = (f - p).abs()
         u: Any = None
         if self._method.hashed:
             counter = torch.arange(chunk.start + 1, chunk.start + 1 + p.numel(), device=self._device)
             u = mix(counter * GAMMA + chunk.stream).to(torch.float32) * UNIT
         mean = torch.tensor(float(m), dtype=d.dtype, device=self._device)
-        s = (self._method.score or magnitude)(d, p.abs_(), mean, u).to(torch.float32)
+        s = (self._method.score or magnitude)(d, p.abs(), mean, u).to(torch.float32) + 0.0
         undefined = torch.where(d == 0, 0.0, -torch.inf).to(torch.float32)
         return d, torch.where(s.isnan(), undefined, s)
 
     def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        p = self._values(chunk.p).to(torch.float64).abs_()
-        return _block_sums(p), _block_sums(p.square_())
+        p = self._values(chunk.p).to(torch.float64).abs()
+        return _block_sums(p), _block_sums(p.square())
 
     def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
         d, s = self._scores(chunk, m)
@@ -66,7 +65,7 @@ class TorchEngine:
             torch.where(keep, kept, pruned)
         )
         changed = d != 0
-        squares = d.to(torch.float64).square_()
+        squares = d.to(torch.float64).square()
         return Applied(
             kept=int(keep.sum()),
             changed=int(changed.sum()),

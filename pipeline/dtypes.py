@@ -87,31 +87,28 @@ def _float8_table(dtype: str) -> np.ndarray:
     return _tables[dtype]
 
 
-def round_to(vals: np.ndarray, dtype: str, what: str) -> np.ndarray:
+def round_to(vals: np.ndarray, dtype: str) -> np.ndarray:
     """Round float32 or float64 values once, to nearest even, to `dtype`; returns bits.
 
-    Raises:
-        UserError: a finite value does not fit `dtype`. `what` names the tensor.
+    What is too large becomes infinite (NaN in dtypes without an infinity): see `refuse_overflow`.
     """
-    if dtype == "F64":
-        return vals.astype(np.float64).view(np.uint64)
     with np.errstate(over="ignore"):
-        if dtype == "F32":
-            out = vals.astype(np.float32)
-            result, finite = out.view(np.uint32), np.isfinite(out)
-        elif dtype == "F16":
-            half = vals.astype(np.float16)
-            result, finite = half.view(np.uint16), np.isfinite(half)
-        else:
-            result = _round_with_torch(vals, dtype)
-            finite = np.isfinite(upcast(values(result.view(np.uint8), dtype)))
-    lost = int(np.count_nonzero(np.isfinite(vals) & ~finite))
-    if lost:
+        if dtype in ("F64", "F32", "F16"):
+            return vals.astype(f"f{itemsize(dtype)}").view(f"u{itemsize(dtype)}")
+        return _round_with_torch(vals, dtype)
+
+
+def refuse_overflow(count: int, dtype: str, what: str) -> None:
+    """Raise if rounding to `dtype` has made `count` finite elements infinite.
+
+    Raises:
+        UserError: with the name of the tensor, `what`.
+    """
+    if count:
         raise UserError(
-            f"tensor {what!r}: {lost} values are too large for {TORCH_NAMES[dtype]}; "
+            f"tensor {what!r}: {count} values are too large for {TORCH_NAMES[dtype]}; "
             "ask for a wider --dtype, or give the tensor a --rule"
         )
-    return result
 
 
 def _round_with_torch(vals: np.ndarray, dtype: str) -> np.ndarray:
@@ -135,11 +132,11 @@ def _to_odd_float32(vals: np.ndarray) -> np.ndarray:
     return (code | inexact.astype(np.uint32)).view(np.float32)
 
 
-def convert(stored: np.ndarray, source: str, target: str, what: str) -> np.ndarray:
+def convert(stored: np.ndarray, source: str, target: str) -> np.ndarray:
     """Bits of `stored` (bytes of dtype `source`) in dtype `target`: the same bits where the two agree."""
     if source == target:
         return bits(stored, source)
-    return round_to(upcast(values(stored, source)), target, what)
+    return round_to(upcast(values(stored, source)), target)
 
 
 def nonfinite(stored: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,13 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import kernel
 from pipeline.chunk import Chunk
 from pipeline.errors import UserError
 from pipeline.score import METHODS
-from pipeline.threshold import KEEP_ALL, KEEP_NONE, ZERO_KEY, Bracket, Threshold, key_of, score_of
-
-LOWEST, HIGHEST = (int(key_of(np.array([x], np.float32))[0]) for x in (-np.inf, np.inf))
+from pipeline.threshold import HIGHEST_KEY, KEEP_ALL, KEEP_NONE, LOWEST_KEY, ZERO_KEY, Bracket, Threshold, score_of
 
 
 @dataclass(slots=True)
@@ -49,8 +46,9 @@ class Engine(Protocol):
 
 
 def float_range(bracket: Bracket) -> tuple[np.float32, np.float32]:
-    """The lowest and the highest score inside a bracket."""
-    return score_of(max(bracket.lo, LOWEST)), score_of(min(bracket.hi, HIGHEST))
+    """The lowest and the highest score inside a bracket. −0, which no score is, must not pass for 0."""
+    hi = bracket.hi - (bracket.hi == ZERO_KEY - 1)
+    return score_of(max(bracket.lo, LOWEST_KEY)), score_of(min(hi, HIGHEST_KEY))
 
 
 def float_threshold(threshold: Threshold, ties: int) -> tuple[np.float32, int]:
@@ -72,18 +70,20 @@ class CpuEngine:
     """The loops of `pipeline.kernel`, on the calling thread, without the GIL."""
 
     def __init__(self, method: str):
-        self._kernels = kernel.kernels(method)
+        from pipeline import kernel  # here, so that a plan is made without loading a compiler
+
+        self._kernels, self._abs_sums, self._tile = kernel.kernels(method), kernel.abs_sums, kernel.TILE
 
     def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         sums, squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
-        kernel.abs_sums(chunk.p, sums, squares)
+        self._abs_sums(chunk.p, sums, squares)
         return sums, squares
 
     def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
         lo, hi = float_range(bracket)
         above, zeros, finite = self._kernels.count(
             chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, lo, hi,
-            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(kernel.TILE, chunk.real),
+            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(self._tile, chunk.real),
         )  # fmt: skip
         add_zeros(zeros, bracket, shift, bins)
         return above, finite
@@ -94,7 +94,7 @@ class CpuEngine:
         kept, changed, both, used = self._kernels.apply(
             chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, score, ties,
             chunk.pruned, chunk.kept, out, squares, kept_squares,
-            np.empty(kernel.TILE, chunk.real), np.empty(kernel.TILE, out.dtype),
+            np.empty(self._tile, chunk.real), np.empty(self._tile, out.dtype),
         )  # fmt: skip
         return Applied(kept, changed, both, used, squares, kept_squares)
 

@@ -22,10 +22,7 @@ from numba import njit, types
 from numba.extending import overload, register_jitable
 
 from pipeline import score as score_module
-from pipeline.score import GAMMA, METHODS, UNIT, Method, mix
-
-BLOCK = 1 << 16
-"""Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Never change it: m depends on it."""
+from pipeline.score import BLOCK, GAMMA, METHODS, UNIT, Method, mix
 
 TILE = 1024
 """Elements handled while in the first-level cache."""
@@ -101,9 +98,7 @@ def kernels(name: str) -> Kernels:
     score = register_jitable(inline="always")(method.score or score_module.magnitude)
     mixed = register_jitable(inline="always")(mix)
     hashed = method.hashed
-    version = _VERSION
 
-    @register_jitable
     def score_tile(p, f, m, stream, start, sizes, scores):  # type: ignore[no-untyped-def]
         for i in range(p.size):
             a = _value(p[i])
@@ -111,14 +106,14 @@ def kernels(name: str) -> Kernels:
             u = np.float32(0)
             if hashed:
                 u = np.float32(mixed(stream + np.int64(start + i + 1) * np.int64(GAMMA))) * np.float32(UNIT)
-            s = np.float32(score(d, abs(a), m, u))
+            s = np.float32(score(d, abs(a), m, u)) + np.float32(0)
             sizes[i] = d
             scores[i] = s if s == s else (np.float32(0) if d == 0 else np.float32(-np.inf))
         sizes[p.size :] = 0
         scores[p.size :] = -np.inf
-        return version
 
-    @_jit
+    score_tile = register_jitable(_named(score_tile, name))
+
     def count(p, f, m, stream, start, lo, hi, base, shift, histogram, sizes):  # type: ignore[no-untyped-def]
         """Keys in [lo, hi] into the histogram, but for those of 0, which are counted: often they are most."""
         scores = np.empty(TILE, np.float32)
@@ -156,7 +151,6 @@ def kernels(name: str) -> Kernels:
                             histogram[np.uint32(key - base) >> shift] += 1
         return above, zeros, finite * TILE >= p.size
 
-    @_jit
     def apply(p, f, m, stream, start, threshold, ties, pruned, kept, out, sums, kept_sums, sizes, keep):  # type: ignore[no-untyped-def]
         scores = np.empty(TILE, np.float32)
         lanes = np.empty(_LANES)
@@ -213,4 +207,13 @@ def kernels(name: str) -> Kernels:
             kept_sums[block] = _total(lanes2)
         return n_kept, n_changed, n_both, used
 
-    return Kernels(count, apply)
+    return Kernels(_jit(_named(count, name)), _jit(_named(apply, name)))
+
+
+def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """Give a loop a name of its own for each method and each state of the formulas.
+
+    numba links compiled code by name, that from its cache too: of two loops with one name the first serves both.
+    """
+    function.__qualname__ = f"{function.__name__}_{method.replace('-', '_')}_{_VERSION}"
+    return function

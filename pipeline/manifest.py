@@ -71,6 +71,8 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
         )
     before = _read_json(out, RUN)
     differences = _differences(before, _identity(plan))
+    if differences and not any(name.endswith(".safetensors") for name in out.files()):
+        return "new"  # nothing is finished, nothing is lost
     if differences:
         raise UserError(
             f"--out {out.path} belongs to another run: {'; '.join(differences[:4])}; give another folder, "
@@ -234,6 +236,8 @@ def _config(plan: Plan) -> bytes:
     try:
         config = json.loads(text)
     except ValueError:
+        return text
+    if not isinstance(config, dict):
         return text
     for key in ("dtype", "torch_dtype"):
         if key in config:

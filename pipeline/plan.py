@@ -106,12 +106,6 @@ class Plan:
         """Bytes of all inputs that the output depends on."""
         return sum(t.read_bytes for s in self.shards for t in s.tensors)
 
-    @property
-    def wide_bytes(self) -> int:
-        """Bytes of the inputs of groups that lie in several shards: they are read once more, to measure."""
-        wide = {name for name, group in self.groups.items() if group.wide}
-        return sum(t.read_bytes for s in self.shards for t in s.tensors if t.group in wide)
-
     def tensors(self) -> Iterable[PairedTensor]:
         return (t for s in self.shards for t in s.tensors)
 

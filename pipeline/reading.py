@@ -18,8 +18,8 @@ import numpy as np
 
 from pipeline.dtypes import itemsize
 from pipeline.header import TensorInfo
-from pipeline.kernel import BLOCK
 from pipeline.plan import PairedTensor, Shard
+from pipeline.score import BLOCK
 from pipeline.storage import Folder
 
 CHUNK = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import UserError
+from pipeline.score import METHODS
 
 Action = Literal["prune", "base", "finetuned"]
 
@@ -19,9 +21,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 def parse_bytes(value: Any) -> int:
     """`512MB`, `1.5GiB`, `4096` → bytes. Decimal and binary units as they are written."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(value).lower())
+    text = str(value).lower() if isinstance(value, str | int | float) else ""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]i?|)b?\s*", text)
     if not match:
-        raise ValueError(f"{value!r} is not a size; write it like 512MB or 1GiB")
+        raise ValueError(f"{reprlib.repr(value)} is not a size; write it like 512MB or 1GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -49,7 +52,7 @@ class Recipe(BaseModel):
     base: str = Field(description="folder of the pre-trained checkpoint")
     finetuned: str = Field(description="folder of the fine-tuned checkpoint")
     out: str = Field(description="folder for the pruned checkpoint")
-    method: Literal["fapm", "magnitude", "relative", "random", "dare", "wise-ft"] = "fapm"
+    method: str = "fapm"
     density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
     rules: tuple[str, ...] = ()
@@ -61,24 +64,34 @@ class Recipe(BaseModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     workers: int | None = Field(None, ge=1, le=100_000)
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in METHODS:
+            raise ValueError(f"there is no such method; choose one of {', '.join(METHODS)}")
+        return method
+
     @field_validator("rules", mode="before")
     @classmethod
     def _well_formed(cls, rules: Any) -> Any:
+        if not isinstance(rules, list | tuple):
+            raise ValueError(f"{reprlib.repr(rules)} is not a list of rules like '*.bias=base'")
         for rule in rules:
             if not isinstance(rule, str) or not re.fullmatch(r".+=(prune|base|finetuned)", rule):
-                raise ValueError(f"{rule!r} is not a rule; write it like '*.bias=base' (or =prune, =finetuned)")
+                shown = reprlib.repr(rule)
+                raise ValueError(f"{shown} is not a rule; write it like '*.bias=base' (or =prune, =finetuned)")
         return tuple(rules)
 
     @classmethod
-    def of(cls, **choices: Any) -> Recipe:
+    def of(cls, /, **choices: Any) -> Recipe:
         """A recipe from keyword arguments; those that are None keep their default."""
         try:
             return cls(**{name: value for name, value in choices.items() if value is not None})
         except ValidationError as error:
-            raise UserError("; ".join(_sentence(e) for e in error.errors())) from None
+            raise UserError("; ".join(_sentence(e) for e in error.errors()[:5])) from None
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Recipe:
+    def load(cls, path: str | Path, /, **overrides: Any) -> Recipe:
         """A recipe from a YAML file, its fields overridden by the keyword arguments that are not None."""
         return cls.of(**{**read_yaml(path), **{k: v for k, v in overrides.items() if v is not None}})
 
@@ -103,7 +116,10 @@ class Recipe(BaseModel):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping of plain values; tags that would build objects are refused."""
     try:
-        loaded = yaml.safe_load(Path(path).read_bytes())
+        text = Path(path).read_bytes()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{path}: a recipe has no YAML references; write out what each stands for")
+        loaded = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -117,10 +133,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _sentence(error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
-    option = "--" + field.replace("_", "-")
+    option = "--rule" if field == "rules" else "--" + field.replace("_", "-")
     if error["type"] == "extra_forbidden":
         return f"there is no option {field!r}"
     if error["type"] == "missing":
         return f"{option} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{option}: {message[0].lower()}{message[1:]} (it is {error['input']!r})"
+    return f"{option}: {message[0].lower()}{message[1:]} (it is {reprlib.repr(error['input'])})"

@@ -74,7 +74,8 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "totals": manifest["totals"],
         "finished": manifest["finished"],
         "run_seconds": manifest["seconds"],
-        "workers": manifest["workers"],
+        "run_resumed": manifest["resumed"],
+        "workers": manifest.get("workers", 0),
         "left_out": manifest["left_out"],
         "added": manifest["added"],
         "oddities": manifest["oddities"],
@@ -162,6 +163,8 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         todo: shards that are not there yet.
         workers: how many this machine would run.
     """
+    from pipeline.run import fits_in_memory, to_measure
+
     kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
     for tensor in plan.tensors():
         kinds[_kind(plan, tensor)].append(tensor.name)
@@ -182,7 +185,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         "competing_elements": sum(g.numel for g in plan.groups.values()),
         "kept_elements": sum(g.k for g in plan.groups.values()),
         "read_bytes": plan.pair_bytes,
-        "read_twice_bytes": _read_twice(plan),
+        "read_twice_bytes": 0 if fits_in_memory(plan, workers) else to_measure(plan),
         "write_bytes": plan.write_bytes,
         "memory_bytes_per_worker": plan.recipe.memory,
         "workers": workers,
@@ -197,14 +200,6 @@ def _kind(plan: Plan, tensor: PairedTensor) -> str:
     if tensor.base is None:
         return "added"
     return "ruled" if plan.recipe.action(tensor.name) in ("base", "finetuned") else "passed_through"
-
-
-def _read_twice(plan: Plan) -> int:
-    """Bytes that are read once more to measure wide groups, at most: not if all inputs fit the workers' memory."""
-    if METHODS[plan.recipe.method].score is None:
-        return 0
-    measured = {name for name, g in plan.groups.items() if g.wide and 0 < g.k < g.numel}
-    return sum(t.read_bytes for t in plan.tensors() if t.group in measured)
 
 
 _STATES = {
@@ -231,7 +226,7 @@ def plan_text(facts: dict[str, Any]) -> str:
     fields += [(what, _names(facts[key])) for key, what in _APART.items() if facts[key]]
     left = "" if facts["shards_to_do"] == facts["shards"] else f", {facts['shards_to_do']} of them to do"
     wide = f", {facts['wide_groups']:,} of them over several shards" if facts["wide_groups"] else ""
-    twice = f", {format_bytes(facts['read_twice_bytes'])} of it twice unless all fits the workers' memory"
+    twice = f", {format_bytes(facts['read_twice_bytes'])} of it twice"
     fields += [
         ("shards", f"{facts['shards']:,}{left}, the largest {format_bytes(facts['largest_shard_bytes'])}"),
         ("groups", f"{facts['groups']:,}{wide}"),

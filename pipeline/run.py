@@ -23,16 +23,19 @@ from pipeline.threshold import Bracket, Threshold, bracket_from_coarse, narrow
 
 @dataclass(frozen=True)
 class Result:
-    """What a prune has done. `manifest` is what `fapm/manifest.json` holds; `resumed` counts shards found finished."""
+    """What a prune has done.
+
+    Attributes:
+        manifest: what `fapm/manifest.json` holds.
+        resumed: shards that an earlier try had finished.
+        nothing_to_do: the whole run was finished before.
+    """
 
     manifest: dict[str, Any]
     plan: Plan
     resumed: int
+    nothing_to_do: bool
     seconds: float
-
-    @property
-    def nothing_to_do(self) -> bool:
-        return self.resumed == len(self.plan.shards)
 
 
 @dataclass
@@ -67,23 +70,58 @@ def prune(
     plan = make_plan(recipe)
     state = manifest.check_folder(plan, overwrite)
     if state == "finished":
-        return Result(manifest.load_manifest(recipe.out), plan, len(plan.shards), time.perf_counter() - began)
-    check_means(plan, state)
+        return Result(manifest.load_manifest(recipe.out), plan, len(plan.shards), True, time.perf_counter() - began)
+    check_disk(plan, state)
     manifest.begin(plan, state)
     todo = manifest.unfinished_shards(plan)
-    watch.begin(plan, sum(t.read_bytes for i in todo for t in plan.shards[i].tensors))
-    with closing((pool or in_process)(plan, watch)) as workers:
-        thresholds, quotas, rounds = find_thresholds(plan, workers) if todo else ({}, {}, 0)
-        tasks = []
-        for index in todo:
-            shard = plan.shards[index]
-            mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
-            tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
-        for done in workers.map(Worker.write, tasks):
-            watch.say(f"{plan.shards[done.shard].name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
-    seconds = time.perf_counter() - began
-    facts = {"seconds": round(seconds, 3), "workers": workers.workers, "rounds": rounds}
-    return Result(manifest.finish(plan, facts), plan, len(plan.shards) - len(todo), seconds)
+    facts: dict[str, Any] = {"resumed": len(plan.shards) - len(todo)}
+    if todo:
+        watch.begin(plan, bytes_to_deal_with(plan, todo))
+        with closing((pool or in_process)(plan, watch)) as workers:
+            thresholds, quotas, rounds = find_thresholds(plan, workers)
+            write_shards(plan, workers, todo, thresholds, quotas, watch)
+            facts |= {"workers": workers.workers, "rounds": rounds}
+    facts["seconds"] = round(time.perf_counter() - began, 3)
+    made = manifest.finish(plan, facts)
+    return Result(made, plan, facts["resumed"], False, time.perf_counter() - began)
+
+
+def write_shards(
+    plan: Plan,
+    pool: Pool,
+    todo: Iterable[int],
+    thresholds: dict[str, Threshold],
+    quotas: dict[int, dict[str, int]],
+    watch: Watch,
+) -> None:
+    """Write the shards that are not there yet."""
+    tasks = []
+    for index in todo:
+        shard = plan.shards[index]
+        mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
+        tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
+    for done in pool.map(Worker.write, tasks):
+        watch.say(f"{plan.shards[done.shard].name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
+
+
+def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
+    """Input bytes of the steps that are left, for the progress."""
+    to_write = sum(t.read_bytes for i in todo for t in plan.shards[i].tensors)
+    known = manifest.load_thresholds(Folder(plan.recipe.out)) is not None
+    return to_write + (0 if known else to_measure(plan))
+
+
+def to_measure(plan: Plan) -> int:
+    """Input bytes of the groups that lie in several shards and whose threshold has to be found."""
+    wanted = {
+        name for name, group in plan.groups.items() if group.wide and not threshold_at_the_ends(plan.recipe, group)
+    }
+    return sum(t.read_bytes for t in plan.tensors() if t.group in wanted)
+
+
+def fits_in_memory(plan: Plan, workers: int) -> bool:
+    """Whether all inputs fit the workers' budgets, so that what is measured need not be read again to be written."""
+    return plan.pair_bytes * 1.1 <= (plan.recipe.memory - (64 << 20)) * workers
 
 
 def in_process(plan: Plan, watch: Watch) -> Threads:
@@ -91,11 +129,11 @@ def in_process(plan: Plan, watch: Watch) -> Threads:
     return Threads(plan.recipe, default_workers(plan.recipe, len(plan.shards)), watch.advance)
 
 
-def check_means(plan: Plan, state: manifest.State) -> None:
-    """Find out now what would stop the run later.
+def check_disk(plan: Plan, state: manifest.State) -> None:
+    """Find out now that the disk is too small, not in an hour.
 
     Raises:
-        UserError: the disk is too full.
+        UserError: it is.
     """
     out = Folder(plan.recipe.out)
     there = sum(out.size(s.name) for s in plan.shards if state == "unfinished" and out.has(s.name))
@@ -129,7 +167,7 @@ def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[
                 thresholds[name] = ends
             else:
                 brackets[name] = Bracket()
-    keep = bool(brackets) and plan.pair_bytes * 1.1 <= (plan.recipe.memory - (64 << 20)) * pool.workers
+    keep = fits_in_memory(plan, pool.workers)
     if brackets:
         brackets = first_brackets(plan, pool, brackets, keep)
     rounds = 0

@@ -48,7 +48,7 @@ def near(loads: Iterable[Loaded], tensor: PairedTensor, share: float, recipe: Re
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for loaded in loads:
         for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
-            if part.raw or part.tensor is not tensor:
+            if part.raw or part.tensor.name != tensor.name:
                 continue
             rows = (starts[(starts >= part.start) & (starts < part.stop)] - part.start) // length
             for side, source, stored in zip(sides, tensor.sources, views, strict=True):

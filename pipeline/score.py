@@ -9,8 +9,9 @@ A scoring method is one function of
 
 written with operators only. The same function is called with numpy arrays, with torch tensors on any device,
 and, compiled, with scalars: so there is one meaning of the score, and every operation rounds once in the
-type of its operands (float32; float64 for float64 tensors). Where the result is NaN it is not defined, and
-SEMANTICS.md decides: 0 where d = 0, −inf elsewhere. To add a method, add its function and its line in METHODS.
+type of its operands (float32; float64 for float64 tensors, whose scores are then rounded to float32). Where the result
+is NaN it is not defined, and SEMANTICS.md decides: 0 where d = 0, −inf elsewhere. −0 becomes 0. To add a method, add
+its function and its line in METHODS.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+BLOCK = 1 << 16
+"""Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Never change it: m depends on it."""
 
 
 def fapm(d: Any, p: Any, m: Any, u: Any) -> Any:
@@ -34,8 +38,8 @@ def magnitude(d: Any, p: Any, m: Any, u: Any) -> Any:
 
 
 def relative(d: Any, p: Any, m: Any, u: Any) -> Any:
-    """S = −|Δ|/|p|, the second term of FAPM alone. Subtracted from m − m = 0, so that zero keeps its plus sign."""
-    return (m - m) - d / p
+    """S = −|Δ|/|p|, the second term of FAPM alone."""
+    return -(d / p)
 
 
 def random(d: Any, p: Any, m: Any, u: Any) -> Any:
@@ -116,4 +120,4 @@ def evaluate(
         u = uniform(stream, positions) if method.hashed else None
         scores = np.asarray(method.score(d, np.abs(p), p.dtype.type(m), u))
         scores = np.where(np.isnan(scores), np.where(d == 0, 0, -np.inf), scores)
-        return scores.astype(np.float32)
+        return scores.astype(np.float32) + np.float32(0)

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline import sample
 from pipeline.chunk import Chunk, count_nonfinite, make_chunk
-from pipeline.dtypes import convert, is_weight, itemsize
+from pipeline.dtypes import convert, is_weight, itemsize, refuse_overflow
 from pipeline.engine import make_engine
 from pipeline.errors import UserError
 from pipeline.plan import Group, PairedTensor, Shard
@@ -29,7 +29,7 @@ from pipeline.reading import OVERHEAD_BYTES, Load, Loaded, Memory, Section, Sect
 from pipeline.recipe import Recipe
 from pipeline.score import METHODS
 from pipeline.storage import Folder
-from pipeline.table import Tally, plain_row, pruned_row
+from pipeline.table import Tally, exact_sum, plain_row, pruned_row
 from pipeline.threshold import (
     KEEP_ALL,
     KEEP_NONE,
@@ -66,9 +66,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker says of a finished task: bytes of the inputs and of the output, seconds of the wall."""
+    """What a worker says of a finished task.
+
+    Attributes:
+        dealt_bytes: input bytes that the step was about, in memory already or not; the progress of the run.
+        read_bytes: input bytes that it read; `written_bytes` of the output; `seconds` of the wall.
+    """
 
     shard: int
+    dealt_bytes: int
     read_bytes: int
     written_bytes: int
     seconds: float
@@ -157,7 +163,7 @@ class Worker:
                 m = np.float32(np.abs(taken.p).mean(dtype=np.float64))
                 counted = coarse_histogram(taken.scores(tensor, self._recipe, m))
                 histograms[tensor.group] = histograms.get(tensor.group, 0) + counted
-        done = Done(task.shard.index, self._reader.bytes_read - read, 0, time.perf_counter() - began)
+        done = Done(task.shard.index, 0, self._reader.bytes_read - read, 0, time.perf_counter() - began)
         self._save(sample_name(task.shard.index), histograms, done)
         return done
 
@@ -167,15 +173,20 @@ class Worker:
         bins = {name: np.zeros(bracket.bins(bracket.shift()), np.int64) for name, bracket in task.brackets.items()}
         above = dict.fromkeys(task.brackets, 0)
         means: dict[str, tuple[float, float]] = {}
+        dealt_bytes = 0
         for section, passes in self._sections(task):
             tallies = {t.name: Tally() for t in section.tensors if t.group in task.brackets and t.common}
             self._find_means(passes, tallies)
             means |= {name: (tally.mean, tally.base_squares) for name, tally in tallies.items()}
             self._count(passes, tallies, task.brackets, {}, bins, above)
+            dealt = sum(t.read_bytes for t in section.tensors if t.name in tallies)
+            self._progress(dealt)
+            dealt_bytes += dealt
         saved = {"means": _json_array(means), "above": _json_array(above)}
         for name, counted in bins.items():
             saved["bins:" + name] = counted if counted.max(initial=0) >= 2**32 else counted.astype(np.uint32)
-        done = Done(task.shard.index, self._reader.bytes_read - read, 0, time.perf_counter() - began)
+        read_bytes = self._reader.bytes_read - read
+        done = Done(task.shard.index, dealt_bytes, read_bytes, 0, time.perf_counter() - began)
         self._save(measure_name(task.shard.index, task.round), saved, done)
         return done
 
@@ -197,7 +208,8 @@ class Worker:
             sink.abandon()
             raise
         seconds = time.perf_counter() - began
-        done = Done(shard.index, self._reader.bytes_read - read, shard.nbytes, seconds)
+        dealt = sum(t.read_bytes for t in shard.tensors)
+        done = Done(shard.index, dealt, self._reader.bytes_read - read, shard.nbytes, seconds)
         record = {
             "name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum,
             "read_bytes": done.read_bytes, "seconds": round(seconds, 3), "tensors": rows,
@@ -261,8 +273,8 @@ class Worker:
         for tensor in passes.section.tensors:
             if tensor.name in tallies:
                 tally = tallies[tensor.name]
-                tally.mean = math.fsum(np.concatenate(sums[tensor.name]).tolist()) / tensor.common
-                tally.base_squares = math.fsum(np.concatenate(squares[tensor.name]).tolist())
+                tally.mean = exact_sum(sums[tensor.name]) / tensor.common
+                tally.base_squares = exact_sum(squares[tensor.name])
         if not all(math.isfinite(tally.mean) for tally in tallies.values()):
             self._refuse_nonfinite(passes, tallies)
 
@@ -367,6 +379,9 @@ class Worker:
         if not all(np.isfinite(block).all() for tally in tallies.values() for block in tally.squares):
             self._refuse_nonfinite(passes, tallies)
         for tensor in section.tensors:
+            if tensor.name in tallies:
+                refuse_overflow(tallies[tensor.name].overflowed, tensor.dtype, tensor.name)
+        for tensor in section.tensors:
             if tensor.name in tallies and tallies[tensor.name].sample is None:
                 self._take_sample(passes, tensor, tallies[tensor.name], 0)
         seconds = time.perf_counter() - began
@@ -392,6 +407,8 @@ class Worker:
         width = itemsize(part.tensor.dtype)
         out = sink.reserve(chunk.p.size * width, width).view(f"u{width}")
         applied = self._engine.apply(chunk, tally.m, thresholds[group], quotas[group], out)
+        if chunk.rounded:
+            tally.overflowed += sum(count_nonfinite(out.view(np.uint8), part.tensor.dtype))
         quotas[group] -= applied.ties
         tally.kept += applied.kept
         tally.changed += applied.changed
@@ -433,7 +450,7 @@ class Worker:
         if any(role == "base" for role, _ in found):
             hint = "nothing can stand in for base's: fetch base again, or give the tensor --rule NAME=finetuned"
         else:
-            hint = "--nonfinite base takes base's value there"
+            hint = "--nonfinite base takes base's value there, --rule NAME=base takes all of base's tensor"
         raise UserError(f"weights that are not finite: {listed}; {hint}")
 
     def _save(self, name: str, arrays: dict[str, np.ndarray], done: Done) -> None:
@@ -458,7 +475,10 @@ def _pass_through(part: Slice, stored: np.ndarray, sink: Sink) -> None:
     if source == target or not is_weight(source):
         sink.append(stored)
     else:
-        sink.append(convert(stored, source, target, part.tensor.name).view(np.uint8))
+        out = convert(stored, source, target).view(np.uint8)
+        lost = sum(count_nonfinite(out, target)) - sum(count_nonfinite(stored, source))
+        refuse_overflow(lost, target, part.tensor.name)
+        sink.append(out)
 
 
 def _json_array(data: Any) -> np.ndarray:

@@ -78,7 +78,7 @@ class Writer:
 
     def __init__(self, folder: Folder, name: str, size: int):
         self.path = folder.path / name
-        self._temporary = folder.path / TEMPORARY / f"{Path(name).name}.{uuid.uuid4().hex[:12]}"
+        self._temporary = folder.path / TEMPORARY / uuid.uuid4().hex
         with plain_errors(self._temporary):
             self._temporary.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -138,7 +138,7 @@ class Folder:
 
     def _at(self, name: str) -> Path:
         parts = name.split("/")
-        if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
             raise UserError(f"{self.path}: refused the file name {name!r}, which leads out of the folder")
         return self.path / name
 

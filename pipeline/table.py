@@ -19,7 +19,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 class Tally:
     """What has been seen of a tensor: mean |p|, Σp², counts of elements, Σd² of each block, and a sample.
 
-    `sample` holds (scores, d, |p|) of some elements.
+    `overflowed` are elements of the output that rounding made infinite; `sample` holds (scores, d, |p|) of some.
     """
 
     mean: float = 0.0
@@ -27,6 +27,7 @@ class Tally:
     kept: int = 0
     changed: int = 0
     kept_changed: int = 0
+    overflowed: int = 0
     squares: list[np.ndarray] = field(default_factory=list)
     kept_squares: list[np.ndarray] = field(default_factory=list)
     sample: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -51,16 +52,16 @@ def pruned_row(tensor: PairedTensor, group: Group, tally: Tally, threshold: Thre
     `change_before_q50` is the median of |Δ|/|p| over the elements that fine-tuning changed, `change_after_q50`
     over those of them that were kept; both from a sample.
     """
-    squares = math.fsum(np.concatenate(tally.squares).tolist())
-    kept_squares = math.fsum(np.concatenate(tally.kept_squares).tolist())
+    squares, kept_squares = exact_sum(tally.squares), exact_sum(tally.kept_squares)
     score = score_of(threshold.key)
     row: dict[str, Any] = {
         "group": group.name, "k": group.k, "pruned_numel": tensor.common,
         "kept": tally.kept, "changed": tally.changed, "kept_changed": tally.kept_changed,
         "threshold": float(score) if math.isfinite(score) else None,
         "threshold_key": threshold.key, "ties": threshold.ties,
-        "mean_abs_base": tally.mean, "norm_delta": math.sqrt(squares), "norm_base": math.sqrt(tally.base_squares),
-        "kept_share": kept_squares / squares if squares else None,
+        "mean_abs_base": _finite(tally.mean), "norm_delta": _finite(math.sqrt(squares)),
+        "norm_base": _finite(math.sqrt(tally.base_squares)),
+        "kept_share": _finite(kept_squares / squares) if squares else None,
     }  # fmt: skip
     assert tally.sample
     scores, d, p = tally.sample
@@ -71,8 +72,21 @@ def pruned_row(tensor: PairedTensor, group: Group, tally: Tally, threshold: Thre
     for when, chosen in (("before", defined), ("after", kept)):
         ordered = np.sort(change[chosen])
         for q in QUANTILES:
-            row[_quantile(when, q)] = float(ordered[int(q * ordered.size)]) if ordered.size else None
+            row[_quantile(when, q)] = _finite(float(ordered[int(q * ordered.size)])) if ordered.size else None
     return row
+
+
+def exact_sum(blocks: list[np.ndarray]) -> float:
+    """The sum of all elements, rounded once; infinite if it is too large for a float64."""
+    try:
+        return math.fsum(np.concatenate(blocks).tolist())
+    except OverflowError:
+        return math.inf
+
+
+def _finite(x: float) -> float | None:
+    """What JSON can say."""
+    return x if math.isfinite(x) else None
 
 
 def _quantile(when: str, q: float) -> str:
@@ -83,8 +97,9 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the rows. Densities are shares of the elements that compete; `effective` counts those that changed."""
     pruned = [r for r in rows if r.get("pruned_numel")]
     numel = sum(r["pruned_numel"] for r in pruned)
-    squares = math.fsum(r["norm_delta"] ** 2 for r in pruned)
-    kept_squares = math.fsum(r["norm_delta"] ** 2 * (r["kept_share"] or 0) for r in pruned)
+    known = [r for r in pruned if r["norm_delta"] is not None]
+    squares = math.fsum(r["norm_delta"] ** 2 for r in known)
+    kept_squares = math.fsum(r["norm_delta"] ** 2 * (r["kept_share"] or 0) for r in known)
     kept, changed, kept_changed = (sum(r[key] for r in pruned) for key in ("kept", "changed", "kept_changed"))
     return {
         "tensors": len(rows),

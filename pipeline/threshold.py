@@ -15,6 +15,8 @@ import numpy as np
 
 MAX_KEY = 2**32 - 1
 ZERO_KEY = 1 << 31  # the key of the score 0
+LOWEST_KEY = 0x007FFFFF  # of −inf
+HIGHEST_KEY = 0xFF800000  # of +inf; what is beyond belongs to NaN, which no score is
 
 MAX_BINS = 1 << 20
 """Bins of a histogram: 8 MB. Enough to close most brackets that a sample suggests in one count."""
@@ -26,10 +28,10 @@ COARSE_BINS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """Keys from `lo` to `hi`, both included."""
+    """Keys from `lo` to `hi`, both included; by default those of all scores."""
 
-    lo: int = 0
-    hi: int = MAX_KEY
+    lo: int = LOWEST_KEY
+    hi: int = HIGHEST_KEY
 
     def shift(self, max_bins: int = MAX_BINS) -> int:
         """The smallest s for which bins of 2^s keys are at most `max_bins`."""
@@ -47,7 +49,7 @@ class Threshold:
     ties: int
 
 
-KEEP_NONE = Threshold(MAX_KEY, 0)  # no score is NaN, so no key is this high
+KEEP_NONE = Threshold(MAX_KEY, 0)  # no key is this high
 KEEP_ALL = Threshold(0, 0)  # nor this low
 
 
@@ -59,7 +61,7 @@ def at_the_ends(numel: int, k: int) -> Threshold | None:
 def key_of(scores: np.ndarray) -> np.ndarray:
     """Keys (uint32) of float32 scores: all bits flipped for negatives, the sign bit for others.
 
-    A negative zero would be lower than zero; the methods do not produce one.
+    A negative zero would be lower than zero; no score is one.
     """
     code = np.ascontiguousarray(scores, np.float32).view(np.uint32)
     return np.where(code >> 31, ~code, code | np.uint32(ZERO_KEY))
@@ -84,10 +86,10 @@ def narrow(bracket: Bracket, shift: int, above: int, histogram: np.ndarray, k: i
         The threshold if it is known, else a bracket to count next; its own `above` has to be counted again.
     """
     if above >= k:
-        return Bracket(bracket.hi + 1, MAX_KEY)
+        return Bracket(bracket.hi + 1)
     inside = int(histogram.sum())
     if above + inside < k:
-        return Bracket(0, bracket.lo - 1)
+        return Bracket(hi=bracket.lo - 1)
     bin_, before = _bin_of_rank(histogram, inside - (k - above) + 1)
     higher = above + inside - before - int(histogram[bin_])
     if shift == 0:
@@ -122,7 +124,7 @@ def _ranks(size: int, share: float) -> tuple[int, int]:
 def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
     """A bracket for the `share` highest, suggested by the scores of a sample (float32)."""
     first, last = _ranks(scores.size, share)
-    lo, hi = 0, MAX_KEY
+    lo, hi = LOWEST_KEY, HIGHEST_KEY
     if last < scores.size:
         place = scores.size - last
         scores = np.partition(scores, place)[place:]  # the higher ones hold the other end too
@@ -139,7 +141,7 @@ def bracket_from_coarse(histogram: np.ndarray, share: float) -> Bracket:
     first, last = _ranks(size, share)
     lo = 0 if size - last < 1 else _bin_of_rank(histogram, size - last)[0] - 1
     hi = COARSE_BINS - 1 if first < 1 else _bin_of_rank(histogram, size - first + 1)[0] + 1
-    return Bracket(max(lo, 0) << COARSE_SHIFT, (min(hi, COARSE_BINS - 1) + 1 << COARSE_SHIFT) - 1)
+    return Bracket(max(lo << COARSE_SHIFT, LOWEST_KEY), min((hi + 1 << COARSE_SHIFT) - 1, HIGHEST_KEY))
 
 
 def coarse_histogram(scores: np.ndarray) -> np.ndarray:

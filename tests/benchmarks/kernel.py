@@ -2,8 +2,8 @@
 
     python tests/benchmarks/kernel.py
 
-Mean, score, selection, mask and output, by the compiled loops and by the same steps in torch operations; the floor is to read both
-and write one (an exclusive or). The best of several rounds that take turns, since the machine is shared.
+Mean, score, selection, mask and output, by the compiled loops and by the same steps in torch operations; the floor is
+to read both and write one (an exclusive or). The best of several rounds that take turns: the machine is shared.
 """
 
 from __future__ import annotations

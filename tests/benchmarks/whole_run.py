@@ -2,9 +2,9 @@
 
     python tests/benchmarks/whole_run.py [--folder DIR] [--rounds 3]
 
-The floor reads both files by large preads into reused buffers and writes a file of the output's size, made durable, with two
-threads. Every run is a process of its own on a warm page cache; `seconds` is that of `prune`, `process` counts the interpreter and
-the imports too. Needs some 12 GB of disk.
+The floor reads both files by large preads into reused buffers and writes a file of the output's size, made durable,
+with two threads. Every run is a process of its own on a warm page cache; `seconds` is that of `prune`, `process` counts
+the interpreter and the imports too. Needs some 12 GB of disk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ if ray:
 result = prune(Recipe.of(base=base, finetuned=finetuned, out=out, **choices), pool=pool)
 totals = result.manifest["totals"]
 print(json.dumps({
-    "seconds": result.seconds, "starting": starting[0], "read": totals["read_bytes"], "written": totals["written_bytes"],
+    "seconds": result.seconds, "starting": starting[0],
+    "read": totals["read_bytes"], "written": totals["written_bytes"],
     "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "share": totals["kept_share"],
     "cpu": time.process_time(), "workers": result.manifest["workers"],
 }))

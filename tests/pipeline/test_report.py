@@ -109,7 +109,7 @@ def test_extremes_are_ranked_and_never_listed_twice():
 
 def test_the_table_of_a_plan_names_wide_groups(runner):
     runner.write(*gaussian(SHAPES))
-    plan = make_plan(runner.recipe(scope="global", shard_size=1024))
+    plan = make_plan(runner.recipe(scope="global", shard_size=1024, memory="64MiB"))
     facts = plan_facts(plan, "unfinished", 2, workers=2)
     text = plan_text(facts)
     assert "unfinished run" in text

@@ -1,0 +1,103 @@
+"""Ray actors give the bytes that threads give: on a cluster of this machine, with one, two and three workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Runner
+
+from pipeline import UserError, prune
+
+ray = pytest.importorskip("ray")
+
+from cluster.pool import RayPool, ray_pool  # noqa: E402 - needs ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_cluster() -> Iterator[None]:
+    """Started once: a pool that finds Ray running uses it and leaves it running."""
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def pair(runner: Runner) -> Runner:
+    random = torch.Generator().manual_seed(5)
+    base = {f"model.layers.{i}.w": torch.randn(70, 130, generator=random).bfloat16() for i in range(6)}
+    base["embed.weight"] = torch.randn(300, 64, generator=random).bfloat16()
+    finetuned = {n: (w.float() + 0.01 * torch.randn(w.shape, generator=random)).bfloat16() for n, w in base.items()}
+    runner.write(base, finetuned)
+    return runner
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors*"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+def test_actors_write_the_bytes_that_threads_write(pair: Runner, scope: str) -> None:
+    choices = {"scope": scope, "shard_size": "40kB"}
+    expected = digests(pair.prune(workers=1, **choices)[0])
+    assert len(expected) > 4
+    for workers in (1, 2, 3):
+        recipe = pair.recipe(workers=workers, **choices)
+        result = prune(recipe, pool=ray_pool("local"))
+        assert result.manifest["workers"] == workers
+        assert digests(Path(recipe.out)) == expected
+
+
+@pytest.mark.slow
+def test_relative_paths_mean_the_same_to_the_workers(pair: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pair.folder)
+    recipe = pair.recipe(shard_size="40kB").model_copy(update={"base": "base", "finetuned": "finetuned", "out": "here"})
+    prune(recipe, pool=ray_pool("local"))
+    assert digests(pair.folder / "here") == digests(pair.prune(shard_size="40kB")[0])
+
+
+@pytest.mark.slow
+def test_an_error_in_an_actor_is_the_users_sentence(pair: Runner) -> None:
+    weights = {"model.layers.0.w": torch.full((4, 4), torch.nan), "x": torch.ones(3)}
+    pair.write({n: torch.ones_like(w) for n, w in weights.items()}, weights)
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.w' has 16 NaN"):
+        prune(pair.recipe("bad"), pool=ray_pool("local"))
+    assert not (pair.folder / "bad" / "fapm" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_inputs_that_fit_the_workers_are_read_once(pair: Runner) -> None:
+    """Each shard goes back to the worker that measured it, which has kept it."""
+    recipe = pair.recipe(scope="global", shard_size="40kB", workers=2)
+    result = prune(recipe, pool=ray_pool("local"))
+    assert result.plan.pair_bytes <= result.manifest["totals"]["read_bytes"]
+    sampled = result.plan.pair_bytes  # of so small a model the sample is all of it
+    assert result.manifest["totals"]["read_bytes"] <= result.plan.pair_bytes * 1.05 + sampled
+
+
+def test_a_cluster_that_does_not_answer_is_one_sentence(pair: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", _refuse)
+    with pytest.raises(UserError, match=r"--ray 127\.0\.0\.1:1: no Ray cluster answers there"):
+        prune(pair.recipe(), pool=ray_pool("127.0.0.1:1"))
+
+
+def _refuse(**_: object) -> None:
+    raise ConnectionError("could not connect")
+
+
+@pytest.mark.slow
+def test_actors_are_gone_when_the_pool_is_closed(pair: Runner) -> None:
+    seen: list[RayPool] = []
+
+    def remember(plan, watch):  # type: ignore[no-untyped-def]
+        seen.append(RayPool(plan, watch, "local"))
+        return seen[0]
+
+    prune(pair.recipe(shard_size="40kB", workers=2), pool=remember)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(seen[0]._actors[0].__ray_ready__.remote(), timeout=20)
