@@ -17,15 +17,18 @@ from pipeline.header import build_header
 from pipeline.manifest import load_manifest
 
 RUN = """
-import json, resource, sys
+import json, sys
 from pipeline import Recipe, prune
 prune(Recipe.of(**json.loads(sys.argv[1])))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 def peak_kib(recipe: Recipe) -> int:
-    """Peak resident memory of a process of its own that prunes, in KiB."""
+    """Peak resident memory of a process of its own that prunes, in KiB.
+
+    From /proc: `ru_maxrss` begins with what the parent had when it started the process.
+    """
     command = [sys.executable, "-c", RUN, recipe.model_dump_json(exclude_none=True)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=250).stdout)
 
@@ -63,14 +66,17 @@ def huge(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def floor(tmp_path_factory) -> int:
-    """What the interpreter, the libraries and a tiny prune take, in KiB."""
+    """What the interpreter, the libraries and a tiny prune take, in KiB, once the kernels are compiled."""
     folder = tmp_path_factory.mktemp("tiny")
     base, finetuned = gaussian({"model.layers.0.a": (64, 64), "model.layers.1.b": (64, 64)}, torch.bfloat16)
     save(folder / "base", base)
     save(folder / "finetuned", finetuned)
     sides = {"base": str(folder / "base"), "finetuned": str(folder / "finetuned")}
-    recipe = Recipe.of(**sides, out=str(folder / "out"), memory="64MiB", workers=1, device="cpu", shard_size="8kB")
-    return peak_kib(recipe)
+    runs = [
+        Recipe.of(**sides, out=str(folder / f"out-{i}"), memory="64MiB", workers=1, device="cpu", shard_size="8kB")
+        for i in range(2)
+    ]
+    return [peak_kib(recipe) for recipe in runs][-1]
 
 
 @pytest.mark.slow
@@ -82,8 +88,8 @@ def test_a_tensor_of_six_times_the_budget(huge, floor, scope):
     small = Recipe.of(**sides, **choices, out=str(huge / f"small-{scope}"), memory="256MB")
     large = Recipe.of(**sides, **choices, out=str(huge / f"large-{scope}"), memory="6GB")
     used = (peak_kib(small) - floor) * 1024
-    prune(large)
-    read = {r.out: load_manifest(r.out)["totals"]["read_bytes"] for r in (small, large)}
+    peak_kib(large)
+    read = [load_manifest(r.out)["totals"]["read_bytes"] for r in (small, large)]
     print(f"\n{scope}: {used / 1e6:.0f} MB above the floor of {floor * 1024 / 1e6:.0f} MB; bytes read {read}")
     one, other = weights_and_index(Path(small.out)), weights_and_index(Path(large.out))
     assert one.keys() == other.keys()
@@ -125,11 +131,12 @@ def test_global_scope_reads_little_more_than_twice(tmp_path):
 
 @pytest.mark.slow
 def test_many_small_tensors_take_no_more_than_the_budget(tmp_path, floor):
-    shapes = {f"model.layers.{i // 100}.t{i}": (40, 100) for i in range(20_000)}
+    shapes = {f"model.layers.{i // 100}.t{i}": (40, 100) for i in range(10_000)}
     base, finetuned = gaussian(shapes, torch.bfloat16)
     save(tmp_path / "base", base)
     save(tmp_path / "finetuned", finetuned)
     sides = {"base": str(tmp_path / "base"), "finetuned": str(tmp_path / "finetuned")}
+    choices = {"memory": "128MB", "workers": 1, "device": "cpu", "shard_size": "1GB"}
     for scope in ("tensor", "global"):
-        recipe = Recipe.of(**sides, out=str(tmp_path / scope), memory="128MB", workers=1, device="cpu", scope=scope)
-        assert (peak_kib(recipe) - floor) * 1024 < 1.1 * 128e6 + 20_000 * 4_000  # headers and rows: 4 kB a tensor
+        recipe = Recipe.of(**sides, **choices, out=str(tmp_path / scope), scope=scope)
+        assert (peak_kib(recipe) - floor) * 1024 < 1.1 * 128e6 + 10_000 * 4_000  # headers and rows: 4 kB a tensor
