@@ -111,6 +111,9 @@ def refuse_overflow(count: int, dtype: str, what: str) -> None:
         )
 
 
+_BEYOND_E4M3 = 464.0  # the last that rounds to its largest number, 448
+
+
 def _round_with_torch(vals: np.ndarray, dtype: str) -> np.ndarray:
     import torch
 
@@ -118,7 +121,10 @@ def _round_with_torch(vals: np.ndarray, dtype: str) -> np.ndarray:
         vals = _to_odd_float32(vals)
     rounded = torch.from_numpy(np.ascontiguousarray(vals)).to(getattr(torch, TORCH_NAMES[dtype]))
     width = itemsize(dtype)
-    return rounded.view(torch.uint8 if width == 1 else torch.int16).numpy().view(f"u{width}")
+    code: np.ndarray = rounded.view(torch.uint8 if width == 1 else torch.int16).numpy().view(f"u{width}")
+    if dtype == "F8_E4M3":  # without an infinity; some versions of torch give its largest number instead of NaN
+        code[np.abs(vals) > _BEYOND_E4M3] = 0x7F
+    return code
 
 
 def _to_odd_float32(vals: np.ndarray) -> np.ndarray:

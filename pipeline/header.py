@@ -85,7 +85,9 @@ def _parse_json(text: bytes, bad: Any) -> dict[str, Any]:
         return result
 
     try:
-        header = json.loads(text, object_pairs_hook=without_duplicates)
+        if not text.startswith(b"{"):
+            raise ValueError
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise bad(f"its header is not JSON ({type(error).__name__})") from None
     if not isinstance(header, dict):
@@ -94,7 +96,7 @@ def _parse_json(text: bytes, bad: Any) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInfo:
-    if not name or any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if not name or any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
         raise bad(f"a tensor is named {name[:80]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad(f"tensor {name!r} has not exactly dtype, shape and data_offsets")
@@ -105,7 +107,7 @@ def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInf
         raise bad(f"tensor {name!r} has an impossible shape")
     numel = math.prod(shape)
     if max(shape, default=0) > MAX_NUMEL or numel > MAX_NUMEL:
-        raise bad(f"tensor {name!r} claims {numel:.3g} elements")
+        raise bad(f"tensor {name!r} claims more elements than any tensor has")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)):
         raise bad(f"tensor {name!r} has impossible data_offsets")
     begin, end = offsets

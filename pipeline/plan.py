@@ -216,15 +216,16 @@ def _rows_added(p: TensorInfo, f: TensorInfo) -> bool:
     return len(p.shape) == len(f.shape) >= 1 and p.shape[1:] == f.shape[1:] and p.shape[0] < f.shape[0]
 
 
-# How the embedding and head matrices (and head biases) of the common architectures are called.
+# How the embedding and head matrices (and head biases) of the common architectures are called, outside any layer.
 _VOCABULARY = re.compile(
-    r"(embed_tokens|word_embeddings?|wte|tok_embeddings|embed_in|embeddings?|shared|lm_head|embed_out|"
-    r"predictions\.decoder|predictions|output|head|decoder)\.(weight|bias)$"
+    r"(?:^|[._])(embed_tokens|word_embeddings?|wte|tok_embeddings|embed_in|embeddings?|shared|lm_head|embed_out|"
+    r"predictions|output|head|decoder)\.(weight|bias)$"
 )
 
 
 def _is_vocabulary(name: str) -> bool:
-    return bool(_VOCABULARY.search(name)) and not re.search(r"position|token_type", name)
+    outside = group_of(name, "layer") == name
+    return outside and bool(_VOCABULARY.search(name)) and not re.search(r"position|token_type", name)
 
 
 def group_of(name: str, scope: str) -> str:

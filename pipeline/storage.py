@@ -102,14 +102,19 @@ class Writer:
         """Make the file durable, then let it appear under its name, in one step."""
         with plain_errors(self.path):
             os.fsync(self._fd)
-            os.close(self._fd)
+            self._close()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._temporary, self.path)
             _sync_folder(self.path.parent)
 
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1  # once: the number may soon be another file's
+        if fd >= 0:
+            os.close(fd)
+
     def discard(self) -> None:
         with contextlib.suppress(OSError):
-            os.close(self._fd)
+            self._close()
         with contextlib.suppress(OSError):
             self._temporary.unlink()
 
@@ -138,7 +143,7 @@ class Folder:
 
     def _at(self, name: str) -> Path:
         parts = name.split("/")
-        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
             raise UserError(f"{self.path}: refused the file name {name!r}, which leads out of the folder")
         return self.path / name
 

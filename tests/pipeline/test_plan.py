@@ -16,6 +16,7 @@ from pipeline import Recipe, UserError, make_plan
 from pipeline.checkpoint import Checkpoint
 from pipeline.header import TensorInfo
 from pipeline.plan import PairedTensor, cut, group, group_of, index_json, plan_pair
+from pipeline.run import to_measure
 from pipeline.storage import Folder
 
 SIDES = {"base": "b", "finetuned": "f", "out": "o"}
@@ -207,7 +208,7 @@ def test_a_rule_that_matches_nothing_is_mentioned():
 def test_the_bytes_that_will_be_read_and_written():
     plan = plan_of({"h.0.a": (1000,), "h.0.b": (1000,), "x": (500,)}, scope="layer", shard_size=4096, rules=["x=base"])
     assert plan.pair_bytes == 4 * (2 * 1000 + 2 * 1000 + 500)
-    assert plan.wide_bytes == 4 * 4000
+    assert to_measure(plan) == 4 * 4000
     assert plan.write_bytes == sum(len(s.header) for s in plan.shards) + 4 * 2500
 
 

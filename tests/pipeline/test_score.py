@@ -20,7 +20,7 @@ from pipeline.engine import CpuEngine
 from pipeline.pool import Threads
 from pipeline.run import prune
 from pipeline.score import METHODS, Method, evaluate, stream_of, uniform
-from pipeline.threshold import KEEP_ALL, Bracket
+from pipeline.threshold import KEEP_ALL, MAX_KEY, Bracket
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 DEFINED_BY_DELTA = ["fapm", "magnitude", "relative"]
@@ -108,7 +108,11 @@ def test_a_tiny_double_score_counts_as_zero():
     for engine in (CpuEngine("magnitude"), TorchEngine("magnitude", "cpu")):
         bins = np.zeros(1 << 16, np.int64)
         engine.count(
-            Chunk(0, 0, p.copy(), f.copy(), *[np.zeros(3, np.uint64)] * 2), np.float32(0.5), Bracket(), 16, bins
+            Chunk(0, 0, p.copy(), f.copy(), *[np.zeros(3, np.uint64)] * 2),
+            np.float32(0.5),
+            Bracket(0, MAX_KEY),
+            16,
+            bins,
         )
         assert bins[1 << 15] == 3 - int(np.float32(1e-15) > 0)
     for engine in (CpuEngine("relative"), TorchEngine("relative", "cpu")):
@@ -116,7 +120,11 @@ def test_a_tiny_double_score_counts_as_zero():
         assert np.float32(-(g[0] - q[0]) / q[0]) != 0  # an honest check that this one does not vanish
         bins = np.zeros(1 << 16, np.int64)
         engine.count(
-            Chunk(0, 0, q.copy(), g.copy(), *[np.zeros(3, np.uint64)] * 2), np.float32(0.5), Bracket(), 16, bins
+            Chunk(0, 0, q.copy(), g.copy(), *[np.zeros(3, np.uint64)] * 2),
+            np.float32(0.5),
+            Bracket(0, MAX_KEY),
+            16,
+            bins,
         )
         assert bins[1 << 15] == 2
 
