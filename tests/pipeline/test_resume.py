@@ -136,12 +136,12 @@ def kill_and_go_on(driver, runner, reference: Path, die_at: list[int], **choices
 
 @pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
 def test_killed_at_a_change_of_the_disk(driver, runner, scope):
-    """At every 9th one: the slow test takes them all."""
+    """At every 15th one: the slow test takes them all."""
     runner.write(*coarse(SHAPES))
     reference, _ = runner.prune(scope=scope, **SHARDS)
     n, random_ = 1, random.Random(scope)
     while kill_and_go_on(driver, runner, reference, [n], scope=scope, workers=2, **SHARDS):
-        n += random_.randrange(1, 18)
+        n += random_.randrange(1, 30)
     assert n > 30
 
 
@@ -398,7 +398,7 @@ def test_nothing_that_was_found_is_looked_for_again(runner, scope):
     shards = len(make_plan(recipe).shards)
     assert whole.count("write") == shards
     assert whole.count("sample") <= shards
-    for stop in range(1, len(whole)):
+    for stop in range(1, len(whole), 4):
         recipe = runner.recipe(scope=scope, **SHARDS)
         first = counted(recipe, stop)
         again = counted(recipe)

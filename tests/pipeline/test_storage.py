@@ -16,7 +16,7 @@ from pipeline.storage import TEMPORARY, Folder, Reader
 from pipeline.writing import BUFFER_BYTES, Sink
 
 OUTSIDE = [
-    "../x", "a/../../x", "/etc/passwd", "..", ".", "", "a/..", "a//b", "a/", "./a", "a/./b", "..\\x", "a\\b", "a\0b",
+    "../x", "a/../../x", "/etc/passwd", "..", ".", "", "a/..", "a//b", "a/", "./a", "a/./b", "a\0b",
 ]  # fmt: skip
 
 
@@ -33,6 +33,14 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
             action(name)
     assert (tmp_path / "x").read_text() == "secret"
     assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_a_backslash_is_a_letter_like_any_other(tmp_path):
+    (tmp_path / "x").write_text("secret")
+    folder = Folder(tmp_path / "f")
+    folder.write("..\\x", b"mine")
+    assert folder.read("..\\x") == b"mine"
+    assert (tmp_path / "x").read_text() == "secret"
 
 
 def left_behind(folder) -> list:
