@@ -161,8 +161,6 @@ def _side_files(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
         *folders, file = name.split("/")
         if len(folders) > 2 or any(f.startswith(_NOT_THE_MODEL) for f in folders):
             continue
-        if "\\" in name:
-            continue  # a folder on other systems; no such file belongs to a model
         if file.endswith(_WEIGHT_SUFFIXES):
             if folders and file.endswith((".safetensors", ".bin")):
                 left.append(name)

@@ -143,7 +143,7 @@ class Folder:
 
     def _at(self, name: str) -> Path:
         parts = name.split("/")
-        if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
             raise UserError(f"{self.path}: refused the file name {name!r}, which leads out of the folder")
         return self.path / name
 
