@@ -10,8 +10,10 @@ fapm/manifest.json       written last: with it, and only with it, the run is fin
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from pipeline.errors import UserError
@@ -56,8 +58,11 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     """
     out = Folder(plan.recipe.out)
     for role, path in (("base", plan.base.folder.path), ("finetuned", plan.finetuned.folder.path)):
-        if out.path.resolve() == path.resolve():
+        here, there = out.path.resolve(), path.resolve()
+        if here == there:
             raise UserError(f"--out {out.path} is the {role} checkpoint itself; give another folder")
+        if here in there.parents:
+            raise UserError(f"--out {out.path} holds the {role} checkpoint {path}; give a folder beside it")
     if out.path.exists() and not out.exists():
         raise UserError(f"--out {out.path} is a file; give a folder")
     if overwrite or not out.exists() or not any(out.path.iterdir()):
@@ -70,7 +75,10 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
             "to replace the checkpoint in it"
         )
     before = _read_json(out, RUN)
-    differences = _differences(before, _identity(plan))
+    try:
+        differences = _differences(before, _identity(plan))
+    except (AttributeError, KeyError, TypeError):
+        raise _damaged(out, RUN) from None
     if differences and not any(name.endswith(".safetensors") for name in out.files()):
         return "new"  # nothing is finished, nothing is lost
     if differences:
@@ -87,7 +95,11 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any]:
         assert isinstance(loaded, dict)
         return loaded
     except (ValueError, AssertionError):
-        raise UserError(f"{folder.path / name} is damaged; start again with --overwrite") from None
+        raise _damaged(folder, name) from None
+
+
+def _damaged(folder: Folder, name: str) -> UserError:
+    return UserError(f"{folder.path / name} is damaged; start again with --overwrite")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -193,15 +205,10 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
     out = Folder(plan.recipe.out)
     records = [_read_json(out, record_name(s.index)) for s in plan.shards]
     rows = [row for record in records for row in record.pop("tensors")]
-    if len(plan.shards) > 1:
-        out.write(INDEX, json.dumps(index_json(plan.shards), indent=2).encode())
-    for name in plan.finetuned.side_files:
-        if name != "config.json":
-            out.write(name, plan.finetuned.folder.read(name))
     out.write(RECIPE, plan.recipe.to_yaml().encode())
     out.write(TABLE, to_parquet(rows))
-    if "config.json" in plan.finetuned.side_files:
-        out.write("config.json", _config(plan))
+    for name, data in _beside(plan):
+        out.write(name, data())
     manifest = {
         "fapm": version(),
         **_identity(plan),
@@ -219,9 +226,39 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         **facts,
     }
     out.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    tidy(plan)
+    return manifest
+
+
+def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """What makes shards a checkpoint, in the order in which it appears: the index and the configuration last."""
+    read = plan.finetuned.folder.read
+    for name in plan.finetuned.side_files:
+        if name != "config.json":
+            yield name, functools.partial(read, name)
+    if len(plan.shards) > 1:
+        yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
+    if "config.json" in plan.finetuned.side_files:
+        yield "config.json", lambda: _config(plan)
+
+
+def tidy(plan: Plan) -> None:
+    """Leave a finished run whole: what is missing beside its shards is made again, what it has no use for removed."""
+    out = Folder(plan.recipe.out)
+    for name, data in _beside(plan):
+        if not out.has(name):
+            out.write(name, data())
     out.remove_folder(WORK)
     out.remove_folder(TEMPORARY)
-    return manifest
+
+
+def replaceable_bytes(plan: Plan, state: State) -> int:
+    """Bytes in the output folder that this run will not have to find room for: finished shards, and what it removes."""
+    out = Folder(plan.recipe.out)
+    if state == "unfinished":
+        shards = {s.name for s in plan.shards}
+        return sum(f.size for name, f in out.files().items() if name in shards or name.startswith(TEMPORARY))
+    return sum(f.size for name, f in out.files().items() if name.startswith("fapm/") or name.endswith(".safetensors"))
 
 
 def _read_to_measure(out: Folder) -> int:

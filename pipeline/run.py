@@ -70,6 +70,7 @@ def prune(
     plan = make_plan(recipe)
     state = manifest.check_folder(plan, overwrite)
     if state == "finished":
+        manifest.tidy(plan)
         return Result(manifest.load_manifest(recipe.out), plan, len(plan.shards), True, time.perf_counter() - began)
     check_disk(plan, state)
     manifest.begin(plan, state)
@@ -136,8 +137,7 @@ def check_disk(plan: Plan, state: manifest.State) -> None:
         UserError: it is.
     """
     out = Folder(plan.recipe.out)
-    there = sum(out.size(s.name) for s in plan.shards if state == "unfinished" and out.has(s.name))
-    needed, free = plan.write_bytes - there, out.free_bytes()
+    needed, free = plan.write_bytes - manifest.replaceable_bytes(plan, state), out.free_bytes()
     if needed > free:
         raise UserError(
             f"--out {out.path} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; "

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.chunk import pair_of_values
 from pipeline.dtypes import bits
 from pipeline.plan import PairedTensor
-from pipeline.reading import Loaded, SectionReader
+from pipeline.reading import SectionReader, Slice
 from pipeline.recipe import Recipe
 from pipeline.score import METHODS, evaluate, stream_of
 
@@ -24,7 +24,9 @@ WIDE = 1 << 21
 REPORTED = 1 << 13
 """Elements behind the quantiles of a tensor."""
 
-_RUN = 256  # elements side by side
+RUN = 256
+"""Elements side by side."""
+
 _FAR_RUN = 2048  # the same where each run is a read of its own
 
 
@@ -42,18 +44,15 @@ class Sample:
         return evaluate(METHODS[recipe.method], self.p, self.f, m, stream, self.positions)
 
 
-def near(loads: Iterable[Loaded], tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
-    """About `share` of a tensor's elements, from pieces in memory."""
-    starts, length = _runs(tensor.common, share, _RUN)
+def near(parts: Iterable[tuple[Slice, list[np.ndarray]]], tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
+    """About `share` of a tensor's elements, from its slices in memory."""
+    starts, length = _runs(tensor.common, share, RUN)
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for loaded in loads:
-        for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
-            if part.raw or part.tensor.name != tensor.name:
-                continue
-            rows = (starts[(starts >= part.start) & (starts < part.stop)] - part.start) // length
-            for side, source, stored in zip(sides, tensor.sources, views, strict=True):
-                whole = bits(stored, source.dtype)
-                side.append(whole[: whole.size // length * length].reshape(-1, length)[rows].reshape(-1))
+    for part, views in parts:
+        rows = (starts[(starts >= part.start) & (starts < part.stop)] - part.start) // length
+        for side, source, stored in zip(sides, tensor.sources, views, strict=True):
+            whole = bits(stored, source.dtype)
+            side.append(whole[: whole.size // length * length].reshape(-1, length)[rows].reshape(-1))
     p, f = (np.concatenate(side).view(np.uint8) for side in sides)
     return Sample(_positions(starts, length), *pair_of_values(p, f, tensor, recipe))
 

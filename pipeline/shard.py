@@ -27,9 +27,10 @@ from pipeline.errors import UserError
 from pipeline.plan import Group, PairedTensor, Shard
 from pipeline.reading import OVERHEAD_BYTES, Load, Loaded, Memory, Section, SectionReader, Slice, sections
 from pipeline.recipe import Recipe
+from pipeline.sample import Sample
 from pipeline.score import METHODS
 from pipeline.storage import Folder
-from pipeline.table import Tally, exact_sum, plain_row, pruned_row
+from pipeline.table import Seen, Tally, exact_sum, plain_row, pruned_row
 from pipeline.threshold import (
     KEEP_ALL,
     KEEP_NONE,
@@ -105,6 +106,7 @@ class Passes:
 
     def __init__(self, reader: SectionReader, section: Section, loads: list[Load] | None):
         self._reader, self.section, self._loads = reader, section, loads
+        self._parts: dict[str, list[tuple[Slice, list[np.ndarray]]]] | None = None
 
     @property
     def resident(self) -> bool:
@@ -114,6 +116,17 @@ class Passes:
         if self._loads is None:
             return self._reader.stream(self.section.pieces)
         return (load.future.result() for load in self._loads)
+
+    def parts(self, tensor: PairedTensor) -> list[tuple[Slice, list[np.ndarray]]]:
+        """The slices of a tensor that is pruned, in memory; for a resident section."""
+        assert self.resident
+        if self._parts is None:
+            self._parts = {}
+            for loaded in self:
+                for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
+                    if not part.raw:
+                        self._parts.setdefault(part.tensor.name, []).append((part, views))
+        return self._parts[tensor.name]
 
 
 class Worker:
@@ -153,8 +166,9 @@ class Worker:
         """Count a sample of the scores of groups over several shards, coarsely, into `sample_name`."""
         began, read = time.perf_counter(), self._reader.bytes_read
         if task.keep:
-            for _ in self._sections(task):
-                pass
+            for _, passes in self._sections(task):
+                for _ in passes:  # until all of it is there
+                    pass
         histograms: dict[str, np.ndarray] = {}
         for tensor in _wide(task):
             if tensor.common:
@@ -335,12 +349,13 @@ class Worker:
     ) -> Bracket:
         if group.numel < 2 * sample.LOCAL:
             return Bracket()
-        scores = []
+        share, owed, scores = sample.LOCAL / group.numel, 0.0, []
         for tensor in members:
-            tally = tallies[tensor.name]
-            self._take_sample(passes, tensor, tally, sample.LOCAL / group.numel)
-            assert tally.sample
-            scores.append(tally.sample[0])
+            owed += share * tensor.common
+            if owed >= sample.RUN or tensor is members[-1]:  # of many small tensors only some are looked at
+                taken = self._sample(passes, tensor, min(1, owed / tensor.common))
+                scores.append(taken.scores(tensor, self._recipe, tallies[tensor.name].m))
+                owed = 0.0
         return bracket_from_scores(np.concatenate(scores), group.k / group.numel)
 
     def _empty_bins(self, sizes: dict[str, int]) -> dict[str, np.ndarray]:
@@ -381,16 +396,14 @@ class Worker:
         for tensor in section.tensors:
             if tensor.name in tallies:
                 refuse_overflow(tallies[tensor.name].overflowed, tensor.dtype, tensor.name)
-        for tensor in section.tensors:
-            if tensor.name in tallies and tallies[tensor.name].sample is None:
-                self._take_sample(passes, tensor, tallies[tensor.name], 0)
         seconds = time.perf_counter() - began
         rows = []
         for tensor in section.tensors:
             row = plain_row(tensor, task.shard.name, seconds * tensor.nbytes / max(1, section.nbytes))
             if tensor.name in tallies:
-                group = task.groups[tensor.group]
-                row |= pruned_row(tensor, group, tallies[tensor.name], thresholds[group.name])
+                group, tally = task.groups[tensor.group], tallies.pop(tensor.name)
+                seen = self._seen(passes, tensor, tally)
+                row |= pruned_row(tensor, group, tally, thresholds[group.name], seen)
             rows.append(row)
         return rows
 
@@ -416,16 +429,17 @@ class Worker:
         tally.squares.append(applied.squares)
         tally.kept_squares.append(applied.kept_squares)
 
-    def _take_sample(self, passes: Passes, tensor: PairedTensor, tally: Tally, share: float) -> None:
-        """At least `share` of a tensor, and enough for its row."""
-        share = max(share, sample.REPORTED / tensor.common)
+    def _sample(self, passes: Passes, tensor: PairedTensor, share: float) -> Sample:
         if passes.resident:
-            taken = sample.near(passes, tensor, share, self._recipe)
-        else:
-            taken = sample.far(self._reader, tensor, share, self._recipe)
+            return sample.near(passes.parts(tensor), tensor, share, self._recipe)
+        return sample.far(self._reader, tensor, share, self._recipe)
+
+    def _seen(self, passes: Passes, tensor: PairedTensor, tally: Tally) -> Seen:
+        """Scores, d and |p| of enough elements for a row."""
+        taken = self._sample(passes, tensor, sample.REPORTED / tensor.common)
         scores = taken.scores(tensor, self._recipe, tally.m) if self._scored else np.zeros(taken.p.size, np.float32)
         with np.errstate(all="ignore"):
-            tally.sample = scores, np.abs(taken.f - taken.p), np.abs(taken.p)
+            return scores, np.abs(taken.f - taken.p), np.abs(taken.p)
 
     def _check(self) -> None:
         if self._cancelled.is_set():

@@ -15,11 +15,15 @@ from pipeline.threshold import KEEP_ALL, Threshold, score_of
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
+Seen = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Scores, d and |p| of some elements of a tensor."""
+
+
 @dataclass(slots=True)
 class Tally:
-    """What has been seen of a tensor: mean |p|, Σp², counts of elements, Σd² of each block, and a sample.
+    """What has been counted of a tensor: mean |p|, Σp², counts of elements, Σd² of each block.
 
-    `overflowed` are elements of the output that rounding made infinite; `sample` holds (scores, d, |p|) of some.
+    `overflowed` are elements of the output that rounding made infinite.
     """
 
     mean: float = 0.0
@@ -30,7 +34,6 @@ class Tally:
     overflowed: int = 0
     squares: list[np.ndarray] = field(default_factory=list)
     kept_squares: list[np.ndarray] = field(default_factory=list)
-    sample: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def m(self) -> np.float32:
@@ -46,7 +49,7 @@ def plain_row(tensor: PairedTensor, shard: str, seconds: float) -> dict[str, Any
     }  # fmt: skip
 
 
-def pruned_row(tensor: PairedTensor, group: Group, tally: Tally, threshold: Threshold) -> dict[str, Any]:
+def pruned_row(tensor: PairedTensor, group: Group, tally: Tally, threshold: Threshold, seen: Seen) -> dict[str, Any]:
     """What the row of a pruned tensor has beside that; what has no meaning for it is None.
 
     `change_before_q50` is the median of |Δ|/|p| over the elements that fine-tuning changed, `change_after_q50`
@@ -63,8 +66,7 @@ def pruned_row(tensor: PairedTensor, group: Group, tally: Tally, threshold: Thre
         "norm_base": _finite(math.sqrt(tally.base_squares)),
         "kept_share": _finite(kept_squares / squares) if squares else None,
     }  # fmt: skip
-    assert tally.sample
-    scores, d, p = tally.sample
+    scores, d, p = seen
     defined = (d != 0) & (p != 0)
     kept = defined & (scores >= score if math.isfinite(score) else threshold == KEEP_ALL)
     with np.errstate(all="ignore"):
