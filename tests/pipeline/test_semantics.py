@@ -208,7 +208,7 @@ def structured(numel: int, length: int, share: float) -> np.ndarray:
 def test_a_sample_that_misleads_costs_time_only(runner, unseen, scope, density):
     """What the sample sees is changed and shared out evenly; what it does not see is another world."""
     numel = 4 * sample.LOCAL
-    seen = structured(numel, sample._RUN, sample.LOCAL / numel)
+    seen = structured(numel, sample.RUN, sample.LOCAL / numel)
     p = np.random.default_rng(0).normal(1, 0.1, numel).astype(np.float32)
     f = np.where(seen, p * np.random.default_rng(1).uniform(1, 2, numel).astype(np.float32), p * np.float32(unseen))
     base, finetuned = {"a": torch.from_numpy(p), "b": torch.ones(100)}, {"a": torch.from_numpy(f), "b": torch.ones(100)}
@@ -221,7 +221,7 @@ def test_a_sample_that_misleads_costs_time_only(runner, unseen, scope, density):
 def test_where_a_sample_sees_only_unchanged_weights(runner, density):
     """Then the first bracket is the score 0 alone, and the threshold may lie right above it or below it."""
     numel = 4 * sample.LOCAL
-    seen = structured(numel, sample._RUN, sample.LOCAL / numel)
+    seen = structured(numel, sample.RUN, sample.LOCAL / numel)
     p = np.random.default_rng(0).normal(0, 1, numel).astype(np.float32)
     f = np.where(seen, p, p + np.random.default_rng(1).normal(0, 0.1, numel).astype(np.float32))
     base, finetuned = {"w": torch.from_numpy(p)}, {"w": torch.from_numpy(f)}
