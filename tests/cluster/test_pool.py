@@ -71,8 +71,8 @@ def test_an_error_in_an_actor_is_the_users_sentence(pair: Runner) -> None:
 
 @pytest.mark.slow
 def test_inputs_that_fit_the_workers_are_read_once(pair: Runner) -> None:
-    """Each shard goes back to the worker that measured it, which has kept it."""
-    recipe = pair.recipe(scope="global", shard_size="40kB", workers=2)
+    """A worker keeps what it has measured. Of several, one that is idle may take over what another has kept."""
+    recipe = pair.recipe(scope="global", shard_size="40kB", workers=1)
     result = prune(recipe, pool=ray_pool("local"))
     assert result.plan.pair_bytes <= result.manifest["totals"]["read_bytes"]
     sampled = result.plan.pair_bytes  # of so small a model the sample is all of it
