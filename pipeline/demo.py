@@ -98,24 +98,29 @@ def pair() -> tuple[Tensors, Tensors]:
     return base, finetuned
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model that CONFIG describes."""
-    kv = HIDDEN // HEADS * KV_HEADS
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for i in range(LAYERS):
+def shapes(
+    layers: int = LAYERS,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    kv: int = HIDDEN // HEADS * KV_HEADS,
+    vocabulary: int = VOCABULARY,
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Llama of these sizes; by default of the one that CONFIG describes."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(layers):
         layer = f"model.layers.{i}."
         found |= {
-            layer + "input_layernorm.weight": (HIDDEN,),
-            layer + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-            layer + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            layer + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            layer + "post_attention_layernorm.weight": (HIDDEN,),
-            layer + "self_attn.k_proj.weight": (kv, HIDDEN),
-            layer + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            layer + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            layer + "self_attn.v_proj.weight": (kv, HIDDEN),
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "mlp.down_proj.weight": (hidden, intermediate),
+            layer + "mlp.gate_proj.weight": (intermediate, hidden),
+            layer + "mlp.up_proj.weight": (intermediate, hidden),
+            layer + "post_attention_layernorm.weight": (hidden,),
+            layer + "self_attn.k_proj.weight": (kv, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, hidden),
+            layer + "self_attn.q_proj.weight": (hidden, hidden),
+            layer + "self_attn.v_proj.weight": (kv, hidden),
         }
-    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
 def _write_checkpoint(folder: Path, files: dict[str, Tensors]) -> None:

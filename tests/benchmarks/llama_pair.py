@@ -14,25 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-LAYERS, HIDDEN, INTERMEDIATE, KV, VOCABULARY = 22, 2048, 5632, 256, 32000
+from pipeline.demo import shapes
 
-
-def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for i in range(layers):
-        layer = f"model.layers.{i}."
-        found |= {
-            layer + "input_layernorm.weight": (HIDDEN,),
-            layer + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-            layer + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            layer + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            layer + "post_attention_layernorm.weight": (HIDDEN,),
-            layer + "self_attn.k_proj.weight": (KV, HIDDEN),
-            layer + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            layer + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            layer + "self_attn.v_proj.weight": (KV, HIDDEN),
-        }
-    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+SIZES = {"hidden": 2048, "intermediate": 5632, "kv": 256, "vocabulary": 32000}
+LAYERS = 22
 
 
 def make(folder: Path, seed: int = 0, layers: int = LAYERS) -> None:
@@ -41,7 +26,7 @@ def make(folder: Path, seed: int = 0, layers: int = LAYERS) -> None:
         return
     random = torch.Generator().manual_seed(seed)
     base, finetuned = {}, {}
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(layers, **SIZES).items():
         weights = torch.empty(shape).normal_(0, 0.02, generator=random).bfloat16()
         delta = torch.empty(shape).normal_(0, 2e-4, generator=random)
         base[name], finetuned[name] = weights, delta.add_(weights).bfloat16()
