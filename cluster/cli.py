@@ -158,7 +158,7 @@ def inspect(checkpoint: str, as_json: bool) -> None:
       fapm inspect llama/
       fapm inspect pruned/ --json
     """
-    from pipeline.checkpoint import open_checkpoint
+    from pipeline.formats.checkpoint import open_checkpoint
     from pipeline.report import checkpoint_facts, checkpoint_text
 
     facts = checkpoint_facts(open_checkpoint(checkpoint, "checkpoint"))
@@ -199,8 +199,8 @@ def verify(out: str, base: str | None, finetuned: str | None, as_json: bool) -> 
       fapm verify pruned/ --base /new/place/llama --finetuned /new/place/llama-math
     """
     from cluster.progress import Progress
+    from pipeline.checking.verify import verify
     from pipeline.manifest import load_manifest
-    from pipeline.verify import verify
 
     run = load_manifest(out)
     with Progress() as progress:

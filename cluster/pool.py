@@ -19,7 +19,7 @@ from pipeline.plan import Plan
 from pipeline.pool import Backlog, Pool, Step
 from pipeline.recipe import Recipe
 from pipeline.run import Watch
-from pipeline.shard import Done, Task, Worker
+from pipeline.shard.worker import Done, Task, Worker
 
 
 class Actor:

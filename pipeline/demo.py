@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.checkpoint import open_checkpoint
-from pipeline.dtypes import bits, round_to, upcast
 from pipeline.errors import UserError
-from pipeline.header import TensorInfo, build_header
+from pipeline.formats.checkpoint import open_checkpoint
+from pipeline.formats.dtypes import bits, round_to, upcast
+from pipeline.formats.header import TensorInfo, build_header
 from pipeline.manifest import INDEX
 from pipeline.recipe import Recipe
 from pipeline.run import Result, Watch, prune
-from pipeline.storage import Folder
+from pipeline.storage.local import Folder
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 352, 4, 4, 2, 2048
 

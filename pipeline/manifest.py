@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.plan import Plan, index_json
-from pipeline.shard import record_name, saved_read_bytes
-from pipeline.storage import TEMPORARY, Folder
-from pipeline.table import from_parquet, to_parquet, totals
-from pipeline.threshold import Threshold
+from pipeline.scoring.threshold import Threshold
+from pipeline.shard.table import from_parquet, to_parquet, totals
+from pipeline.shard.worker import record_name, saved_read_bytes
+from pipeline.storage.local import TEMPORARY, Folder
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.checkpoint import Checkpoint, open_checkpoint
-from pipeline.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.errors import UserError
-from pipeline.header import TensorInfo, build_header
+from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
+from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
+from pipeline.formats.header import TensorInfo, build_header
 from pipeline.recipe import Recipe
-from pipeline.score import METHODS
+from pipeline.scoring.methods import METHODS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from pipeline.recipe import Recipe
-from pipeline.shard import Done, Task, Worker
+from pipeline.shard.worker import Done, Task, Worker
 
 Step = Callable[[Worker, Task], Done]
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import UserError
-from pipeline.score import METHODS
+from pipeline.scoring.methods import METHODS
 
 Action = Literal["prune", "base", "finetuned"]
 

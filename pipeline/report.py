@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
 from pipeline.recipe import format_bytes
-from pipeline.score import METHODS
+from pipeline.scoring.methods import METHODS
 
 if TYPE_CHECKING:
     from pipeline.run import Result

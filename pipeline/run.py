@@ -16,9 +16,9 @@ from pipeline.errors import UserError
 from pipeline.plan import Group, Plan, Shard, make_plan
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
-from pipeline.shard import Task, Worker, load_arrays, measure_name, sample_name, threshold_at_the_ends
-from pipeline.storage import Folder
-from pipeline.threshold import Bracket, Threshold, bracket_from_coarse, narrow
+from pipeline.scoring.threshold import Bracket, Threshold, bracket_from_coarse, narrow
+from pipeline.shard.worker import Task, Worker, load_arrays, measure_name, sample_name, threshold_at_the_ends
+from pipeline.storage.local import Folder
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pipeline.chunk import Chunk
-from pipeline.device import TorchEngine
-from pipeline.engine import CpuEngine, Engine
-from pipeline.score import METHODS, evaluate
-from pipeline.threshold import Threshold, bracket_from_scores, narrow
+from pipeline.scoring.compiled import CpuEngine, Engine
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.methods import METHODS, evaluate
+from pipeline.scoring.threshold import Threshold, bracket_from_scores, narrow
+from pipeline.scoring.torch_engine import TorchEngine
 
 SHAPE, DENSITY, ROUNDS = (2048, 5632), 0.1, 9
 

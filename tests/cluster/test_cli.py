@@ -250,7 +250,7 @@ def test_wrong_usage_exits_with_2(pair, args, said):
 
 
 def test_a_bug_shows_its_traceback(pair):
-    code = "import pipeline.checkpoint as c; c.read_header = 0; from cluster.cli import main; main()"
+    code = "import pipeline.formats.checkpoint as c; c.read_header = 0; from cluster.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", "base"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -308,7 +308,7 @@ def test_plan_lists_what_is_not_pruned(pair):
 
 
 def test_plan_says_that_the_disk_is_too_full(pair, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.Folder.free_bytes", lambda self: 1000)
+    monkeypatch.setattr("pipeline.storage.local.Folder.free_bytes", lambda self: 1000)
     assert "1 kB free" in refused(on_pair("plan"))
 
 
@@ -555,6 +555,6 @@ def test_help_comes_at_once():
 
 @pytest.mark.parametrize("command", ["plan", "inspect"])
 def test_reading_headers_loads_no_library_that_computes(pair, command):
-    # For `plan` this needs pipeline/engine.py and pipeline/chunk.py to load pipeline.kernel, which loads numba, late.
+    # For `plan` this needs pipeline.scoring.device to load the engines late.
     options = ["--base", "base", "--finetuned", "finetuned", "--out", "out"] if command == "plan" else ["base"]
     assert not loaded_by(command, *options) & {"torch", "ray", "numba"}

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import Recipe, UserError, make_plan
-from pipeline.checkpoint import Checkpoint
-from pipeline.header import TensorInfo
+from pipeline.formats.checkpoint import Checkpoint
+from pipeline.formats.header import TensorInfo
 from pipeline.plan import PairedTensor, cut, group, group_of, index_json, plan_pair
 from pipeline.run import to_measure
-from pipeline.storage import Folder
+from pipeline.storage.local import Folder
 
 SIDES = {"base": "b", "finetuned": "f", "out": "o"}
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline import Recipe, prune
-from pipeline.verify import verify
+from pipeline.checking.verify import verify
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import json
 import torch
 from checkpoints import gaussian, save
 
-from pipeline.checkpoint import open_checkpoint
+from pipeline.formats.checkpoint import open_checkpoint
 from pipeline.manifest import read_table
 from pipeline.plan import make_plan
 from pipeline.report import (

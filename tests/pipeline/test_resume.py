@@ -20,7 +20,7 @@ from checkpoints import coarse, gaussian, load, save, weights_of
 from pipeline import UserError, make_plan, prune
 from pipeline.pool import Threads
 from pipeline.run import Watch, in_process
-from pipeline.shard import Worker
+from pipeline.shard.worker import Worker
 
 SHAPES = {f"model.layers.{i}.{n}.weight": (60, 40) for i in range(3) for n in "ab"} | {"lm_head.weight": (50, 40)}
 SHARDS = {"shard_size": "15kB"}  # one tensor and a half: every layer lies in two
@@ -35,9 +35,9 @@ import itertools, json, os, signal, sys
 import numpy as np
 import pyarrow.parquet
 from pipeline import Recipe, prune
-from pipeline.chunk import Chunk
-from pipeline.engine import CpuEngine
-from pipeline.threshold import Bracket, Threshold
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.compiled import CpuEngine
+from pipeline.scoring.threshold import Bracket, Threshold
 
 CHANGES = ("replace", "unlink", "rmdir", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "write")
 

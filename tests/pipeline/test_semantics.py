@@ -27,8 +27,9 @@ from checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import UserError, prune, sample
+from pipeline import UserError, prune
 from pipeline.manifest import load_manifest, read_table
+from pipeline.shard import sample
 
 METHODS = ["fapm", "magnitude", "relative", "random", "dare", "wise-ft"]
 SCOPES = ["tensor", "layer", "global"]

@@ -13,9 +13,9 @@ import torch
 from checkpoints import gaussian, save, weights_of
 
 from pipeline import Recipe, prune
-from pipeline.header import build_header
+from pipeline.formats.header import build_header
 from pipeline.manifest import load_manifest
-from pipeline.storage import Reader
+from pipeline.storage.local import Reader
 
 RUN = """
 import json, sys

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.chunk import Chunk
-from pipeline.engine import Applied, add_zeros, float_range, float_threshold
-from pipeline.score import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
-from pipeline.threshold import ZERO_KEY, Bracket, Threshold
+from pipeline.scoring.engine import Applied, Chunk, add_zeros, float_range, float_threshold
+from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
+from pipeline.scoring.threshold import ZERO_KEY, Bracket, Threshold
 
 
 class TorchEngine:

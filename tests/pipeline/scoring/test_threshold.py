@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline import threshold
-from pipeline.threshold import (
+from pipeline.scoring import threshold
+from pipeline.scoring.threshold import (
     KEEP_ALL,
     KEEP_NONE,
     MAX_BINS,

@@ -11,15 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.chunk import Chunk
-from pipeline.device import TorchEngine
-from pipeline.dtypes import upcast
-from pipeline.engine import CpuEngine, make_engine
 from pipeline.errors import UserError
-from pipeline.kernel import BLOCK, TILE
-from pipeline.reading import CHUNK
-from pipeline.score import METHODS, stream_of
-from pipeline.threshold import (
+from pipeline.formats.dtypes import upcast
+from pipeline.scoring.compiled import BLOCK, TILE, CpuEngine
+from pipeline.scoring.device import make_engine
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.methods import METHODS, stream_of
+from pipeline.scoring.threshold import (
     HIGHEST_KEY,
     KEEP_ALL,
     KEEP_NONE,
@@ -30,6 +28,8 @@ from pipeline.threshold import (
     Threshold,
     key_of,
 )
+from pipeline.scoring.torch_engine import TorchEngine
+from pipeline.shard.reading import CHUNK
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 KINDS = ["bfloat16", "float32", "float64"]

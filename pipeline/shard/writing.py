@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import xxhash
 
-from pipeline.storage import Writer
+from pipeline.storage.local import Writer
 
 BUFFER_BYTES = 8 << 20
 _BUFFERS = 3

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.header import TensorInfo, read_header
-from pipeline.storage import Folder
+from pipeline.formats.header import TensorInfo, read_header
+from pipeline.storage.local import Folder
 
 INDEX_SUFFIX = ".safetensors.index.json"
 

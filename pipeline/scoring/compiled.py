@@ -21,8 +21,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload, register_jitable
 
-from pipeline import score as score_module
-from pipeline.score import BLOCK, GAMMA, METHODS, UNIT, Method, mix
+from pipeline.scoring import methods as formulas
+from pipeline.scoring.engine import Applied, Chunk, add_zeros, float_range, float_threshold
+from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, mix
+from pipeline.scoring.threshold import Bracket, Threshold
 
 TILE = 1024
 """Elements handled while in the first-level cache."""
@@ -30,7 +32,7 @@ TILE = 1024
 _LANES = 256  # a tile is four rows of lanes
 
 # numba keeps a compiled kernel until its own file changes; the formulas are in another one.
-_VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(score_module).encode(), digest_size=4).digest(), "little")
+_VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(formulas).encode(), digest_size=4).digest(), "little")
 
 _jit: Any = functools.partial(njit, nogil=True, error_model="numpy", cache=True)
 
@@ -85,7 +87,7 @@ def _total(lanes):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two loops of a method: `count` and `apply`, as `pipeline.engine` calls them."""
+    """The two loops of a method, as `CpuEngine` calls them."""
 
     count: Callable[..., Any]
     apply: Callable[..., Any]
@@ -95,7 +97,7 @@ class Kernels:
 def kernels(name: str) -> Kernels:
     """Compile (or load) the loops of the method `name`."""
     method: Method = METHODS[name]
-    score = register_jitable(inline="always")(method.score or score_module.magnitude)
+    score = register_jitable(inline="always")(method.score or formulas.magnitude)
     mixed = register_jitable(inline="always")(mix)
     hashed = method.hashed
 
@@ -217,3 +219,34 @@ def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
     """
     function.__qualname__ = f"{function.__name__}_{method.replace('-', '_')}_{_VERSION}"
     return function
+
+
+class CpuEngine:
+    """The compiled loops, on the calling thread, without the GIL."""
+
+    def __init__(self, method: str):
+        self._kernels = kernels(method)
+
+    def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        sums, squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
+        abs_sums(chunk.p, sums, squares)
+        return sums, squares
+
+    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
+        lo, hi = float_range(bracket)
+        above, zeros, finite = self._kernels.count(
+            chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, lo, hi,
+            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(TILE, chunk.real),
+        )  # fmt: skip
+        add_zeros(zeros, bracket, shift, bins)
+        return above, finite
+
+    def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
+        score, ties = float_threshold(threshold, ties)
+        squares, kept_squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
+        kept, changed, both, used = self._kernels.apply(
+            chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, score, ties,
+            chunk.pruned, chunk.kept, out, squares, kept_squares,
+            np.empty(TILE, chunk.real), np.empty(TILE, out.dtype),
+        )  # fmt: skip
+        return Applied(kept, changed, both, used, squares, kept_squares)

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.dtypes import BITS
 from pipeline.errors import UserError
-from pipeline.storage import Reader
+from pipeline.formats.dtypes import BITS
+from pipeline.storage.local import Reader
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_NUMEL = 1 << 48

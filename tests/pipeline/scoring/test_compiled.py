@@ -12,9 +12,9 @@ import pytest
 SCRIPT = """
 import sys
 import numpy as np
-from pipeline.chunk import Chunk
-from pipeline.engine import CpuEngine
-from pipeline.threshold import Threshold, key_of
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.compiled import CpuEngine
+from pipeline.scoring.threshold import Threshold, key_of
 
 random = np.random.default_rng(0)
 p = random.normal(0, 1, 5000).astype(np.float32)

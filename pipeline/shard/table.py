@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.plan import Group, PairedTensor
-from pipeline.threshold import KEEP_ALL, Threshold, score_of
+from pipeline.scoring.threshold import KEEP_ALL, Threshold, score_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -1,6 +1,6 @@
 """Comparing: one tensor of an output beside its sources, a chunk at a time, in numpy.
 
-It computes what `pipeline.verify` expects of the tensor without the code that wrote it.
+It computes what `pipeline.checking.verify` expects of the tensor without the code that wrote it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
-from pipeline.header import TensorInfo
+from pipeline.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
+from pipeline.formats.header import TensorInfo
 from pipeline.manifest import TABLE
 from pipeline.plan import PairedTensor, Plan
-from pipeline.score import METHODS, evaluate, stream_of
-from pipeline.storage import Folder
-from pipeline.threshold import key_of, score_of
+from pipeline.scoring.methods import METHODS, evaluate, stream_of
+from pipeline.scoring.threshold import key_of, score_of
+from pipeline.storage.local import Folder
 
 CHUNK = 1 << 18
 """Elements looked at at once; a multiple of BLOCK."""

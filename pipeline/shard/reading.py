@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.dtypes import itemsize
-from pipeline.header import TensorInfo
+from pipeline.formats.dtypes import itemsize
+from pipeline.formats.header import TensorInfo
 from pipeline.plan import PairedTensor, Shard
-from pipeline.score import BLOCK
-from pipeline.storage import Folder
+from pipeline.scoring.methods import BLOCK
+from pipeline.storage.local import Folder
 
 CHUNK = 1 << 20
 """Elements handed to the arithmetic at once, at most; a multiple of its block."""

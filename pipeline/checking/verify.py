@@ -14,16 +14,16 @@ from typing import Any
 
 import xxhash
 
-from pipeline.checkpoint import Checkpoint
-from pipeline.comparing import Budget, Comparison, Progress
+from pipeline.checking.comparing import Budget, Comparison, Progress
 from pipeline.errors import UserError
-from pipeline.header import TensorInfo, read_header
+from pipeline.formats.checkpoint import Checkpoint
+from pipeline.formats.header import TensorInfo, read_header
 from pipeline.manifest import INDEX, TABLE, load_manifest, read_table
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import Recipe
-from pipeline.score import METHODS
-from pipeline.storage import Folder
-from pipeline.threshold import MAX_KEY, score_of
+from pipeline.scoring.methods import METHODS
+from pipeline.scoring.threshold import MAX_KEY, score_of
+from pipeline.storage.local import Folder
 
 
 def verify(

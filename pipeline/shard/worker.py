@@ -19,19 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import sample
-from pipeline.chunk import Chunk, count_nonfinite, make_chunk
-from pipeline.dtypes import convert, is_weight, itemsize, refuse_overflow
-from pipeline.engine import make_engine
 from pipeline.errors import UserError
+from pipeline.formats.dtypes import convert, is_weight, itemsize, refuse_overflow
 from pipeline.plan import Group, PairedTensor, Shard
-from pipeline.reading import OVERHEAD_BYTES, Load, Loaded, Memory, Section, SectionReader, Slice, sections
 from pipeline.recipe import Recipe
-from pipeline.sample import Sample
-from pipeline.score import METHODS
-from pipeline.storage import Folder
-from pipeline.table import Seen, Tally, exact_sum, plain_row, pruned_row
-from pipeline.threshold import (
+from pipeline.scoring.device import make_engine
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.methods import METHODS
+from pipeline.scoring.threshold import (
     KEEP_ALL,
     KEEP_NONE,
     MAX_BINS,
@@ -42,7 +37,13 @@ from pipeline.threshold import (
     coarse_histogram,
     narrow,
 )
-from pipeline.writing import Sink
+from pipeline.shard import sample
+from pipeline.shard.chunk import count_nonfinite, make_chunk
+from pipeline.shard.reading import OVERHEAD_BYTES, Load, Loaded, Memory, Section, SectionReader, Slice, sections
+from pipeline.shard.sample import Sample
+from pipeline.shard.table import Seen, Tally, exact_sum, plain_row, pruned_row
+from pipeline.shard.writing import Sink
+from pipeline.storage.local import Folder
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline import score
-from pipeline.chunk import Chunk
-from pipeline.device import TorchEngine
-from pipeline.engine import CpuEngine
 from pipeline.pool import Threads
 from pipeline.run import prune
-from pipeline.score import METHODS, Method, evaluate, stream_of, uniform
-from pipeline.threshold import KEEP_ALL, MAX_KEY, Bracket
+from pipeline.scoring import methods as score
+from pipeline.scoring.compiled import CpuEngine
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.methods import METHODS, Method, evaluate, stream_of, uniform
+from pipeline.scoring.threshold import KEEP_ALL, MAX_KEY, Bracket
+from pipeline.scoring.torch_engine import TorchEngine
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 DEFINED_BY_DELTA = ["fapm", "magnitude", "relative"]
@@ -97,7 +97,7 @@ def test_numpy_torch_and_compiled_agree_bit_for_bit(p, f):
 
 
 def score_key(s: np.float32) -> int:
-    from pipeline.threshold import key_of
+    from pipeline.scoring.threshold import key_of
 
     return int(key_of(np.array([s]))[0])
 

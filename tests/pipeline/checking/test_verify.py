@@ -15,7 +15,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from pipeline import Recipe, UserError, prune
-from pipeline.verify import verify
+from pipeline.checking.verify import verify
 
 SHAPES = {
     "model.embed_tokens.weight": (50, 16),

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.chunk import pair_of_values
-from pipeline.dtypes import bits
+from pipeline.formats.dtypes import bits
 from pipeline.plan import PairedTensor
-from pipeline.reading import SectionReader, Slice
 from pipeline.recipe import Recipe
-from pipeline.score import METHODS, evaluate, stream_of
+from pipeline.scoring.methods import METHODS, evaluate, stream_of
+from pipeline.shard.chunk import pair_of_values
+from pipeline.shard.reading import SectionReader, Slice
 
 LOCAL = 1 << 17
 """Elements of a group that lies in one shard whose scores suggest a first bracket."""

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.dtypes import bits, convert, nonfinite, round_to, upcast, values
+from pipeline.formats.dtypes import bits, convert, nonfinite, round_to, upcast, values
 from pipeline.plan import PairedTensor
-from pipeline.reading import Slice
 from pipeline.recipe import Recipe
-from pipeline.score import BLOCK, METHODS, stream_of
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A run of elements of one tensor, in host memory.
-
-    Attributes:
-        start: flat index of the first, a multiple of BLOCK.
-        stream: where the tensor's random numbers come from.
-        p, f: values, (n,): uint16 bits of bfloat16, float32 or float64; both of one dtype.
-        pruned, kept: bits in the output's dtype, (n,): what an element becomes.
-        rounded: whether any of them had to be rounded, so that it may have become infinite.
-    """
-
-    start: int
-    stream: int
-    p: np.ndarray
-    f: np.ndarray
-    pruned: np.ndarray
-    kept: np.ndarray
-    rounded: bool = False
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.p.size // BLOCK)
-
-    @property
-    def real(self) -> type[np.floating]:
-        """The type of the arithmetic."""
-        return np.float64 if self.p.dtype == np.float64 else np.float32
+from pipeline.scoring.engine import Chunk
+from pipeline.scoring.methods import METHODS, stream_of
+from pipeline.shard.reading import Slice
 
 
 def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chunk:
