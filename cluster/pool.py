@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.errors import UserError
 from pipeline.plan import Plan
-from pipeline.pool import Backlog, Pool, Step
+from pipeline.pool import Pool, Step
 from pipeline.recipe import Recipe
 from pipeline.run import Watch
-from pipeline.shard.worker import Done, Task, Worker
+from pipeline.shard.task import Done, Task
+from pipeline.shard.worker import Worker
 
 
 class Actor:
@@ -58,20 +60,18 @@ class RayPool:
         remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(Actor)
         recipe = _absolute(plan.recipe)
         self._actors: list[Any] = [remote.remote(recipe) for _ in range(self.workers)]
-        self._backlog = Backlog()
 
     def wait_until_ready(self) -> None:
         """Return when every actor has been made."""
         ray.get([actor.__ray_ready__.remote() for actor in self._actors])
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
-        self._backlog.fill(tasks)
+        waiting = deque(tasks)
         running: dict[Any, int] = {}
 
         def give(number: int) -> None:
-            task = self._backlog.take(number)
-            if task is not None:
-                running[self._actors[number].run.remote(step, task)] = number
+            if waiting:
+                running[self._actors[number].run.remote(step, waiting.popleft())] = number
 
         for number in range(self.workers):
             give(number)

@@ -92,7 +92,8 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         else:
-            print(line, file=self._stream, flush=True)
+            self._stream.write(line + "\n")  # at once: Ctrl-C may come between two writes
+            self._stream.flush()
 
     def close(self) -> None:
         """End the bar."""

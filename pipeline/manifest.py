@@ -16,11 +16,13 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
+
 from pipeline.errors import UserError
 from pipeline.plan import Plan, index_json
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import from_parquet, to_parquet, totals
-from pipeline.shard.worker import record_name, saved_read_bytes
+from pipeline.shard.task import from_bytes, record_name, rows_name, saved_read_bytes
 from pipeline.storage.local import TEMPORARY, Folder
 
 RUN = "fapm/run.json"
@@ -204,9 +206,9 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
     out = Folder(plan.recipe.out)
     records = [_read_json(out, record_name(s.index)) for s in plan.shards]
-    rows = [row for record in records for row in record.pop("tensors")]
+    measured = np.concatenate([from_bytes(out.read(rows_name(s.index))) for s in plan.shards])
     out.write(RECIPE, plan.recipe.to_yaml().encode())
-    out.write(TABLE, to_parquet(rows))
+    out.write(TABLE, to_parquet(plan.shards, plan.groups, measured))
     for name, data in _beside(plan):
         out.write(name, data())
     manifest = {
@@ -216,7 +218,7 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "shards": records,
         "totals": {
-            **totals(rows),
+            **totals(list(plan.tensors()), measured),
             "read_bytes": sum(r["read_bytes"] for r in records) + _read_to_measure(out),
             "written_bytes": sum(r["nbytes"] for r in records),
         },

@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.formats.header import TensorInfo, build_header
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Rule
 from pipeline.scoring.methods import METHODS
 
 
@@ -31,6 +32,7 @@ class PairedTensor:
         numel: elements of the output.
         common: elements that are pruned: all of them, or those of the rows that base has too.
         group: the group it competes in; empty if it is not pruned.
+        density: what it adds to its group's budget, a share of `common`; for methods that use it, α or the divisor.
         offset: where its bytes begin in the output shard, from the start of the file.
     """
 
@@ -44,6 +46,7 @@ class PairedTensor:
     common: int
     group: str
     nbytes: int
+    density: float = 0.0
     offset: int = 0
 
     @property
@@ -140,7 +143,7 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
     oddities += _ignored_settings(recipe, [t.name for t in paired])
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
-    return Plan(recipe, base, finetuned, shards, group(shards, recipe.density), left_out, added, tuple(oddities))
+    return Plan(recipe, base, finetuned, shards, group(shards), left_out, added, tuple(oddities))
 
 
 def _first(names: Iterable[str], count: int = 3) -> str:
@@ -150,10 +153,9 @@ def _first(names: Iterable[str], count: int = 3) -> str:
 
 def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     found = []
-    for rule in recipe.rules:
-        only = recipe.model_copy(update={"rules": (rule,)})
-        if not any(only.action(name) for name in names):
-            found.append(f"the rule {rule!r} matches no tensor")
+    for text, rule in zip(recipe.rules, recipe.parsed_rules, strict=True):
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            found.append(f"the rule {text!r} matches no tensor")
     if METHODS[recipe.method].score is None and recipe.scope != "tensor":
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")
     return found
@@ -161,25 +163,28 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
 
 def _pair_all(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> list[PairedTensor]:
     paired, wrong, passed, grown = [], [], [], []
+    scope = recipe.scope if METHODS[recipe.method].score else "tensor"
     for name in sorted(finetuned.tensors):
         f, p = finetuned.tensors[name], base.tensors.get(name)
-        action = recipe.action(name) if p else "finetuned"
+        rule = recipe.rule_of(name) if p else Rule(name, "finetuned")
+        action = rule.action if rule else None
+        density = recipe.density if rule is None or rule.density is None else rule.density
         dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and is_weight(f.dtype) else f.dtype
         if action == "base":
             assert p
             # A base tensor of another shape is taken whole, with its shape: the rule says so.
             comparable = is_weight(p.dtype) and is_weight(dtype)
-            paired.append(_paired(name, "base", p, f, dtype if comparable else p.dtype, p.shape, 0, ""))
+            paired.append(_paired(name, "base", p, f, dtype if comparable else p.dtype, p.shape))
         elif action == "finetuned" or p is None:
-            paired.append(_paired(name, "finetuned", p, f, dtype, f.shape, 0, ""))
+            paired.append(_paired(name, "finetuned", p, f, dtype, f.shape))
         elif not (is_weight(f.dtype) and is_weight(p.dtype)):
             passed.append(f"{name} ({f.dtype})")
-            paired.append(_paired(name, "finetuned", p, f, f.dtype, f.shape, 0, ""))
+            paired.append(_paired(name, "finetuned", p, f, f.dtype, f.shape))
         elif f.shape == p.shape:
-            paired.append(_paired(name, "prune", p, f, dtype, f.shape, f.numel, group_of(name, recipe.scope)))
+            paired.append(_paired(name, "prune", p, f, dtype, f.shape, f.numel, group_of(name, scope), density))
         elif _rows_added(p, f) and (action == "prune" or _is_vocabulary(name)):
             grown.append(f"{name} ({p.shape[0]} → {f.shape[0]} rows)")
-            paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, group_of(name, recipe.scope)))
+            paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, group_of(name, scope), density))
         else:
             wrong.append(f"{name} (base {list(p.shape)}, finetuned {list(f.shape)})")
     if wrong:
@@ -203,13 +208,14 @@ def _paired(
     f: TensorInfo,
     dtype: str,
     shape: tuple[int, ...],
-    common: int,
-    group: str,
+    common: int = 0,
+    group: str = "",
+    density: float = 0.0,
 ) -> PairedTensor:
     numel = math.prod(shape)
     source = p if action == "base" and p else f
     nbytes = numel * itemsize(dtype) if is_weight(dtype) else source.nbytes
-    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes)
+    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, density)
 
 
 def _rows_added(p: TensorInfo, f: TensorInfo) -> bool:
@@ -278,27 +284,38 @@ def _shard(index: int, count: int, tensors: list[PairedTensor]) -> Shard:
     position = len(header)
     placed = []
     for t in tensors:
-        placed.append(
-            PairedTensor(
-                t.name, t.action, t.base, t.finetuned, t.dtype, t.shape, t.numel, t.common, t.group, t.nbytes, position
-            )
-        )
+        placed.append(replace(t, offset=position))
         position += t.nbytes
     return Shard(index, name, tuple(placed), header, position)
 
 
-def group(shards: Iterable[Shard], density: float) -> dict[str, Group]:
-    """The groups of a cut, each with its budget k = int(numel · density)."""
-    numel: dict[str, int] = {}
+def group(shards: Iterable[Shard]) -> dict[str, Group]:
+    """The groups of a cut, each with its budget."""
+    competing: dict[str, dict[float, int]] = {}
     tensors: dict[str, int] = {}
-    where: dict[str, set[int]] = {}
+    first: dict[str, int] = {}
+    wide: set[str] = set()
     for shard in shards:
         for tensor in shard.tensors:
-            if tensor.group:
-                numel[tensor.group] = numel.get(tensor.group, 0) + tensor.common
-                tensors[tensor.group] = tensors.get(tensor.group, 0) + 1
-                where.setdefault(tensor.group, set()).add(shard.index)
-    return {n: Group(n, numel[n], int(numel[n] * density), tensors[n], len(where[n]) > 1) for n in numel}
+            name = tensor.group
+            if name:
+                numels = competing.setdefault(name, {})
+                numels[tensor.density] = numels.get(tensor.density, 0) + tensor.common
+                tensors[name] = tensors.get(name, 0) + 1
+                if first.setdefault(name, shard.index) != shard.index:
+                    wide.add(name)
+    return {
+        name: Group(name, sum(numels.values()), budget(numels), tensors[name], name in wide)
+        for name, numels in competing.items()
+    }
+
+
+def budget(numels: dict[float, int]) -> int:
+    """k = int(Σ n_d·d) over densities d of n_d elements each, in ascending order and in float64 (SEMANTICS.md, 8)."""
+    k = 0.0
+    for density in sorted(numels):
+        k += numels[density] * density
+    return int(k)
 
 
 def index_json(shards: Iterable[Shard]) -> dict[str, object]:

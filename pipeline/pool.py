@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from pipeline.recipe import Recipe
-from pipeline.shard.worker import Done, Task, Worker
+from pipeline.shard.task import Done, Task
+from pipeline.shard.worker import Worker
 
 Step = Callable[[Worker, Task], Done]
 
@@ -25,8 +26,6 @@ class Pool(Protocol):
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
         """Apply `step` to every task, each on some worker, and yield results as they finish.
 
-        A worker is given first the shards that it has worked on before, since it may have kept them.
-
         Raises:
             UserError: from a step; what is under way is stopped.
         """
@@ -35,30 +34,6 @@ class Pool(Protocol):
     def close(self) -> None:
         """Release the workers."""
         ...
-
-
-class Backlog:
-    """Tasks that wait. Remembers which worker had which shard, over several maps."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[int, Task] = {}
-        self._owner: dict[int, int] = {}
-
-    def fill(self, tasks: Sequence[Task]) -> None:
-        self._waiting = {task.shard.index: task for task in tasks}
-
-    def take(self, worker: int) -> Task | None:
-        """The next task for a worker: one of its own, else one of nobody's, else another's."""
-        if not self._waiting:
-            return None
-
-        def distance(shard: int) -> int:
-            owner = self._owner.get(shard)
-            return 0 if owner == worker else 1 if owner is None else 2
-
-        shard = min(self._waiting, key=distance)
-        self._owner[shard] = worker
-        return self._waiting.pop(shard)
 
 
 def default_workers(recipe: Recipe, shards: int) -> int:
@@ -81,21 +56,19 @@ class Threads:
         self.workers = workers
         self._cancelled = threading.Event()
         self._workers = [Worker(recipe, progress, self._cancelled) for _ in range(workers)]
-        self._backlog = Backlog()
-        self._lock = threading.Lock()
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
-        self._backlog.fill(tasks)
+        waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        for task in tasks:
+            waiting.put(task)
         results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
 
         def work(number: int) -> None:
             try:
                 while not self._cancelled.is_set():
-                    with self._lock:
-                        task = self._backlog.take(number)
-                    if task is None:
-                        return
-                    results.put(step(self._workers[number], task))
+                    results.put(step(self._workers[number], waiting.get_nowait()))
+            except queue.Empty:
+                return
             except BaseException as error:  # raised by the thread that asked
                 results.put(error)
                 self._cancelled.set()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import reprlib
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,34 @@ from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
 Action = Literal["prune", "base", "finetuned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What becomes of the tensors whose name matches `pattern`; `density` is None where it is the recipe's."""
+
+    pattern: str
+    action: Action
+    density: float | None = None
+
+
+def parse_rule(text: Any) -> Rule:
+    """`GLOB=prune`, `GLOB=base`, `GLOB=finetuned` or `GLOB=0.05` → Rule."""
+    pattern, _, action = text.rpartition("=") if isinstance(text, str) else ("", "", "")
+    if pattern and action in ("prune", "base", "finetuned"):
+        return Rule(pattern, action)  # type: ignore[arg-type]
+    shown = text if isinstance(text, str) else reprlib.repr(text)
+    if not pattern or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", action):
+        raise ValueError(f"{shown} is not a rule; write it like '*.bias=base' (or =prune, =finetuned, =0.05)")
+    if float(action) > 1:
+        raise ValueError(f"{shown}: a density is at least 0 and at most 1")
+    return Rule(pattern, "prune", float(action))
+
+
+@lru_cache
+def _parse_rules(rules: tuple[str, ...]) -> tuple[Rule, ...]:
+    return tuple(map(parse_rule, rules))
+
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -77,9 +107,7 @@ class Recipe(BaseModel):
         if not isinstance(rules, list | tuple):
             raise ValueError(f"{reprlib.repr(rules)} is not a list of rules like '*.bias=base'")
         for rule in rules:
-            if not isinstance(rule, str) or not re.fullmatch(r".+=(prune|base|finetuned)", rule):
-                shown = reprlib.repr(rule)
-                raise ValueError(f"{shown} is not a rule; write it like '*.bias=base' (or =prune, =finetuned)")
+            parse_rule(rule)
         return tuple(rules)
 
     @classmethod
@@ -104,13 +132,18 @@ class Recipe(BaseModel):
         means = {"base", "finetuned", "out", "memory", "device", "workers"}
         return self.model_dump(mode="json", exclude=means)
 
+    @property
+    def parsed_rules(self) -> tuple[Rule, ...]:
+        return _parse_rules(self.rules)
+
+    def rule_of(self, name: str) -> Rule | None:
+        """The first rule that matches a tensor's name."""
+        return next((rule for rule in self.parsed_rules if fnmatchcase(name, rule.pattern)), None)
+
     def action(self, name: str) -> Action | None:
         """What the first rule that matches a tensor's name says of it, or None."""
-        for rule in self.rules:
-            pattern, _, action = rule.rpartition("=")
-            if fnmatchcase(name, pattern):
-                return action  # type: ignore[return-value]
-        return None
+        rule = self.rule_of(name)
+        return rule.action if rule else None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         todo: shards that are not there yet.
         workers: how many this machine would run.
     """
-    from pipeline.run import fits_in_memory, to_measure
+    from pipeline.run import to_measure
 
     kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
     for tensor in plan.tensors():
@@ -185,7 +185,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         "competing_elements": sum(g.numel for g in plan.groups.values()),
         "kept_elements": sum(g.k for g in plan.groups.values()),
         "read_bytes": plan.pair_bytes,
-        "read_twice_bytes": 0 if fits_in_memory(plan, workers) else to_measure(plan),
+        "read_twice_bytes": to_measure(plan),
         "write_bytes": plan.write_bytes,
         "memory_bytes_per_worker": plan.recipe.memory,
         "workers": workers,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,10 @@ from pipeline.errors import UserError
 from pipeline.plan import Group, Plan, Shard, make_plan
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
-from pipeline.scoring.threshold import Bracket, Threshold, bracket_from_coarse, narrow
-from pipeline.shard.worker import Task, Worker, load_arrays, measure_name, sample_name, threshold_at_the_ends
+from pipeline.scoring.threshold import Bracket, Histograms, Threshold, histograms
+from pipeline.shard.sample import Survey
+from pipeline.shard.task import Task, known_threshold, load_arrays, measure_name, sample_name
+from pipeline.shard.worker import Worker
 from pipeline.storage.local import Folder
 
 
@@ -40,9 +41,13 @@ class Result:
 
 @dataclass
 class Watch:
-    """Where a run tells how far it is; every method may be replaced."""
+    """Where a run tells how far it is; every method may be replaced.
+
+    `begin` says how many bytes of input will be dealt with, `expect` that it will be so many more.
+    """
 
     begin: Callable[[Plan, int], None] = lambda plan, nbytes: None
+    expect: Callable[[int], None] = lambda nbytes: None
     advance: Callable[[int], None] = lambda nbytes: None
     say: Callable[[str], None] = lambda line: None
 
@@ -79,7 +84,7 @@ def prune(
     if todo:
         watch.begin(plan, bytes_to_deal_with(plan, todo))
         with closing((pool or in_process)(plan, watch)) as workers:
-            thresholds, quotas, rounds = find_thresholds(plan, workers)
+            thresholds, quotas, rounds = find_thresholds(plan, workers, watch)
             write_shards(plan, workers, todo, thresholds, quotas, watch)
             facts |= {"workers": workers.workers, "rounds": rounds}
     facts["seconds"] = round(time.perf_counter() - began, 3)
@@ -114,15 +119,19 @@ def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
 
 def to_measure(plan: Plan) -> int:
     """Input bytes of the groups that lie in several shards and whose threshold has to be found."""
-    wanted = {
-        name for name, group in plan.groups.items() if group.wide and not threshold_at_the_ends(plan.recipe, group)
-    }
+    return bytes_of(plan, _unknown(plan))
+
+
+def bytes_of(plan: Plan, groups: Iterable[str]) -> int:
+    """Input bytes of some groups."""
+    wanted = set(groups)
     return sum(t.read_bytes for t in plan.tensors() if t.group in wanted)
 
 
-def fits_in_memory(plan: Plan, workers: int) -> bool:
-    """Whether all inputs fit the workers' budgets, so that what is measured need not be read again to be written."""
-    return plan.pair_bytes * 1.1 <= (plan.recipe.memory - (64 << 20)) * workers
+def _unknown(plan: Plan) -> list[str]:
+    """The groups that lie in several shards and whose threshold depends on scores."""
+    wide = {name: group for name, group in plan.groups.items() if group.wide}
+    return [name for name, group in wide.items() if not known_threshold(plan.recipe, group, 0)]
 
 
 def in_process(plan: Plan, watch: Watch) -> Threads:
@@ -149,7 +158,9 @@ def groups_of(plan: Plan, shard: Shard) -> dict[str, Group]:
     return {t.group: plan.groups[t.group] for t in shard.tensors if t.group}
 
 
-def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int]:
+def find_thresholds(
+    plan: Plan, pool: Pool, watch: Watch
+) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int]:
     """The thresholds of the groups that lie in several shards.
 
     Returns:
@@ -159,25 +170,22 @@ def find_thresholds(plan: Plan, pool: Pool) -> tuple[dict[str, Threshold], dict[
     found = manifest.load_thresholds(out)
     if found:
         return found
-    thresholds, brackets = {}, {}
+    brackets = first_brackets(plan, pool, _unknown(plan))
+    thresholds = {}
     for name, group in plan.groups.items():
-        if group.wide:
-            ends = threshold_at_the_ends(plan.recipe, group)
-            if ends:
-                thresholds[name] = ends
-            else:
-                brackets[name] = Bracket()
-    keep = fits_in_memory(plan, pool.workers)
-    if brackets:
-        brackets = first_brackets(plan, pool, brackets, keep)
+        known = known_threshold(plan.recipe, group, 0) if group.wide else None
+        if known:
+            thresholds[name] = known
     rounds = 0
     last_round: dict[str, tuple[int, Bracket]] = {}
     while brackets:
         rounds += 1
+        if rounds > 1:
+            watch.expect(bytes_of(plan, brackets))
         last_round |= {name: (rounds, bracket) for name, bracket in brackets.items()}
-        counted = measured(plan, pool, brackets, rounds, keep)
-        for name, (above, bins) in counted.items():
-            result = narrow(brackets[name], brackets[name].shift(), above, bins, plan.groups[name].k)
+        counted = measured(plan, pool, brackets, rounds)
+        for i, name in enumerate(list(brackets)):
+            result = counted.narrow(i, plan.groups[name].k)
             if isinstance(result, Threshold):
                 thresholds[name] = result
                 del brackets[name]
@@ -195,37 +203,34 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
     return [s for s in plan.shards if any(t.group in wanted for t in s.tensors)]
 
 
-def first_brackets(plan: Plan, pool: Pool, brackets: dict[str, Bracket], keep: bool) -> dict[str, Bracket]:
-    """Where a sample says that the thresholds are."""
+def first_brackets(plan: Plan, pool: Pool, names: Sequence[str]) -> dict[str, Bracket]:
+    """Where a sample says that the thresholds of some groups are."""
     out = Folder(plan.recipe.out)
-    shards = holders(plan, brackets)
-    tasks = [Task(s, groups_of(plan, s), keep=keep) for s in shards if not out.has(sample_name(s.index))]
+    shards = holders(plan, names)
+    tasks = [Task(s, groups_of(plan, s)) for s in shards if not out.has(sample_name(s.index))]
     for _ in pool.map(Worker.sample, tasks):
         pass
-    sums: dict[str, np.ndarray] = {}
+    surveys = {name: Survey() for name in names}
     for shard in shards:
-        for name, histogram in load_arrays(out, sample_name(shard.index)).items():
-            sums[name] = sums.get(name, 0) + histogram
-    groups = plan.groups
-    return {name: bracket_from_coarse(sums[name], groups[name].k / groups[name].numel) for name in brackets}
+        groups, saved = load_arrays(out, sample_name(shard.index), "weights", "variance")
+        for name, weights, variance in zip(groups, saved["weights"], saved["variance"], strict=True):
+            if name in surveys:
+                surveys[name].weights += weights
+                surveys[name].variance += float(variance)
+    return {name: found.bracket(plan.groups[name]) for name, found in surveys.items()}
 
 
-def measured(
-    plan: Plan, pool: Pool, brackets: dict[str, Bracket], round_: int, keep: bool
-) -> dict[str, tuple[int, np.ndarray]]:
+def measured(plan: Plan, pool: Pool, brackets: dict[str, Bracket], round_: int) -> Histograms:
     """Count every score of some groups: above the bracket, and inside by bins. The reduction of a distributed run."""
     out = Folder(plan.recipe.out)
-    sums: dict[str, tuple[int, np.ndarray]] = {}
+    sums = histograms(list(brackets.values()))
+    place = {name: i for i, name in enumerate(brackets)}
 
     def add(shard: int) -> None:
-        saved = load_arrays(out, measure_name(shard, round_))
-        for name, above in json.loads(saved["above"].tobytes()).items():
-            bins = saved["bins:" + name]
-            if name in sums:
-                sums[name][1][:] += bins
-                sums[name] = (sums[name][0] + above, sums[name][1])
-            else:
-                sums[name] = (above, bins.astype(np.int64))
+        groups, saved = load_arrays(out, measure_name(shard, round_), "above", "bins", "offsets")
+        for i, name in enumerate(groups):
+            sums.above[place[name]] += saved["above"][i]
+            sums.of(place[name])[:] += saved["bins"][saved["offsets"][i] : saved["offsets"][i + 1]]
 
     tasks = []
     for shard in holders(plan, brackets):
@@ -234,7 +239,7 @@ def measured(
         else:
             groups = groups_of(plan, shard)
             mine = {name: brackets[name] for name in groups if name in brackets}
-            tasks.append(Task(shard, groups, brackets=mine, round=round_, keep=keep))
+            tasks.append(Task(shard, groups, brackets=mine, round=round_))
     for done in pool.map(Worker.measure, tasks):
         add(done.shard)
     return sums
@@ -248,14 +253,15 @@ def share_ties(
     quotas: dict[int, dict[str, int]] = {}
     for shard in holders(plan, thresholds):
         quotas[shard.index] = {}
-        loaded: dict[int, dict[str, np.ndarray]] = {}
+        loaded: dict[int, dict[str, np.ndarray]] = {}  # by round, each group's bins
         for name in sorted({t.group for t in shard.tensors if t.group in thresholds}):
             part = 0
             if left[name] and name in last_round:
                 round_, bracket = last_round[name]
                 if round_ not in loaded:
-                    loaded[round_] = load_arrays(out, measure_name(shard.index, round_))
-                part = min(left[name], int(loaded[round_]["bins:" + name][thresholds[name].key - bracket.lo]))
+                    groups, saved = load_arrays(out, measure_name(shard.index, round_), "bins", "offsets")
+                    loaded[round_] = dict(zip(groups, np.split(saved["bins"], saved["offsets"][1:-1]), strict=True))
+                part = min(left[name], int(loaded[round_][name][thresholds[name].key - bracket.lo]))
             quotas[shard.index][name] = part
             left[name] -= part
     assert not any(left.values()), left

@@ -189,9 +189,9 @@ class Comparison:
         real = np.result_type(p, f)
         p, f = p.astype(real, copy=False), f.astype(real, copy=False)
         keep = METHODS[recipe.method].keep
-        if keep and 0 < recipe.density < 1:
+        if keep and 0 < tensor.density < 1:
             with np.errstate(all="ignore"):
-                kept = round_to(keep(p, f, real.type(recipe.density)), tensor.dtype)
+                kept = round_to(keep(p, f, real.type(tensor.density)), tensor.dtype)
         else:
             kept = self._in_output_dtype("finetuned", stored_f)
         return p, f, pruned, kept
@@ -202,7 +202,7 @@ class Comparison:
         """Which elements are kept, and their scores; takes from the group's ties in order."""
         method = METHODS[self._recipe.method]
         if method.score is None:
-            return np.full(p.size, self._recipe.density > 0), None
+            return np.full(p.size, self._tensor.density > 0), None
         if budget.ties_left is None:
             return None, None
         positions = np.arange(start, start + p.size)

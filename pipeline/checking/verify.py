@@ -204,16 +204,22 @@ def _budgets(plan: Plan, rows: dict[str, dict[str, Any]], problems: list[str]) -
 
     The key is the same in all of them; `ties` is the part of the quota that the row's shard has handed out.
     """
-    numel: dict[str, int] = {}
+    numel: dict[str, dict[float, int]] = {}
     recorded: dict[str, list[tuple[Any, Any, Any]]] = {}
     for tensor in plan.tensors():
         if tensor.group:
-            numel[tensor.group] = numel.get(tensor.group, 0) + tensor.common
+            competing = numel.setdefault(tensor.group, {})
+            competing[tensor.density] = competing.get(tensor.density, 0) + tensor.common
             if tensor.common:
                 row = rows.get(tensor.name, {})
                 entry = (row.get("shard"), row.get("threshold_key"), row.get("ties"))
                 recorded.setdefault(tensor.group, []).append(entry)
-    budgets = {name: Budget(int(count * plan.recipe.density)) for name, count in numel.items()}
+    budgets = {}
+    for name, counts in numel.items():
+        wanted = 0.0
+        for density, count in sorted(counts.items()):
+            wanted += density * count
+        budgets[name] = Budget(int(wanted))
     for name, entries in recorded.items():
         keys = {key for _, key, _ in entries}
         parts = {(shard, ties) for shard, _, ties in entries}

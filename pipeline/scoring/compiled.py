@@ -22,9 +22,9 @@ from numba import njit, types
 from numba.extending import overload, register_jitable
 
 from pipeline.scoring import methods as formulas
-from pipeline.scoring.engine import Applied, Chunk, add_zeros, float_range, float_threshold
+from pipeline.scoring.engine import Applied, Chunk
 from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, mix
-from pipeline.scoring.threshold import Bracket, Threshold
+from pipeline.scoring.threshold import Histograms
 
 TILE = 1024
 """Elements handled while in the first-level cache."""
@@ -49,30 +49,33 @@ def _value_overload(x):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def abs_sums(p, sums, squares):  # type: ignore[no-untyped-def]
-    """Σ|p| and Σp² of each BLOCK of a chunk, in float64."""
+def abs_sums(p, starts, sums, squares):  # type: ignore[no-untyped-def]
+    """Σ|p| and Σp² of each block of a chunk, in float64."""
     lanes = np.empty(_LANES)
     lanes2 = np.empty(_LANES)
     tile = np.empty(TILE, p.dtype)
-    for block in range(sums.size):
-        lanes[:] = 0.0
-        lanes2[:] = 0.0
-        stop = min((block + 1) * BLOCK, p.size)
-        for start in range(block * BLOCK, stop, TILE):
-            row = p[start : min(start + TILE, stop)]
-            if row.size < TILE:
-                tile[:] = 0
-                tile[: row.size] = row
-                row = tile
-            for i in range(_LANES):
-                a = np.float64(abs(_value(row[i])))
-                b = np.float64(abs(_value(row[i + _LANES])))
-                c = np.float64(abs(_value(row[i + 2 * _LANES])))
-                d = np.float64(abs(_value(row[i + 3 * _LANES])))
-                lanes[i] += (a + b) + (c + d)
-                lanes2[i] += (a * a + b * b) + (c * c + d * d)
-        sums[block] = _total(lanes)
-        squares[block] = _total(lanes2)
+    block = 0
+    for r in range(starts.size - 1):
+        for begin in range(starts[r], starts[r + 1], BLOCK):
+            lanes[:] = 0.0
+            lanes2[:] = 0.0
+            stop = min(begin + BLOCK, starts[r + 1])
+            for start in range(begin, stop, TILE):
+                row = p[start : min(start + TILE, stop)]
+                if row.size < TILE:
+                    tile[:] = 0
+                    tile[: row.size] = row
+                    row = tile
+                for i in range(_LANES):
+                    a = np.float64(abs(_value(row[i])))
+                    b = np.float64(abs(_value(row[i + _LANES])))
+                    c = np.float64(abs(_value(row[i + 2 * _LANES])))
+                    d = np.float64(abs(_value(row[i + 3 * _LANES])))
+                    lanes[i] += (a + b) + (c + d)
+                    lanes2[i] += (a * a + b * b) + (c * c + d * d)
+            sums[block] = _total(lanes)
+            squares[block] = _total(lanes2)
+            block += 1
 
 
 @_jit
@@ -87,10 +90,27 @@ def _total(lanes):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two loops of a method, as `CpuEngine` calls them."""
+    """The loops of a method, as `CpuEngine` calls them."""
 
+    select: Callable[..., Any]
     count: Callable[..., Any]
     apply: Callable[..., Any]
+
+
+@register_jitable(inline="always")
+def _key(code):  # type: ignore[no-untyped-def]
+    return ~code if code >> np.uint32(31) else code | np.uint32(0x80000000)
+
+
+@register_jitable
+def _walk(counts, rank):  # type: ignore[no-untyped-def]
+    """The bin of the rank-th highest, and how many lie in the bins above it."""
+    above = 0
+    for b in range(counts.size - 1, -1, -1):
+        if above + counts[b] >= rank:
+            return b, above
+        above += counts[b]
+    return 0, above
 
 
 @functools.cache
@@ -116,100 +136,149 @@ def kernels(name: str) -> Kernels:
 
     score_tile = register_jitable(_named(score_tile, name))
 
-    def count(p, f, m, stream, start, lo, hi, base, shift, histogram, sizes):  # type: ignore[no-untyped-def]
-        """Keys in [lo, hi] into the histogram, but for those of 0, which are counted: often they are most."""
+    def select(p, f, starts, start, m, streams, k, keys, ties):  # type: ignore[no-untyped-def]
+        """By counting, like everything here: the upper 11 bits of the keys, then those of the keys that agree."""
         scores = np.empty(TILE, np.float32)
         codes = scores.view(np.uint32)
+        sizes = np.empty(TILE, m.dtype)
+        left = np.empty(BLOCK, np.uint32)
+        counts = np.empty(1 << 11, np.int64)
+        for r in range(starts.size - 1):
+            size = starts[r + 1] - starts[r]
+            if k[r] <= 0:
+                continue
+            for t in range(0, size, TILE):
+                a = starts[r] + t
+                b = min(a + TILE, starts[r + 1])
+                score_tile(p[a:b], f[a:b], m[r], streams[r], start + t, sizes, scores)
+                for i in range(b - a):
+                    left[t + i] = _key(codes[i])
+            rank = k[r]
+            for shift in (np.uint32(21), np.uint32(10), np.uint32(0)):
+                counts[:] = 0
+                for i in range(size):
+                    counts[(left[i] >> shift) & np.uint32(0x7FF)] += 1
+                found, above = _walk(counts, rank)
+                rank -= above
+                agreeing = 0
+                for i in range(size):
+                    key = left[i]
+                    left[agreeing] = key
+                    agreeing += ((key >> shift) & np.uint32(0x7FF)) == found
+                size = agreeing
+            keys[r] = left[0]
+            ties[r] = rank
+
+    def count(p, f, starts, start, m, streams, groups, lows, highs, bases, shifts, offsets, bins, above):  # type: ignore[no-untyped-def]
+        """Zeros, which often are most scores, are added up apart."""
+        scores = np.empty(TILE, np.float32)
+        codes = scores.view(np.uint32)
+        sizes = np.empty(TILE, m.dtype)
         flags = np.zeros(TILE, np.uint8)
         words = flags.view(np.uint64)
-        zero_inside = lo <= 0 <= hi
-        above = zeros = 0
-        finite = 0
-        for t in range(0, p.size, TILE):
-            size = min(TILE, p.size - t)
-            score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, sizes, scores)
-            higher = np.uint32(0)
-            for i in range(TILE):
-                higher += np.uint32(scores[i] > hi)
-            above += higher
-            real = np.uint32(0)
-            for i in range(TILE):
-                real += np.uint32(sizes[i] < np.inf)
-            finite += real == TILE
-            if zero_inside:
-                zero = np.uint32(0)
+        all_finite = True
+        for r in range(starts.size - 1):
+            g = groups[r]
+            if g < 0:
+                continue
+            lo, hi, base, shift = lows[g], highs[g], bases[g], shifts[g]
+            histogram = bins[offsets[g] : offsets[g + 1]]
+            zero_inside = lo <= 0 <= hi
+            zeros = 0
+            for t in range(starts[r], starts[r + 1], TILE):
+                size = min(TILE, starts[r + 1] - t)
+                score_tile(p[t : t + size], f[t : t + size], m[r], streams[r], start + t - starts[r], sizes, scores)
+                higher = np.uint32(0)
                 for i in range(TILE):
-                    zero += np.uint32(scores[i] == 0)
-                zeros += zero
-            for i in range(TILE):
-                flags[i] = (scores[i] >= lo) & (scores[i] <= hi) & (scores[i] != 0)
-            flags[size:] = 0
-            for w in range(TILE // 8):
-                if words[w]:
-                    for i in range(8 * w, 8 * w + 8):
-                        if flags[i]:
-                            code = codes[i]
-                            key = ~code if code >> np.uint32(31) else code | np.uint32(0x80000000)
-                            histogram[np.uint32(key - base) >> shift] += 1
-        return above, zeros, finite * TILE >= p.size
+                    higher += np.uint32(scores[i] > hi)
+                above[g] += higher
+                real = np.uint32(0)
+                for i in range(TILE):
+                    real += np.uint32(sizes[i] < np.inf)
+                all_finite &= real == TILE
+                if zero_inside:
+                    zero = np.uint32(0)
+                    for i in range(TILE):
+                        zero += np.uint32(scores[i] == 0)
+                    zeros += zero
+                for i in range(TILE):
+                    flags[i] = (scores[i] >= lo) & (scores[i] <= hi) & (scores[i] != 0)
+                flags[size:] = 0
+                for w in range(TILE // 8):
+                    if words[w]:
+                        for i in range(8 * w, 8 * w + 8):
+                            if flags[i]:
+                                histogram[np.uint32(_key(codes[i]) - base) >> shift] += 1
+            if zeros:
+                histogram[np.uint32(np.uint32(0x80000000) - base) >> shift] += zeros
+        return all_finite
 
-    def apply(p, f, m, stream, start, threshold, ties, pruned, kept, out, sums, kept_sums, sizes, keep):  # type: ignore[no-untyped-def]
+    def apply(p, f, starts, start, m, streams, thresholds, groups, ties, pruned, kept, out, counts, sums, kept_sums):  # type: ignore[no-untyped-def]
         scores = np.empty(TILE, np.float32)
+        sizes = np.empty(TILE, m.dtype)
+        keep = np.empty(TILE, out.dtype)
         lanes = np.empty(_LANES)
         lanes2 = np.empty(_LANES)
-        n_kept = n_changed = n_both = used = 0
-        for block in range(sums.size):
-            lanes[:] = 0.0
-            lanes2[:] = 0.0
-            stop = min((block + 1) * BLOCK, p.size)
-            for t in range(block * BLOCK, stop, TILE):
-                size = min(TILE, stop - t)
-                score_tile(p[t : t + size], f[t : t + size], m, stream, start + t, sizes, scores)
-                for i in range(TILE):
-                    keep[i] = -np.int64(scores[i] > threshold)
-                changed = np.uint32(0)
-                taken = np.uint32(0)
-                both = np.uint32(0)
-                for i in range(TILE):
-                    changed += np.uint32(sizes[i] != 0)
-                    taken += np.uint32(scores[i] > threshold)
-                    both += np.uint32((scores[i] > threshold) & (sizes[i] != 0))
-                n_changed += changed
-                n_kept += taken
-                n_both += both
-                if used < ties:
-                    equal = np.uint32(0)
+        block = 0
+        for r in range(starts.size - 1):
+            threshold, left = thresholds[r], ties[groups[r]]
+            n_kept = n_changed = n_both = 0
+            for begin in range(starts[r], starts[r + 1], BLOCK):
+                lanes[:] = 0.0
+                lanes2[:] = 0.0
+                stop = min(begin + BLOCK, starts[r + 1])
+                for t in range(begin, stop, TILE):
+                    size = min(TILE, stop - t)
+                    score_tile(p[t : t + size], f[t : t + size], m[r], streams[r], start + t - starts[r], sizes, scores)
                     for i in range(TILE):
-                        equal += np.uint32(scores[i] == threshold)
-                    if equal:
-                        for i in range(size):
-                            if scores[i] == threshold and used < ties:
-                                keep[i] = -1
-                                used += 1
-                                n_kept += 1
-                                n_both += sizes[i] != 0
-                                lanes2[i % _LANES] += np.float64(sizes[i]) * np.float64(sizes[i])
-                a = pruned[t : t + size]
-                b = kept[t : t + size]
-                o = out[t : t + size]
-                for i in range(size):
-                    o[i] = a[i] ^ ((a[i] ^ b[i]) & keep[i])
-                for i in range(_LANES):
-                    x0 = np.float64(sizes[i])
-                    x1 = np.float64(sizes[i + _LANES])
-                    x2 = np.float64(sizes[i + 2 * _LANES])
-                    x3 = np.float64(sizes[i + 3 * _LANES])
-                    lanes[i] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
-                    y0 = x0 if scores[i] > threshold else 0.0
-                    y1 = x1 if scores[i + _LANES] > threshold else 0.0
-                    y2 = x2 if scores[i + 2 * _LANES] > threshold else 0.0
-                    y3 = x3 if scores[i + 3 * _LANES] > threshold else 0.0
-                    lanes2[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3)
-            sums[block] = _total(lanes)
-            kept_sums[block] = _total(lanes2)
-        return n_kept, n_changed, n_both, used
+                        keep[i] = -np.int64(scores[i] > threshold)
+                    changed = np.uint32(0)
+                    taken = np.uint32(0)
+                    both = np.uint32(0)
+                    for i in range(TILE):
+                        changed += np.uint32(sizes[i] != 0)
+                        taken += np.uint32(scores[i] > threshold)
+                        both += np.uint32((scores[i] > threshold) & (sizes[i] != 0))
+                    n_changed += changed
+                    n_kept += taken
+                    n_both += both
+                    if left > 0:
+                        equal = np.uint32(0)
+                        for i in range(TILE):
+                            equal += np.uint32(scores[i] == threshold)
+                        if equal:
+                            for i in range(size):
+                                if scores[i] == threshold and left > 0:
+                                    keep[i] = -1
+                                    left -= 1
+                                    n_kept += 1
+                                    n_both += sizes[i] != 0
+                                    lanes2[i % _LANES] += np.float64(sizes[i]) * np.float64(sizes[i])
+                    a = pruned[t : t + size]
+                    b = kept[t : t + size]
+                    o = out[t : t + size]
+                    for i in range(size):
+                        o[i] = a[i] ^ ((a[i] ^ b[i]) & keep[i])
+                    for i in range(_LANES):
+                        x0 = np.float64(sizes[i])
+                        x1 = np.float64(sizes[i + _LANES])
+                        x2 = np.float64(sizes[i + 2 * _LANES])
+                        x3 = np.float64(sizes[i + 3 * _LANES])
+                        lanes[i] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+                        y0 = x0 if scores[i] > threshold else 0.0
+                        y1 = x1 if scores[i + _LANES] > threshold else 0.0
+                        y2 = x2 if scores[i + 2 * _LANES] > threshold else 0.0
+                        y3 = x3 if scores[i + 3 * _LANES] > threshold else 0.0
+                        lanes2[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3)
+                sums[block] = _total(lanes)
+                kept_sums[block] = _total(lanes2)
+                block += 1
+            ties[groups[r]] = left
+            counts[0, r] = n_kept
+            counts[1, r] = n_changed
+            counts[2, r] = n_both
 
-    return Kernels(_jit(_named(count, name)), _jit(_named(apply, name)))
+    return Kernels(_jit(_named(select, name)), _jit(_named(count, name)), _jit(_named(apply, name)))
 
 
 def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -228,25 +297,31 @@ class CpuEngine:
         self._kernels = kernels(method)
 
     def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        sums, squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
-        abs_sums(chunk.p, sums, squares)
+        sums, squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
+        abs_sums(chunk.p, chunk.starts, sums, squares)
         return sums, squares
 
-    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
-        lo, hi = float_range(bracket)
-        above, zeros, finite = self._kernels.count(
-            chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, lo, hi,
-            np.uint32(bracket.lo), np.uint32(shift), bins, np.empty(TILE, chunk.real),
-        )  # fmt: skip
-        add_zeros(zeros, bracket, shift, bins)
-        return above, finite
+    def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        keys, ties = np.zeros((2, chunk.runs), np.int64)
+        self._kernels.select(*_operands(chunk, m), k, keys, ties)
+        return keys, ties
 
-    def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
-        score, ties = float_threshold(threshold, ties)
-        squares, kept_squares = np.empty(chunk.blocks), np.empty(chunk.blocks)
-        kept, changed, both, used = self._kernels.apply(
-            chunk.p, chunk.f, chunk.real(m), chunk.stream, chunk.start, score, ties,
-            chunk.pruned, chunk.kept, out, squares, kept_squares,
-            np.empty(TILE, chunk.real), np.empty(TILE, out.dtype),
-        )  # fmt: skip
-        return Applied(kept, changed, both, used, squares, kept_squares)
+    def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
+        h = histograms
+        return bool(
+            self._kernels.count(*_operands(chunk, m), groups, h.lo, h.hi, h.base, h.shift, h.offsets, h.bins, h.above)
+        )
+
+    def apply(
+        self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
+    ) -> Applied:
+        counts = np.empty((3, chunk.runs), np.int64)
+        squares, kept_squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
+        self._kernels.apply(
+            *_operands(chunk, m), thresholds, groups, ties, chunk.pruned, chunk.kept, out, counts, squares, kept_squares
+        )
+        return Applied(counts[0], counts[1], counts[2], squares, kept_squares)
+
+
+def _operands(chunk: Chunk, m: np.ndarray) -> tuple[Any, ...]:
+    return chunk.p, chunk.f, chunk.starts, chunk.start, m.astype(chunk.real), chunk.streams

@@ -11,32 +11,25 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.scoring.methods import BLOCK
-from pipeline.scoring.threshold import (
-    HIGHEST_KEY,
-    KEEP_ALL,
-    KEEP_NONE,
-    LOWEST_KEY,
-    ZERO_KEY,
-    Bracket,
-    Threshold,
-    score_of,
-)
+from pipeline.scoring.threshold import Histograms
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of elements of one tensor, in host memory.
+    """Elements in host memory, n of r runs side by side: one run of a tensor, or several small tensors whole.
 
     Attributes:
-        start: flat index of the first, a multiple of BLOCK.
-        stream: where the tensor's random numbers come from.
+        starts: (r + 1,) int64, where each run begins and the last one ends. Of several, none is longer than BLOCK.
+        start: flat index of a single run's first element in its tensor, a multiple of BLOCK; 0 for several.
+        streams: (r,) int64, where each tensor's random numbers come from.
         p, f: values, (n,): uint16 bits of bfloat16, float32 or float64; both of one dtype.
         pruned, kept: bits in the output's dtype, (n,): what an element becomes.
         rounded: whether any of them had to be rounded, so that it may have become infinite.
     """
 
+    starts: np.ndarray
     start: int
-    stream: int
+    streams: np.ndarray
     p: np.ndarray
     f: np.ndarray
     pruned: np.ndarray
@@ -44,8 +37,13 @@ class Chunk:
     rounded: bool = False
 
     @property
+    def runs(self) -> int:
+        return self.starts.size - 1
+
+    @property
     def blocks(self) -> int:
-        return -(-self.p.size // BLOCK)
+        """How many blocks its sums come in: those of a single run, or one for each of several."""
+        return max(1, -(-self.p.size // BLOCK)) if self.runs == 1 else self.runs
 
     @property
     def real(self) -> type[np.floating]:
@@ -55,49 +53,35 @@ class Chunk:
 
 @dataclass(slots=True)
 class Applied:
-    """What a mask did to a chunk: counts of elements, and Σd² of each block, of all and of the kept ones (float64)."""
+    """What a mask did to a chunk: (r,) int64 counts of elements, and Σd² of each block, of all and of the kept ones."""
 
-    kept: int
-    changed: int
-    kept_changed: int
-    ties: int
+    kept: np.ndarray
+    changed: np.ndarray
+    kept_changed: np.ndarray
     squares: np.ndarray
     kept_squares: np.ndarray
 
 
 class Engine(Protocol):
-    """Everything that is done to elements. `m` is mean|p|, rounded to float32."""
+    """Everything that is done to elements. `m` is mean|p| of each run's tensor, (r,) float32."""
 
     def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         """Σ|p| and Σp² of each block, float64."""
         ...
 
-    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
-        """Add the keys inside the bracket to `bins` (int64); returns how many are above it, and whether
-        all d are finite."""
+    def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The k-th highest key of every run of at most BLOCK elements (k: (r,) int64, from 1; 0 for none), and how many
+        elements equal to it belong to the k highest; (r,) int64 both."""
         ...
 
-    def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
-        """Write the output's bits to `out`, keeping at most `ties` of the elements equal to the threshold."""
+    def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
+        """Add the keys of each run to the histogram of its group ((r,) int64, −1 for none); says whether all d are
+        finite."""
         ...
 
-
-def float_range(bracket: Bracket) -> tuple[np.float32, np.float32]:
-    """The lowest and the highest score inside a bracket. −0, which no score is, must not pass for 0."""
-    hi = bracket.hi - (bracket.hi == ZERO_KEY - 1)
-    return score_of(max(bracket.lo, LOWEST_KEY)), score_of(min(hi, HIGHEST_KEY))
-
-
-def float_threshold(threshold: Threshold, ties: int) -> tuple[np.float32, int]:
-    """The threshold as a score, and the ties that go with it."""
-    if threshold == KEEP_NONE:
-        return np.float32(np.inf), 0
-    if threshold == KEEP_ALL:
-        return np.float32(-np.inf), 1 << 62
-    return score_of(threshold.key), ties
-
-
-def add_zeros(zeros: int, bracket: Bracket, shift: int, bins: np.ndarray) -> None:
-    """Count the scores that are exactly 0, which are often most of them, at once."""
-    if zeros and bracket.lo <= ZERO_KEY <= bracket.hi:
-        bins[(ZERO_KEY - bracket.lo) >> shift] += zeros
+    def apply(
+        self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
+    ) -> Applied:
+        """Write the output's bits to `out`: kept are the scores above the run's threshold ((r,) float32), and of those
+        equal to it the first `ties[group]`, which are used up."""
+        ...

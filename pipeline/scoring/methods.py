@@ -103,21 +103,25 @@ GAMMA = -7046029254386353131  # 2^64 / golden ratio, odd: the step between two c
 UNIT = 2.0**-24
 
 
-def uniform(stream: int, positions: np.ndarray) -> np.ndarray:
-    """u of the elements at `positions` (int64): float32 multiples of 2^-24 in [0, 1)."""
+def uniform(stream: Any, positions: np.ndarray) -> np.ndarray:
+    """u of the elements at `positions` (int64): float32 multiples of 2^-24 in [0, 1). A stream for all, or for each."""
     with np.errstate(over="ignore"):
-        hashed = mix(np.int64(stream) + (positions.astype(np.int64) + 1) * np.int64(GAMMA))
+        hashed = mix(np.asarray(stream, np.int64) + (positions.astype(np.int64) + 1) * np.int64(GAMMA))
     return hashed.astype(np.float32) * np.float32(UNIT)
 
 
-def evaluate(
-    method: Method, p: np.ndarray, f: np.ndarray, m: np.float32, stream: int, positions: np.ndarray
-) -> np.ndarray:
-    """Scores of some elements, on the host. p, f: float32 (or float64) values. Returns float32."""
+def evaluate(method: Method, p: np.ndarray, f: np.ndarray, m: Any, stream: Any, positions: np.ndarray) -> np.ndarray:
+    """Scores (n,) of some elements, on the host, in float32.
+
+    Args:
+        p, f: float32 (or float64) values, (n,).
+        m, stream: one number (float32, int64), or one an element, (n,).
+        positions: flat indices of the elements in their tensors, (n,) int64.
+    """
     assert method.score is not None
     with np.errstate(all="ignore"):
         d = np.abs(f - p)
         u = uniform(stream, positions) if method.hashed else None
-        scores = np.asarray(method.score(d, np.abs(p), p.dtype.type(m), u))
+        scores = np.asarray(method.score(d, np.abs(p), np.asarray(m, p.dtype), u))
         scores = np.where(np.isnan(scores), np.where(d == 0, 0, -np.inf), scores)
         return scores.astype(np.float32) + np.float32(0)

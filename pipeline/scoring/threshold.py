@@ -9,7 +9,9 @@ turns to the other side. A sample only ever suggests the first bracket; the resu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,10 +69,81 @@ def key_of(scores: np.ndarray) -> np.ndarray:
     return np.where(code >> 31, ~code, code | np.uint32(ZERO_KEY))
 
 
-def score_of(key: int) -> np.float32:
-    """The float32 score of a key; NaN for keys that belong to no number."""
-    code = key ^ ZERO_KEY if key & ZERO_KEY else key ^ MAX_KEY
-    return np.uint32(code).view(np.float32)
+def score_of(key: Any) -> Any:
+    """The float32 score of a key, or of an array of keys (int64); NaN for keys that belong to no number."""
+    code = np.asarray(key, np.int64)
+    return np.where(code & ZERO_KEY, code ^ ZERO_KEY, code ^ MAX_KEY).astype(np.uint32).view(np.float32)[()]
+
+
+@dataclass(frozen=True, slots=True)
+class Histograms:
+    """The keys of some groups, counted: inside each group's bracket by bins, above it as one number.
+
+    Attributes:
+        brackets: one a group, and `shifts`: its bins hold 2^shift keys.
+        bins: int64, of all groups one after the other; those of group i begin at `offsets[i]`.
+        above: (g,) int64, keys above each bracket.
+        lo, hi: (g,) float32, the lowest and the highest score inside.
+        base, shift: (g,) uint32, the lowest key inside, and `shifts`; for compiled loops.
+    """
+
+    brackets: tuple[Bracket, ...]
+    shifts: tuple[int, ...]
+    bins: np.ndarray
+    offsets: np.ndarray
+    above: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    base: np.ndarray
+    shift: np.ndarray
+
+    def of(self, i: int) -> np.ndarray:
+        """The bins of one group, lowest keys first."""
+        return self.bins[self.offsets[i] : self.offsets[i + 1]]
+
+    def narrow(self, i: int, k: int) -> Bracket | Threshold:
+        """What the count says of one group, see `narrow`."""
+        return narrow(self.brackets[i], self.shifts[i], int(self.above[i]), self.of(i), k)
+
+
+def histograms(
+    brackets: Sequence[Bracket],
+    max_bins: Sequence[int] | None = None,
+    zeros: Callable[[int], np.ndarray] = lambda size: np.zeros(size, np.int64),
+) -> Histograms:
+    """Empty histograms of these brackets.
+
+    Args:
+        max_bins: bins of each at most, MAX_BINS by default.
+        zeros: where their memory comes from.
+    """
+    limits = max_bins or [MAX_BINS] * len(brackets)
+    shifts = tuple(bracket.shift(limit) for bracket, limit in zip(brackets, limits, strict=True))
+    sizes = [bracket.bins(shift) for bracket, shift in zip(brackets, shifts, strict=True)]
+    ranges = [float_range(bracket) for bracket in brackets]
+    return Histograms(
+        tuple(brackets),
+        shifts,
+        zeros(sum(sizes)),
+        np.cumsum([0, *sizes]),
+        np.zeros(len(sizes), np.int64),
+        np.array([lo for lo, _ in ranges], np.float32),
+        np.array([hi for _, hi in ranges], np.float32),
+        np.array([bracket.lo for bracket in brackets], np.uint32),
+        np.array(shifts, np.uint32),
+    )
+
+
+def float_range(bracket: Bracket) -> tuple[np.float32, np.float32]:
+    """The lowest and the highest score inside a bracket. −0, which no score is, must not pass for 0."""
+    hi = bracket.hi - (bracket.hi == ZERO_KEY - 1)
+    return score_of(max(bracket.lo, LOWEST_KEY)), score_of(min(hi, HIGHEST_KEY))
+
+
+def float_thresholds(keys: np.ndarray) -> np.ndarray:
+    """Thresholds (keys, int64) as float32 scores: infinite where all or none are kept."""
+    ends = np.where(keys == KEEP_NONE.key, np.inf, -np.inf).astype(np.float32)
+    return np.where((keys == KEEP_NONE.key) | (keys == KEEP_ALL.key), ends, score_of(keys))
 
 
 def narrow(bracket: Bracket, shift: int, above: int, histogram: np.ndarray, k: int) -> Bracket | Threshold:
@@ -85,17 +158,33 @@ def narrow(bracket: Bracket, shift: int, above: int, histogram: np.ndarray, k: i
     Returns:
         The threshold if it is known, else a bracket to count next; its own `above` has to be counted again.
     """
-    if above >= k:
-        return Bracket(bracket.hi + 1)
     inside = int(histogram.sum())
+    if above >= k:
+        return _beside(bracket, above - k + 1, histogram[histogram.size // 2 :], upwards=True)
     if above + inside < k:
-        return Bracket(hi=bracket.lo - 1)
+        return _beside(bracket, k - above - inside, histogram[: (histogram.size + 1) // 2], upwards=False)
     bin_, before = _bin_of_rank(histogram, inside - (k - above) + 1)
     higher = above + inside - before - int(histogram[bin_])
     if shift == 0:
         return Threshold(bracket.lo + bin_, k - higher)
     lo = bracket.lo + (bin_ << shift)
     return Bracket(lo, min(lo + (1 << shift) - 1, bracket.hi))
+
+
+_FARTHER = 4  # times as far as the edge's density says that the rank lies
+
+
+def _beside(bracket: Bracket, missing: int, edge: np.ndarray, upwards: bool) -> Bracket:
+    """Where a rank lies that a bracket has missed by `missing` elements.
+
+    If the keys are about as dense beside the bracket as in its nearer half (`edge`), a step that one count can close
+    holds it. Where that is not nearly sure, all that is left on that side.
+    """
+    keys = (bracket.hi - bracket.lo + 1) / 2
+    sure = missing * keys * _FARTHER <= int(edge.sum()) * MAX_BINS
+    if upwards:
+        return Bracket(bracket.hi + 1, min(bracket.hi + MAX_BINS, HIGHEST_KEY) if sure else HIGHEST_KEY)
+    return Bracket(max(bracket.lo - MAX_BINS, LOWEST_KEY) if sure else LOWEST_KEY, bracket.lo - 1)
 
 
 def _bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
@@ -112,21 +201,17 @@ def _bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
     return bin_, int(sums[bin_] - histogram[bin_])
 
 
-_SIGMAS = 3.0  # a miss costs one more count, a wider bracket more bins than one count can close
-
-
-def _ranks(size: int, share: float) -> tuple[int, int]:
-    """Ranks from the top, in a sample of `size`, between which the share-quantile of the whole lies, nearly surely."""
-    slack = _SIGMAS * math.sqrt(size * share * (1 - share)) + 2
-    return math.floor(size * share - slack), math.ceil(size * share + slack)
+_SIGMAS = 3.5  # a miss costs one more count, a wider bracket more bins than one count can close
 
 
 def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
-    """A bracket for the `share` highest, suggested by the scores of a sample (float32)."""
-    first, last = _ranks(scores.size, share)
+    """A bracket for the `share` highest, suggested by the scores of an even sample (float32)."""
+    size = scores.size
+    slack = _SIGMAS * math.sqrt(size * share * (1 - share)) + 2
+    first, last = math.floor(size * share - slack), math.ceil(size * share + slack)  # ranks from the top
     lo, hi = LOWEST_KEY, HIGHEST_KEY
-    if last < scores.size:
-        place = scores.size - last
+    if last < size:
+        place = size - last
         scores = np.partition(scores, place)[place:]  # the higher ones hold the other end too
         lo = int(key_of(scores[:1])[0])
     if first > 0:
@@ -135,12 +220,19 @@ def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
     return Bracket(lo, hi)
 
 
-def bracket_from_coarse(histogram: np.ndarray, share: float) -> Bracket:
-    """The same from a sample's coarse histogram, a bin wider on both sides for what the sample's m is off by."""
-    size = int(histogram.sum())
-    first, last = _ranks(size, share)
-    lo = 0 if size - last < 1 else _bin_of_rank(histogram, size - last)[0] - 1
-    hi = COARSE_BINS - 1 if first < 1 else _bin_of_rank(histogram, size - first + 1)[0] + 1
+def bracket_from_coarse(weights: np.ndarray, share: float, sigma: float) -> Bracket:
+    """A bracket for the `share` highest, suggested by a weighted sample.
+
+    Args:
+        weights: (COARSE_BINS,) float64, what the sampled elements of each bin stand for.
+        sigma: standard error of the sample's estimate of a share near `share`.
+    """
+    cumulated = np.cumsum(weights)
+    total = cumulated[-1]
+    # How many elements are lower; the rank is the next one. A half, since no sampled element stands for less than one.
+    lowest, highest = (total * (1 - share + side * _SIGMAS * sigma) + 0.5 for side in (-1, 1))
+    lo = int(np.searchsorted(cumulated, min(max(lowest, 0), total))) - 1
+    hi = int(np.searchsorted(cumulated, min(highest, total))) + 1
     return Bracket(max(lo << COARSE_SHIFT, LOWEST_KEY), min((hi + 1 << COARSE_SHIFT) - 1, HIGHEST_KEY))
 
 

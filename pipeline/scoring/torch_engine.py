@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.scoring.engine import Applied, Chunk, add_zeros, float_range, float_threshold
+from pipeline.scoring.engine import Applied, Chunk
 from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
-from pipeline.scoring.threshold import ZERO_KEY, Bracket, Threshold
+from pipeline.scoring.threshold import ZERO_KEY, Histograms
 
 
 class TorchEngine:
@@ -28,51 +29,82 @@ class TorchEngine:
         put = self._put(array)
         return put.view(torch.bfloat16).to(torch.float32) if array.dtype == np.uint16 else put
 
-    def _scores(self, chunk: Chunk, m: np.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """d in the type of the arithmetic, and S in float32."""
-        p, f = self._values(chunk.p), self._values(chunk.f)
+    def _scores(self, chunk: Chunk, run: int, m: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """d in the type of the arithmetic, and S in float32, of one run."""
+        p, f = (self._values(side[_range(chunk, run)]) for side in (chunk.p, chunk.f))
         d = (f - p).abs()
         u: Any = None
         if self._method.hashed:
             counter = torch.arange(chunk.start + 1, chunk.start + 1 + p.numel(), device=self._device)
-            u = mix(counter * GAMMA + chunk.stream).to(torch.float32) * UNIT
-        mean = torch.tensor(float(m), dtype=d.dtype, device=self._device)
+            u = mix(counter * GAMMA + int(chunk.streams[run])).to(torch.float32) * UNIT
+        mean = torch.tensor(m, dtype=d.dtype, device=self._device)
         s = (self._method.score or magnitude)(d, p.abs(), mean, u).to(torch.float32) + 0.0
         undefined = torch.where(d == 0, 0.0, -torch.inf).to(torch.float32)
         return d, torch.where(s.isnan(), undefined, s)
 
+    def _all_scores(self, chunk: Chunk, m: np.ndarray) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        for run in range(chunk.runs):
+            yield run, *self._scores(chunk, run, float(m[run]))
+
     def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        p = self._values(chunk.p).to(torch.float64).abs()
-        return _block_sums(p), _block_sums(p.square())
+        sums = []
+        for run in range(chunk.runs):
+            p = self._values(chunk.p[_range(chunk, run)]).to(torch.float64).abs()
+            sums.append((_block_sums(p), _block_sums(p.square())))
+        one, two = zip(*sums, strict=True)
+        return np.concatenate(one), np.concatenate(two)
 
-    def count(self, chunk: Chunk, m: np.float32, bracket: Bracket, shift: int, bins: np.ndarray) -> tuple[int, bool]:
-        d, s = self._scores(chunk, m)
-        lo, hi = (float(x) for x in float_range(bracket))
-        inside = s[(s >= lo) & (s <= hi) & (s != 0)].view(torch.int32).to(torch.int64)
-        keys = torch.where(inside < 0, ~inside, inside | ZERO_KEY) & 0xFFFFFFFF
-        bins += torch.bincount((keys - bracket.lo) >> shift, minlength=bins.size).cpu().numpy()
-        add_zeros(int((s == 0).sum()), bracket, shift, bins)
-        return int((s > hi).sum()), bool(d.isfinite().all())
+    def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        keys, ties = np.zeros((2, chunk.runs), np.int64)
+        for run in np.flatnonzero(k > 0).tolist():
+            _, s = self._scores(chunk, run, float(m[run]))
+            score = s.sort(descending=True).values[int(k[run]) - 1]
+            keys[run], ties[run] = int(_keys(score.view(1))), int(k[run]) - int((s > score).sum())
+        return keys, ties
 
-    def apply(self, chunk: Chunk, m: np.float32, threshold: Threshold, ties: int, out: np.ndarray) -> Applied:
-        score, ties = float_threshold(threshold, ties)
-        d, s = self._scores(chunk, m)
-        equal = s == float(score)
-        keep = (s > float(score)) | (equal & (equal.cumsum(0) <= ties))
-        pruned, kept = self._put(chunk.pruned), self._put(chunk.kept)
-        torch.from_numpy(out.view(f"i{out.itemsize}") if out.itemsize > 1 else out).copy_(
-            torch.where(keep, kept, pruned)
-        )
-        changed = d != 0
-        squares = d.to(torch.float64).square()
-        return Applied(
-            kept=int(keep.sum()),
-            changed=int(changed.sum()),
-            kept_changed=int((keep & changed).sum()),
-            ties=min(int(equal.sum()), ties),
-            squares=_block_sums(squares),
-            kept_squares=_block_sums(torch.where(keep, squares, 0.0)),
-        )
+    def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
+        finite = True
+        for run in np.flatnonzero(groups >= 0).tolist():
+            d, s = self._scores(chunk, run, float(m[run]))
+            group = int(groups[run])
+            lo, hi = float(histograms.lo[group]), float(histograms.hi[group])
+            keys = _keys(s[(s >= lo) & (s <= hi)])
+            bins = histograms.of(group)
+            places = (keys - histograms.brackets[group].lo) >> histograms.shifts[group]
+            bins += torch.bincount(places, minlength=bins.size).cpu().numpy()
+            histograms.above[group] += int((s > hi).sum())
+            finite &= bool(d.isfinite().all())
+        return finite
+
+    def apply(
+        self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
+    ) -> Applied:
+        signed = out.view(f"i{out.itemsize}") if out.itemsize > 1 else out
+        counts, sums = [], []
+        for run, d, s in self._all_scores(chunk, m):
+            threshold, here = float(thresholds[run]), _range(chunk, run)
+            equal = s == threshold
+            keep = (s > threshold) | (equal & (equal.cumsum(0) <= int(ties[groups[run]])))
+            ties[groups[run]] -= min(int(equal.sum()), int(ties[groups[run]]))
+            chosen = torch.where(keep, self._put(chunk.kept[here]), self._put(chunk.pruned[here]))
+            torch.from_numpy(signed[here]).copy_(chosen)
+            changed = d != 0
+            squares = d.to(torch.float64).square()
+            counts.append([int(x.sum()) for x in (keep, changed, keep & changed)])
+            sums.append((_block_sums(squares), _block_sums(torch.where(keep, squares, 0.0))))
+        kept, changed_, both = np.array(counts, np.int64).T
+        one, two = zip(*sums, strict=True)
+        return Applied(kept, changed_, both, np.concatenate(one), np.concatenate(two))
+
+
+def _range(chunk: Chunk, run: int) -> slice:
+    return slice(int(chunk.starts[run]), int(chunk.starts[run + 1]))
+
+
+def _keys(scores: torch.Tensor) -> torch.Tensor:
+    """Keys (int64) of float32 scores."""
+    codes = scores.view(torch.int32).to(torch.int64)
+    return torch.where(codes < 0, ~codes, codes | ZERO_KEY) & 0xFFFFFFFF
 
 
 def _block_sums(x: torch.Tensor) -> np.ndarray:

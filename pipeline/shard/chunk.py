@@ -11,12 +11,12 @@ from pipeline.plan import PairedTensor
 from pipeline.recipe import Recipe
 from pipeline.scoring.engine import Chunk
 from pipeline.scoring.methods import METHODS, stream_of
-from pipeline.shard.reading import Slice
+from pipeline.shard.section import Slice
 
 
 def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chunk:
     """The chunk of a slice whose bytes, base's and finetuned's, are in `views`."""
-    tensor, method = part.tensor, METHODS[recipe.method]
+    tensor, method = part.tensors[0], METHODS[recipe.method]
     assert tensor.base is not None
     assert tensor.finetuned is not None
     stored_p, stored_f = views[0], repaired(views[0], views[1], tensor, recipe)
@@ -24,14 +24,27 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
     if p.dtype != f.dtype:
         p, f = _common(p, f)
     pruned = convert(stored_p, tensor.base.dtype, tensor.dtype)
-    if method.keep is None or recipe.density in (0, 1):
+    if method.keep is None or tensor.density in (0, 1):
         kept = convert(stored_f, tensor.finetuned.dtype, tensor.dtype)
     else:
         x, y = upcast(p), upcast(f)
         with np.errstate(all="ignore"):
-            kept = round_to(method.keep(x, y, x.dtype.type(recipe.density)), tensor.dtype)
+            kept = round_to(method.keep(x, y, x.dtype.type(tensor.density)), tensor.dtype)
     rounded = method.keep is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
-    return Chunk(part.start, stream_of(recipe.seed, tensor.name), p, f, pruned, kept, rounded)
+    return Chunk(_starts(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
+
+
+def _starts(part: Slice) -> np.ndarray:
+    if len(part.tensors) == 1:
+        return np.array([0, part.stop - part.start])
+    return np.cumsum([0, *(tensor.common for tensor in part.tensors)])
+
+
+def streams(tensors: Sequence[PairedTensor], recipe: Recipe) -> np.ndarray:
+    """Where the random numbers of each tensor come from, (r,) int64; zeros for methods that use none."""
+    if not METHODS[recipe.method].hashed:
+        return np.zeros(len(tensors), np.int64)
+    return np.array([stream_of(recipe.seed, tensor.name) for tensor in tensors], np.int64)
 
 
 def pair_of_values(

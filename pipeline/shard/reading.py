@@ -1,13 +1,12 @@
-"""Reading: a shard's inputs, cut into pieces that are read ahead of the arithmetic, within a memory budget.
+"""Reading: a section's pieces, ahead of the arithmetic and within a memory budget.
 
-A *section* is a run of tensors that is worked on together: the tensors of a group that lies in this shard, or a
-batch of small tensors, or one large one. Its bytes are cut into *pieces* of about PIECE_BYTES. A section that fits the
-budget is resident: each piece is read once, and every pass over it finds it in memory. One that does not
-is streamed: every pass reads the pieces again, two at a time. The arithmetic cannot tell.
+A section that fits the budget is resident: each piece is read once, and every pass over it finds it in memory. One that
+does not is streamed: every pass reads the pieces again, two at a time. The arithmetic cannot tell.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,108 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.formats.dtypes import itemsize
-from pipeline.formats.header import TensorInfo
-from pipeline.plan import PairedTensor, Shard
-from pipeline.scoring.methods import BLOCK
+from pipeline.plan import PairedTensor
+from pipeline.shard.section import MOST_RANGES, PIECE_BYTES, Piece, Section, Slice
 from pipeline.storage.local import Folder
 
-CHUNK = 1 << 20
-"""Elements handed to the arithmetic at once, at most; a multiple of its block."""
-
-PIECE_BYTES = 8 << 20
-"""Input bytes read and held together."""
-
-_ALIGN = 64
-_MOST_SLICES = 512  # in a piece, so that the gaps of alignment stay small
-BUFFER_BYTES = PIECE_BYTES + 4 * _ALIGN * _MOST_SLICES
+_ALIGN, _ALIGN_SMALL = 64, 8  # the place in the buffer agrees with that in the file, so that aligned data stays it
+_LARGE = 1 << 14  # bytes of a range that is aligned to a cache line
+BUFFER_BYTES = PIECE_BYTES + _ALIGN * (PIECE_BYTES // _LARGE) + _ALIGN_SMALL * MOST_RANGES
 _FEWEST = 2  # buffers that streaming needs: one in use, one being read
-BATCH_BYTES = 32 << 20
 OVERHEAD_BYTES = 48 << 20
 """What a worker needs beside its input buffers: output buffers, histograms, a chunk's temporaries."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Elements `start` to `stop` of a tensor, or, where `stop` is past what is pruned, bytes that pass through.
-
-    `raw` slices hold bytes of one source, from `start` to `stop` in bytes.
-    """
-
-    tensor: PairedTensor
-    start: int
-    stop: int
-    raw: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    slices: tuple[Slice, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    tensors: tuple[PairedTensor, ...]
-    pieces: tuple[Piece, ...]
-    nbytes: int
-
-
-def sections(shard: Shard, together: Sequence[str] = ()) -> list[Section]:
-    """Cut a shard. The tensors of each group in `together` end up in one section."""
-    last = {t.group: i for i, t in enumerate(shard.tensors) if t.group in set(together)}
-    found: list[Section] = []
-    batch: list[PairedTensor] = []
-    until = nbytes = 0
-    for i, tensor in enumerate(shard.tensors):
-        if batch and i > until and nbytes + tensor.read_bytes > BATCH_BYTES:
-            found.append(_section(batch))
-            batch, nbytes = [], 0
-        batch.append(tensor)
-        nbytes += tensor.read_bytes
-        until = max(until, last.get(tensor.group, i))
-    if batch:
-        found.append(_section(batch))
-    return found
-
-
-def _section(tensors: Sequence[PairedTensor]) -> Section:
-    pieces: list[Piece] = []
-    here: list[Slice] = []
-    size = 0
-    for tensor in tensors:
-        for piece in _slices(tensor):
-            nbytes = sum(length for _, _, length in extents(piece))
-            if here and (size + nbytes > PIECE_BYTES or len(here) == _MOST_SLICES):
-                pieces.append(Piece(tuple(here), size))
-                here, size = [], 0
-            here.append(piece)
-            size += nbytes
-    if here:
-        pieces.append(Piece(tuple(here), size))
-    return Section(tuple(tensors), tuple(pieces), sum(p.nbytes for p in pieces))
-
-
-def _slices(tensor: PairedTensor) -> Iterator[Slice]:
-    """The common elements of both sides, then the bytes that pass through."""
-    together = sum(itemsize(s.dtype) for s in tensor.sources) if tensor.common else 1
-    step = min(CHUNK, PIECE_BYTES // together // BLOCK * BLOCK)
-    for start in range(0, tensor.common, step):
-        yield Slice(tensor, start, min(start + step, tensor.common))
-    source = tensor.sources[-1]
-    begin = tensor.common * itemsize(source.dtype) if tensor.common else 0
-    step = CHUNK * max(1, itemsize(source.dtype))  # bytes; at most a piece, and a multiple of every width
-    for start in range(begin, source.nbytes, step):
-        yield Slice(tensor, start, min(start + step, source.nbytes), raw=True)
-
-
-def extents(piece: Slice) -> list[tuple[int, TensorInfo, int]]:
-    """(first byte in the tensor, tensor, bytes) of what a slice reads: base then finetuned, or the one source."""
-    if piece.raw:
-        return [(piece.start, piece.tensor.sources[-1], piece.stop - piece.start)]
-    return [
-        (piece.start * itemsize(s.dtype), s, (piece.stop - piece.start) * itemsize(s.dtype))
-        for s in piece.tensor.sources
-    ]
 
 
 class Memory:
@@ -150,7 +57,7 @@ class Memory:
 
 @dataclass
 class Loaded:
-    """A piece in memory: for every slice the bytes of its sources, in the order of `extents`."""
+    """A piece in memory: for every slice the bytes of its sides, in the order of `Slice.sources`."""
 
     piece: Piece
     views: list[list[np.ndarray]]
@@ -173,7 +80,7 @@ class SectionReader:
     """
 
     def __init__(self, base: Folder, finetuned: Folder, memory: Memory, threads: int = 2):
-        self._base, self._finetuned = base, finetuned
+        self._folders = base, finetuned
         self.memory = memory
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.bytes_read = 0
@@ -213,37 +120,44 @@ class SectionReader:
     def _load(self, piece: Piece, buffer: mmap.mmap) -> Loaded:
         """Read a piece, neighbouring bytes of a file in one go."""
         whole = np.frombuffer(buffer, np.uint8)
-        wanted = []
-        for i, part in enumerate(piece.slices):
-            for j, (first, tensor, nbytes) in enumerate(extents(part)):
-                side = self._side(part.tensor, tensor)
-                wanted.append((side is self._finetuned, tensor.file, tensor.offset + first, nbytes, i, j, side))
-        wanted.sort(key=lambda w: w[:3])
-        views: dict[tuple[int, int], np.ndarray] = {}
+        ranges: list[tuple[bool, str, int, int, int]] = []  # finetuned's, file, offset, bytes, number
+        for part in piece.slices:
+            for side in part.sources:
+                many = len(side) > 1
+                of_finetuned = part.tensors[0].base is not side[0]
+                for source in side:
+                    width = 1 if part.raw or many else itemsize(source.dtype)
+                    begin, end = (0, source.nbytes) if many else (part.start * width, part.stop * width)
+                    ranges.append((of_finetuned, source.file, source.offset + begin, end - begin, len(ranges)))
+        places = [0] * len(ranges)
         position = 0
-        runs: list[tuple[Folder, str, int, int, int]] = []  # folder, file, offset, place in the buffer, bytes
-        for _, file, offset, nbytes, i, j, side in wanted:
-            if runs and runs[-1][0] is side and runs[-1][1] == file and runs[-1][2] + runs[-1][4] == offset:
-                runs[-1] = (*runs[-1][:4], runs[-1][4] + nbytes)
+        runs: list[tuple[bool, str, int, int, int]] = []  # finetuned's, file, offset, bytes, place in the buffer
+        for of_finetuned, file, offset, nbytes, number in sorted(ranges):
+            if runs and runs[-1][:2] == (of_finetuned, file) and runs[-1][2] + runs[-1][3] == offset:
+                runs[-1] = (of_finetuned, file, runs[-1][2], runs[-1][3] + nbytes, runs[-1][4])
             else:
-                position += -position % _ALIGN + offset % _ALIGN  # data aligned in the file is aligned here
-                runs.append((side, file, offset, position, nbytes))
-            views[i, j] = whole[position : position + nbytes]
+                position += (offset - position) % (_ALIGN if nbytes >= _LARGE else _ALIGN_SMALL)
+                runs.append((of_finetuned, file, offset, nbytes, position))
+            places[number] = position
             position += nbytes
-        for folder, file, offset, place, nbytes in runs:
-            folder.reader(file).read_into(offset, whole[place : place + nbytes])
+        for of_finetuned, file, offset, nbytes, place in runs:
+            self._folders[of_finetuned].reader(file).read_into(offset, whole[place : place + nbytes])
             self.bytes_read += nbytes
-        parts = enumerate(piece.slices)
-        return Loaded(piece, [[views[i, j] for j in range(len(extents(part)))] for i, part in parts])
-
-    def _side(self, paired: PairedTensor, tensor: TensorInfo) -> Folder:
-        return self._base if tensor is paired.base else self._finetuned
+        views: list[list[np.ndarray]] = []
+        number = 0
+        for part in piece.slices:
+            views.append([])
+            for side in part.sources:
+                spans = [(places[i], ranges[i][3]) for i in range(number, number + len(side))]
+                views[-1].append(_side_by_side(whole, spans))
+                number += len(side)
+        return Loaded(piece, views)
 
     def read_runs(self, tensor: PairedTensor, starts: np.ndarray, length: int) -> list[np.ndarray]:
         """Bytes of short runs of elements, base's and finetuned's, without loading the tensor."""
         sides = []
         for source in tensor.sources:
-            reader = self._side(tensor, source).reader(source.file)
+            reader = self._folders[source is not tensor.base].reader(source.file)
             width = itemsize(source.dtype)
             target = np.empty((len(starts), length * width), np.uint8)
             for row, start in enumerate(starts.tolist()):
@@ -251,3 +165,38 @@ class SectionReader:
             self.bytes_read += target.nbytes
             sides.append(target.reshape(-1))
         return sides
+
+
+def _side_by_side(whole: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+    """The bytes of spans (place, length), one after the other: where they lie like that, without a copy."""
+    first, last = spans[0], spans[-1]
+    if all(place + nbytes == following for (place, nbytes), (following, _) in itertools.pairwise(spans)):
+        return whole[first[0] : last[0] + last[1]]
+    return np.concatenate([whole[place : place + nbytes] for place, nbytes in spans])
+
+
+class Pieces:
+    """A section's pieces, as often as they are asked for: from memory if it is resident, else read again."""
+
+    def __init__(self, reader: SectionReader, section: Section, loads: list[Load] | None):
+        self.reader, self.section, self._loads = reader, section, loads
+        self._parts: dict[str, list[tuple[Slice, list[np.ndarray]]]] | None = None
+
+    @property
+    def resident(self) -> bool:
+        return self._loads is not None
+
+    def __iter__(self) -> Iterator[Loaded]:
+        if self._loads is None:
+            return self.reader.stream(self.section.pieces)
+        return (load.future.result() for load in self._loads)
+
+    def parts(self, tensor: PairedTensor) -> list[tuple[Slice, list[np.ndarray]]]:
+        """The slices that hold a pruned tensor's elements alone, if they are in memory, else none."""
+        if self._parts is None:
+            self._parts = {}
+            for loaded in self if self.resident else ():
+                for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
+                    if not part.raw and len(part.tensors) == 1:
+                        self._parts.setdefault(part.tensors[0].name, []).append((part, views))
+        return self._parts.get(tensor.name, [])

@@ -1,19 +1,26 @@
-"""A few elements of a tensor, spread evenly: enough to guess a threshold, and to tell how much weights have changed."""
+"""Samples: a few elements of a tensor, to guess where a threshold is and to tell how much weights have changed.
+
+A guess at a group's threshold that is wrong costs another count of the whole group. So what is sampled counts for what
+it stands for, however small its tensor, and the guess is as wide as the sample is uncertain: elements side by side are
+alike, so its error is what its runs differ by, not the number of its elements; and a mean |p| from a sample is off too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.formats.dtypes import bits
-from pipeline.plan import PairedTensor
+from pipeline.plan import Group, PairedTensor
 from pipeline.recipe import Recipe
-from pipeline.scoring.methods import METHODS, evaluate, stream_of
-from pipeline.shard.chunk import pair_of_values
-from pipeline.shard.reading import SectionReader, Slice
+from pipeline.scoring.methods import METHODS, evaluate
+from pipeline.scoring.threshold import COARSE_BINS, Bracket, bracket_from_coarse, coarse_histogram
+from pipeline.shard.chunk import pair_of_values, streams
+from pipeline.shard.reading import SectionReader
+from pipeline.shard.section import Slice
 
 LOCAL = 1 << 17
 """Elements of a group that lies in one shard whose scores suggest a first bracket."""
@@ -25,23 +32,26 @@ REPORTED = 1 << 13
 """Elements behind the quantiles of a tensor."""
 
 RUN = 256
-"""Elements side by side."""
+"""Elements side by side, at most."""
 
 _FAR_RUN = 2048  # the same where each run is a read of its own
+_FEWEST_RUNS = 16  # of a tensor, so that their differences say something
+_SHORTEST_RUN = 16
+_WHOLE = 1 << 18  # elements of a tensor that may be taken whole
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Flat positions (int64) of some elements, and their values (float32 or float64), all (n,)."""
+    """Flat positions (int64) of elements, and their values (float32 or float64), all (n,), in `runs` of one length."""
 
     positions: np.ndarray
     p: np.ndarray
     f: np.ndarray
+    runs: int
 
     def scores(self, tensor: PairedTensor, recipe: Recipe, m: np.float32) -> np.ndarray:
         """float32 scores, given mean|p|."""
-        stream = stream_of(recipe.seed, tensor.name)
-        return evaluate(METHODS[recipe.method], self.p, self.f, m, stream, self.positions)
+        return evaluate(METHODS[recipe.method], self.p, self.f, m, streams([tensor], recipe)[0], self.positions)
 
 
 def near(parts: Iterable[tuple[Slice, list[np.ndarray]]], tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
@@ -49,29 +59,117 @@ def near(parts: Iterable[tuple[Slice, list[np.ndarray]]], tensor: PairedTensor, 
     starts, length = _runs(tensor.common, share, RUN)
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for part, views in parts:
-        rows = (starts[(starts >= part.start) & (starts < part.stop)] - part.start) // length
+        chosen = starts[(starts >= part.start) & (starts < part.stop)] - part.start
         for side, source, stored in zip(sides, tensor.sources, views, strict=True):
-            whole = bits(stored, source.dtype)
-            side.append(whole[: whole.size // length * length].reshape(-1, length)[rows].reshape(-1))
+            side.append(bits(stored, source.dtype)[(chosen[:, None] + np.arange(length)).reshape(-1)])
     p, f = (np.concatenate(side).view(np.uint8) for side in sides)
-    return Sample(_positions(starts, length), *pair_of_values(p, f, tensor, recipe))
+    return _sample(starts, length, p, f, tensor, recipe)
 
 
 def far(reader: SectionReader, tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
     """The same by reading no more than that."""
     starts, length = _runs(tensor.common, share, _FAR_RUN)
     p, f = reader.read_runs(tensor, starts, length)
-    return Sample(_positions(starts, length), *pair_of_values(p, f, tensor, recipe))
+    return _sample(starts, length, p, f, tensor, recipe)
 
 
-def _runs(numel: int, share: float, length: int) -> tuple[np.ndarray, int]:
-    """First elements of runs of one length, spread evenly, that hold about `share` of a tensor."""
-    if numel < 4 * length:
+def _sample(
+    starts: np.ndarray, length: int, p: np.ndarray, f: np.ndarray, tensor: PairedTensor, recipe: Recipe
+) -> Sample:
+    positions = (starts[:, None] + np.arange(length)).reshape(-1)
+    return Sample(positions, *pair_of_values(p, f, tensor, recipe), starts.size)
+
+
+def _runs(numel: int, share: float, longest: int) -> tuple[np.ndarray, int]:
+    """First elements of runs of one length, spread evenly, that hold about `share` of a tensor.
+
+    The length is a power of two, so that no run lies in two slices.
+    """
+    wanted = max(1, math.ceil(share * numel))
+    if (numel <= _WHOLE and wanted * 2 >= numel) or numel < _FEWEST_RUNS * _SHORTEST_RUN:
         return np.zeros(1, np.int64), numel
-    whole = numel // length
-    count = min(whole, max(1, math.ceil(share * whole)))
-    return np.arange(count) * whole // count * length, length
+    length = min(longest, max(_SHORTEST_RUN, 1 << (wanted // _FEWEST_RUNS).bit_length() - 1))
+    places = numel // length
+    count = min(places, math.ceil(wanted / length))
+    return np.arange(count) * places // count * length, length
 
 
-def _positions(starts: np.ndarray, length: int) -> np.ndarray:
-    return (starts[:, None] + np.arange(length)).reshape(-1)
+@dataclass(slots=True)
+class Survey:
+    """What a sample says of the scores of a group.
+
+    Attributes:
+        weights: (COARSE_BINS,) float64, the elements of the group that those in each bin stand for.
+        variance: of the number of elements above a threshold near rank k, as the sample estimates it.
+    """
+
+    weights: np.ndarray = field(default_factory=lambda: np.zeros(COARSE_BINS))
+    variance: float = 0.0
+
+    def bracket(self, group: Group) -> Bracket:
+        """Where the group's threshold nearly surely is."""
+        return bracket_from_coarse(self.weights, group.k / group.numel, math.sqrt(self.variance) / self.weights.sum())
+
+
+def survey(
+    members: Sequence[PairedTensor],
+    group: Group,
+    size: int,
+    take: Callable[[PairedTensor, float], Sample],
+    recipe: Recipe,
+    means: dict[str, np.float32] | None = None,
+) -> Survey:
+    """Look at about `size` elements of a group, as far as they lie in `members`.
+
+    Args:
+        take: samples a share of a tensor.
+        means: mean |p| of each member, if it is known; else the sample's is taken for it.
+    """
+    found = Survey()
+    share = size / group.numel
+    small = [t for t in members if share * t.common < RUN]  # of these only some are looked at, for all of them
+    waiting = 0
+    for tensor in members:
+        stands_for = tensor.common
+        if share * tensor.common < RUN:
+            waiting += tensor.common
+            if share * waiting < RUN and tensor is not small[-1]:
+                continue
+            stands_for, waiting = waiting, 0
+        taken = take(tensor, min(1.0, share * stands_for / tensor.common))
+        m = means[tensor.name] if means else np.float32(np.abs(taken.p).mean(dtype=np.float64))
+        scores = taken.scores(tensor, recipe, m)
+        found.weights += coarse_histogram(scores) * (stands_for / scores.size)
+        error = _share_variance(taken, scores, tensor, group, recipe, None if means else m)
+        if stands_for > tensor.common:  # whatever the others are like
+            quantile = group.k / group.numel
+            error = max(error, quantile * (1 - quantile))
+        found.variance += stands_for**2 * error
+    return found
+
+
+def _share_variance(
+    taken: Sample, scores: np.ndarray, tensor: PairedTensor, group: Group, recipe: Recipe, m: np.float32 | None
+) -> float:
+    """Variance of the share of a tensor's elements above the group's quantile, as its sample estimates it.
+
+    Args:
+        m: what the sample says that mean |p| is, unless it is known.
+    """
+    size = scores.size
+    if size == tensor.common:
+        return 0.0
+    quantile = group.k / group.numel
+    place = min(size - 1, int(size * (1 - quantile)))
+    threshold = np.partition(scores, place)[place]
+    above = scores > threshold
+    variance = quantile * (1 - quantile)
+    if taken.runs > 1:
+        by_run = above.reshape(taken.runs, -1).mean(1)
+        variance = max(float(by_run.var(ddof=1)) / taken.runs, variance / size)
+    variance *= 1 - size / tensor.common
+    if m is not None and taken.runs > 1 and m > 0:
+        means = np.abs(taken.p).reshape(taken.runs, -1).mean(1, dtype=np.float64)
+        off = np.float32(m + means.std(ddof=1) / math.sqrt(taken.runs))
+        variance += float(np.mean(taken.scores(tensor, recipe, off) > threshold) - np.mean(above)) ** 2
+    return variance

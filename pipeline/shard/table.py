@@ -4,139 +4,153 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.plan import Group, PairedTensor
-from pipeline.scoring.threshold import KEEP_ALL, Threshold, score_of
+from pipeline.plan import Group, PairedTensor, Shard
+from pipeline.scoring.threshold import score_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
+MEASURED = np.dtype(
+    [
+        ("kept", np.int64),
+        ("changed", np.int64),
+        ("kept_changed", np.int64),
+        ("threshold_key", np.int64),
+        ("ties", np.int64),
+        ("mean_abs_base", np.float64),
+        ("norm_delta", np.float64),
+        ("norm_base", np.float64),
+        ("kept_share", np.float64),
+        ("seconds", np.float64),
+        ("before", np.float64, (len(QUANTILES),)),
+        ("after", np.float64, (len(QUANTILES),)),
+    ]
+)
+"""What a worker has measured of a tensor. NaN is what has no meaning for it or no finite value; of one that was not
+pruned only `seconds` means something.
 
-Seen = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Scores, d and |p| of some elements of a tensor."""
+`before` are quantiles of |Δ|/|p| over the elements that fine-tuning changed, `after` over those of them that were kept,
+both from a sample. `ties` is the part of its group's tie quota that its shard hands out.
+"""
 
 
-@dataclass(slots=True)
-class Tally:
-    """What has been counted of a tensor: mean |p|, Σp², counts of elements, Σd² of each block.
+def change_quantiles(
+    p: np.ndarray, f: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles of |f − p|/|p| of r tensors: over what has changed, and over what of it is kept; (r, 5) each.
 
-    `overflowed` are elements of the output that rounding made infinite.
+    Args:
+        p, f, scores: (n,) elements of the tensors, one tensor after the other.
+        thresholds: (r,) float32.
+        starts: (r + 1,) where each tensor's begin.
     """
-
-    mean: float = 0.0
-    base_squares: float = 0.0
-    kept: int = 0
-    changed: int = 0
-    kept_changed: int = 0
-    overflowed: int = 0
-    squares: list[np.ndarray] = field(default_factory=list)
-    kept_squares: list[np.ndarray] = field(default_factory=list)
-
-    @property
-    def m(self) -> np.float32:
-        """mean |p| as the score uses it."""
-        return np.float32(self.mean)
-
-
-def plain_row(tensor: PairedTensor, shard: str, seconds: float) -> dict[str, Any]:
-    """The row of a tensor that was not pruned."""
-    return {
-        "name": tensor.name, "action": tensor.action, "dtype": tensor.dtype, "shape": list(tensor.shape),
-        "shard": shard, "numel": tensor.numel, "seconds": round(seconds, 6),
-    }  # fmt: skip
-
-
-def pruned_row(tensor: PairedTensor, group: Group, tally: Tally, threshold: Threshold, seen: Seen) -> dict[str, Any]:
-    """What the row of a pruned tensor has beside that; what has no meaning for it is None.
-
-    `change_before_q50` is the median of |Δ|/|p| over the elements that fine-tuning changed, `change_after_q50`
-    over those of them that were kept; both from a sample.
-    """
-    squares, kept_squares = exact_sum(tally.squares), exact_sum(tally.kept_squares)
-    score = score_of(threshold.key)
-    row: dict[str, Any] = {
-        "group": group.name, "k": group.k, "pruned_numel": tensor.common,
-        "kept": tally.kept, "changed": tally.changed, "kept_changed": tally.kept_changed,
-        "threshold": float(score) if math.isfinite(score) else None,
-        "threshold_key": threshold.key, "ties": threshold.ties,
-        "mean_abs_base": _finite(tally.mean), "norm_delta": _finite(math.sqrt(squares)),
-        "norm_base": _finite(math.sqrt(tally.base_squares)),
-        "kept_share": _finite(kept_squares / squares) if squares else None,
-    }  # fmt: skip
-    scores, d, p = seen
-    defined = (d != 0) & (p != 0)
-    kept = defined & (scores >= score if math.isfinite(score) else threshold == KEEP_ALL)
+    owner = np.repeat(np.arange(starts.size - 1), np.diff(starts))
     with np.errstate(all="ignore"):
-        change = d / p
-    for when, chosen in (("before", defined), ("after", kept)):
-        ordered = np.sort(change[chosen])
-        for q in QUANTILES:
-            row[_quantile(when, q)] = _finite(float(ordered[int(q * ordered.size)])) if ordered.size else None
-    return row
+        d, size = np.abs(f - p), np.abs(p)
+        change = d / size
+    threshold = thresholds[owner]
+    defined = (d != 0) & (size != 0)
+    kept = defined & (scores >= threshold) & (threshold != np.inf)
+    return _quantiles(change[defined], owner[defined], starts.size - 1), _quantiles(
+        change[kept], owner[kept], starts.size - 1
+    )
 
 
-def exact_sum(blocks: list[np.ndarray]) -> float:
-    """The sum of all elements, rounded once; infinite if it is too large for a float64."""
-    try:
-        return math.fsum(np.concatenate(blocks).tolist())
-    except OverflowError:
-        return math.inf
+def _quantiles(values: np.ndarray, owner: np.ndarray, owners: int) -> np.ndarray:
+    """Of each owner's values, (owners, 5); NaN where it has none."""
+    found = np.full((owners, len(QUANTILES)), np.nan)
+    ordered = values[np.lexsort((values, owner))] if owners > 1 else np.sort(values)
+    counts = np.bincount(owner, minlength=owners)
+    some = counts > 0
+    first = (np.cumsum(counts) - counts)[some, None]
+    found[some] = ordered[first + (counts[some, None] * np.array(QUANTILES)).astype(np.int64)]
+    return finite(found)
 
 
-def _finite(x: float) -> float | None:
-    """What JSON can say."""
-    return x if math.isfinite(x) else None
+def finite(x: np.ndarray) -> np.ndarray:
+    """NaN for what is not finite."""
+    return np.where(np.isfinite(x), x, np.nan)
 
 
-def _quantile(when: str, q: float) -> str:
+def quantile_name(when: str, q: float) -> str:
     return f"change_{when}_q{round(q * 100):02d}"
 
 
-def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, Any]:
     """Sums over the rows. Densities are shares of the elements that compete; `effective` counts those that changed."""
-    pruned = [r for r in rows if r.get("pruned_numel")]
-    numel = sum(r["pruned_numel"] for r in pruned)
-    known = [r for r in pruned if r["norm_delta"] is not None]
-    squares = math.fsum(r["norm_delta"] ** 2 for r in known)
-    kept_squares = math.fsum(r["norm_delta"] ** 2 * (r["kept_share"] or 0) for r in known)
-    kept, changed, kept_changed = (sum(r[key] for r in pruned) for key in ("kept", "changed", "kept_changed"))
+    common = np.array([t.common for t in tensors], np.int64)
+    rows = measured[common > 0]
+    numel = int(common.sum())
+    squares = [norm**2 for norm in rows["norm_delta"].tolist() if not math.isnan(norm)]
+    shares = [share for norm, share in zip(rows["norm_delta"], rows["kept_share"], strict=True) if not math.isnan(norm)]
+    kept_squares = math.fsum(square * share for square, share in zip(squares, shares, strict=True) if square)
+    kept, changed, kept_changed = (int(rows[key].sum()) for key in ("kept", "changed", "kept_changed"))
     return {
-        "tensors": len(rows),
-        "pruned_tensors": len(pruned),
+        "tensors": len(tensors),
+        "pruned_tensors": len(rows),
         "pruned_numel": numel,
         "kept": kept,
         "changed": changed,
         "kept_changed": kept_changed,
         "density": kept / numel if numel else None,
         "effective_density": kept_changed / numel if numel else None,
-        "kept_share": kept_squares / squares if squares else None,
-        "norm_delta": math.sqrt(squares),
+        "kept_share": kept_squares / math.fsum(squares) if math.fsum(squares) else None,
+        "norm_delta": math.sqrt(math.fsum(squares)),
     }
 
 
-def to_parquet(rows: list[dict[str, Any]]) -> bytes:
-    """The table as a Parquet file."""
+def to_parquet(shards: Sequence[Shard], groups: dict[str, Group], measured: np.ndarray) -> bytes:
+    """The table as a Parquet file, a row a tensor in the order of the output."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    integers = ("numel", "k", "pruned_numel", "kept", "changed", "kept_changed", "threshold_key", "ties")
-    reals = ["threshold", "mean_abs_base", "norm_delta", "norm_base", "kept_share", "seconds"]
-    reals += [_quantile(when, q) for when in ("before", "after") for q in QUANTILES]
-    fields = [pa.field(name, pa.string()) for name in ("name", "action", "dtype", "shard", "group")]
-    fields.append(pa.field("shape", pa.list_(pa.int64())))
-    fields += [pa.field(name, pa.int64()) for name in integers]
-    fields += [pa.field(name, pa.float64()) for name in reals]
+    tensors = [t for shard in shards for t in shard.tensors]
+    common = np.array([t.common for t in tensors], np.int64)
+    of_pruned = common == 0  # a mask: true where there is nothing to tell
+    competing = [groups[t.group] if t.common else None for t in tensors]
+    columns: dict[str, pa.Array] = {
+        "name": pa.array([t.name for t in tensors], pa.string()),
+        "action": pa.array([t.action for t in tensors], pa.string()),
+        "dtype": pa.array([t.dtype for t in tensors], pa.string()),
+        "shape": pa.array([t.shape for t in tensors], pa.list_(pa.int64())),
+        "numel": pa.array([t.numel for t in tensors], pa.int64()),
+        "shard": pa.array([shard.name for shard in shards for _ in shard.tensors], pa.string()),
+        "group": pa.array([group.name if group else None for group in competing], pa.string()),
+        "density": pa.array([t.density if t.common else None for t in tensors], pa.float64()),
+        "k": pa.array([group.k if group else None for group in competing], pa.int64()),
+        "pruned_numel": pa.array(common, mask=of_pruned),
+    }
+    for key in ("kept", "changed", "kept_changed", "threshold_key", "ties"):
+        columns[key] = pa.array(measured[key], mask=of_pruned)
+    columns["threshold"] = _reals(score_of(measured["threshold_key"]).astype(np.float64), of_pruned)
+    for key in ("mean_abs_base", "norm_delta", "norm_base", "kept_share"):
+        columns[key] = _reals(measured[key], of_pruned)
+    for when in ("before", "after"):
+        for i, q in enumerate(QUANTILES):
+            columns[quantile_name(when, q)] = _reals(measured[when][:, i], of_pruned)
+    columns["seconds"] = pa.array(measured["seconds"])
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), sink, compression="zstd")
+    pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()
+
+
+def _reals(values: np.ndarray, missing: np.ndarray) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(values, mask=missing | ~np.isfinite(values))
 
 
 def from_parquet(data: bytes) -> list[dict[str, Any]]:
     """The rows of a table."""
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    # pyarrow's reading threads sometimes abort the process at its end.
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), use_threads=False).to_pylist()
     return rows

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pipeline.scoring.compiled import CpuEngine, Engine
-from pipeline.scoring.engine import Chunk
+from pipeline.scoring.compiled import CpuEngine
+from pipeline.scoring.engine import Chunk, Engine
 from pipeline.scoring.methods import METHODS, evaluate
-from pipeline.scoring.threshold import Threshold, bracket_from_scores, narrow
+from pipeline.scoring.threshold import Threshold, bracket_from_scores, float_thresholds, histograms
 from pipeline.scoring.torch_engine import TorchEngine
 
 SHAPE, DENSITY, ROUNDS = (2048, 5632), 0.1, 9
@@ -36,7 +36,8 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
 def prune(engine: Engine, p: np.ndarray, f: np.ndarray, out: np.ndarray, size: int = 1 << 20) -> Threshold:
     """The steps of `Worker.write` for one tensor in memory, in chunks of 2^20 elements."""
     spans = [slice(i, min(i + size, p.size)) for i in range(0, p.size, size)]
-    chunks = [Chunk(s.start, 0, p[s], f[s], p[s], f[s]) for s in spans]
+    zero = np.zeros(1, np.int64)
+    chunks = [Chunk(np.array([0, s.stop - s.start]), s.start, zero, p[s], f[s], p[s], f[s]) for s in spans]
     m = np.float32(sum(float(engine.abs_sums(chunk)[0].sum()) for chunk in chunks) / p.size)
     rows = np.arange(0, p.size // 256, p.size // 256 // 512)
     few_p, few_f = ((x.reshape(-1, 256)[rows].reshape(-1).astype(np.uint32) << 16).view(np.float32) for x in (p, f))
@@ -44,12 +45,13 @@ def prune(engine: Engine, p: np.ndarray, f: np.ndarray, out: np.ndarray, size: i
     k = int(p.size * DENSITY)
     found = bracket_from_scores(scores, DENSITY)
     while not isinstance(found, Threshold):
-        bins = np.zeros(found.bins(found.shift()), np.int64)
-        above = sum(engine.count(chunk, m, found, found.shift(), bins)[0] for chunk in chunks)
-        found = narrow(found, found.shift(), above, bins, k)
-    left = found.ties
+        counted = histograms([found])
+        for chunk in chunks:
+            engine.count(chunk, m.reshape(1), zero, counted)
+        found = counted.narrow(0, k)
+    ties, threshold = np.array([found.ties]), float_thresholds(np.array([found.key]))
     for span, chunk in zip(spans, chunks, strict=True):
-        left -= engine.apply(chunk, m, found, left, out[span]).ties
+        engine.apply(chunk, m.reshape(1), threshold, zero, ties, out[span])
     return found
 
 

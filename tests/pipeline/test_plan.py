@@ -263,7 +263,19 @@ def test_half_a_surrogate_in_a_name_is_no_traceback(runner):
         runner.prune()
 
 
-def test_a_group_is_a_function_of_shards_and_density_only():
+def test_a_group_is_a_function_of_the_shards_only():
     plan = plan_of({"h.0.a": (10,), "h.0.b": (30,)}, scope="layer", density=0.5)
-    assert group(plan.shards, 0.25)["h.0"].k == 10
+    assert group(plan.shards) == plan.groups
     assert plan.groups["h.0"].k == 20
+
+
+def test_each_density_of_a_group_adds_to_its_budget():
+    shapes = {"h.0.a": (10,), "h.0.b": (30,), "h.0.c": (7,), "h.1.a": (10,)}
+    for scope, budgets in {
+        "tensor": {"h.0.a": 5, "h.0.b": 3, "h.0.c": 0, "h.1.a": 5},
+        "layer": {"h.0": int(7 * 0 + 30 * 0.11 + 10 * 0.5), "h.1": 5},
+        "global": {"all": int(7 * 0 + 30 * 0.11 + 20 * 0.5)},
+    }.items():
+        plan = plan_of(shapes, scope=scope, density=0.5, rules=["*.b=0.11", "*.c=0"])
+        assert {name: g.k for name, g in plan.groups.items()} == budgets
+        assert {t.name: t.density for t in plan.tensors()} == {"h.0.a": 0.5, "h.0.b": 0.11, "h.0.c": 0, "h.1.a": 0.5}

@@ -37,7 +37,7 @@ import pyarrow.parquet
 from pipeline import Recipe, prune
 from pipeline.scoring.engine import Chunk
 from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.threshold import Bracket, Threshold
+from pipeline.scoring.threshold import Bracket, histograms
 
 CHANGES = ("replace", "unlink", "rmdir", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "write")
 
@@ -68,10 +68,12 @@ def run(recipe, n):
 
 x = np.ones(9, np.float32)
 engine = CpuEngine("fapm")
-chunk = Chunk(0, 0, x, x, x.view("u4"), x.view("u4"))
+one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
+chunk = Chunk(np.array([0, 9]), 0, zero, x, x, x.view("u4"), x.view("u4"))
 engine.abs_sums(chunk)
-engine.count(chunk, np.float32(1), Bracket(), 16, np.zeros(1 << 16, np.int64))
-engine.apply(chunk, np.float32(1), Threshold(1 << 31, 1), 1, x.view("u4").copy())
+engine.select(chunk, np.float32(one), one)
+engine.count(chunk, np.float32(one), zero, histograms([Bracket()]))
+engine.apply(chunk, np.float32(one), np.float32(zero), zero, one, x.view("u4").copy())
 for line in sys.stdin:
     recipe, n = json.loads(line)
     print(json.dumps(run(recipe, n)), flush=True)

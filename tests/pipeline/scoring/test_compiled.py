@@ -14,16 +14,15 @@ import sys
 import numpy as np
 from pipeline.scoring.engine import Chunk
 from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.threshold import Threshold, key_of
 
 random = np.random.default_rng(0)
 p = random.normal(0, 1, 5000).astype(np.float32)
 f = p + random.normal(0, 0.1, 5000).astype(np.float32)
-chunk = Chunk(0, 1, p, f, p.view(np.uint32), f.view(np.uint32))
-threshold = Threshold(int(key_of(np.array([0.05], np.float32))[0]), 0)
+chunk = Chunk(np.array([0, 5000]), 0, np.array([1]), p, f, p.view(np.uint32), f.view(np.uint32))
+m, threshold, zero = np.abs(p).mean().reshape(1), np.array([0.05], np.float32), np.zeros(1, np.int64)
 for name in sys.argv[1:]:
     out = np.empty(5000, np.uint32)
-    print(name, CpuEngine(name).apply(chunk, np.float32(np.abs(p).mean()), threshold, 0, out).kept)
+    print(name, CpuEngine(name).apply(chunk, m, threshold, zero, zero.copy(), out).kept[0])
 """
 
 

@@ -1,9 +1,11 @@
-"""pytest tests/pipeline/test_engine.py: compiled loops and torch give the bits that numpy and a sort give."""
+"""pytest tests/pipeline/scoring/test_engine.py: compiled loops and torch give the bits that numpy and a sort give."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import chunks
 import numpy as np
 import oracle
 import pytest
@@ -26,10 +28,12 @@ from pipeline.scoring.threshold import (
     ZERO_KEY,
     Bracket,
     Threshold,
+    float_thresholds,
+    histograms,
     key_of,
 )
 from pipeline.scoring.torch_engine import TorchEngine
-from pipeline.shard.reading import CHUNK
+from pipeline.shard.section import CHUNK
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 KINDS = ["bfloat16", "float32", "float64"]
@@ -59,7 +63,7 @@ def pair(kind: str, size: int, special: bool = False) -> tuple[np.ndarray, np.nd
 def chunk_of(p: np.ndarray, f: np.ndarray, start: int = 0) -> Chunk:
     random = np.random.default_rng(5)
     pruned, kept = (random.integers(0, 2**16, p.size, np.uint16) for _ in range(2))
-    return Chunk(start, stream_of(SEED, NAME), p.copy(), f.copy(), pruned, kept)
+    return chunks.one_run(p.copy(), f.copy(), pruned, kept, start, stream_of(SEED, NAME))
 
 
 def engines(method: str) -> list:
@@ -74,8 +78,7 @@ def check_count(engine, method, p, f, bracket, max_bins) -> None:
     s = expected_scores(method, p, f)
     keys = key_of(s).astype(np.int64)
     shift = bracket.shift(max_bins)
-    bins = np.zeros(bracket.bins(shift), np.int64)
-    above, _ = engine.count(chunk_of(p, f), oracle.mean_of(upcast(p)), bracket, shift, bins)
+    above, bins, _ = chunks.count(engine, chunk_of(p, f), oracle.mean_of(upcast(p)), bracket, max_bins)
     inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
     assert above == int((keys > bracket.hi).sum())
     assert np.array_equal(bins, np.bincount((inside - bracket.lo) >> shift, minlength=bins.size))
@@ -90,7 +93,7 @@ def check_apply(engine, method, p, f, k) -> None:
     else:
         limit = KEEP_ALL if k else KEEP_NONE
     out = np.zeros_like(chunk.kept)
-    applied = engine.apply(chunk, m, limit, limit.ties, out)
+    applied = chunks.apply(engine, chunk, m, limit, limit.ties, out)
     assert np.array_equal(out, np.where(mask, chunk.kept, chunk.pruned))
     with np.errstate(all="ignore"):
         d = np.abs(upcast(f) - upcast(p))
@@ -178,6 +181,86 @@ def test_where_every_base_weight_is_zero(kind):
                 check_apply(engine, method, p, f, k)
 
 
+def many(kind: str, sizes: list[int], special: bool = False) -> tuple[Chunk, list[str], np.ndarray]:
+    """A chunk of several small tensors, their names, and mean|p| of each."""
+    starts = np.cumsum([0, *sizes])
+    p, f = pair(kind, int(starts[-1]), special)
+    names = [f"{NAME}.{i}" for i in range(len(sizes))]
+    random = np.random.default_rng(5)
+    pruned, kept = (random.integers(0, 2**16, p.size, np.uint16) for _ in range(2))
+    chunk = chunks.several_runs(p.copy(), f.copy(), pruned, kept, starts, [stream_of(SEED, name) for name in names])
+    means = [oracle.mean_of(upcast(p[a:b])) for a, b in itertools.pairwise(starts)]
+    return chunk, names, np.array(means, np.float32)
+
+
+def scores_of_runs(method: str, chunk: Chunk, names: list[str]) -> list[np.ndarray]:
+    p, f = (np.split(upcast(side), chunk.starts[1:-1]) for side in (chunk.p, chunk.f))
+    return [oracle.scores(method, *sides, SEED, name) + np.float32(0) for *sides, name in zip(p, f, names, strict=True)]
+
+
+MANY = [1, 31, 1, TILE, TILE + 1, 3, BLOCK, 100]
+
+
+@pytest.mark.parametrize("method", SCORED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", [False, True], ids=["gaussian", "extremes"])
+def test_small_tensors_side_by_side_are_each_what_it_is_alone(method, kind, special):
+    chunk, names, means = many(kind, MANY, special)
+    scores = scores_of_runs(method, chunk, names)
+    runs = np.arange(len(MANY), dtype=np.int64)
+    k = np.array([max(1, size // 3) for size in MANY])
+    k[5] = 0  # not asked for
+    for engine in engines(method):
+        keys, ties = engine.select(chunk, means, k)
+        for s, rank, key, tied in zip(scores, k, keys, ties, strict=True):
+            if rank:
+                kth = np.sort(s)[::-1][rank - 1]
+                assert (key, tied) == (int(key_of(kth.reshape(1))[0]), rank - int((s > kth).sum()))
+        left, out = ties.copy(), np.zeros_like(chunk.kept)
+        keys[5] = MAX_KEY
+        done = engine.apply(chunk, means, float_thresholds(keys), runs, left, out)
+        masks = [oracle.kept_mask(s, rank) for s, rank in zip(scores, k, strict=True)]
+        assert np.array_equal(out, np.where(np.concatenate(masks), chunk.kept, chunk.pruned))
+        assert done.kept.tolist() == k.tolist()
+        assert not left.any()
+        sums, squares = engine.abs_sums(chunk)
+        alone = np.split(np.abs(upcast(chunk.p).astype(np.float64)), chunk.starts[1:-1])
+        assert np.allclose(sums, [x.sum() for x in alone], rtol=1e-12)
+        assert np.allclose(squares, [(x**2).sum() for x in alone], rtol=1e-12)
+        assert done.squares.size == len(MANY)
+
+
+@pytest.mark.parametrize("method", ["fapm", "random"])
+def test_runs_are_counted_for_their_groups(method):
+    chunk, names, means = many("float32", MANY)
+    scores = scores_of_runs(method, chunk, names)
+    groups = np.array([1, 0, -1, 1, 1, 0, 1, -1])
+    for engine in engines(method):
+        counted = histograms([Bracket(), Bracket(ZERO_KEY, ZERO_KEY + (1 << 30))], [1 << 12, 1 << 10])
+        assert engine.count(chunk, means, groups, counted)
+        for i, bracket in enumerate(counted.brackets):
+            keys = np.concatenate([key_of(s) for s, g in zip(scores, groups, strict=True) if g == i]).astype(np.int64)
+            inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
+            wanted = np.bincount((inside - bracket.lo) >> counted.shifts[i], minlength=counted.of(i).size)
+            assert np.array_equal(counted.of(i), wanted)
+            assert counted.above[i] == (keys > bracket.hi).sum()
+
+
+@pytest.mark.parametrize("method", ["fapm", "magnitude"])
+def test_ties_of_one_group_are_used_up_over_several_runs(method):
+    size = 50
+    p, f = np.ones(3 * size, np.float32), np.full(3 * size, 3, np.float32)
+    pruned, kept = np.zeros(3 * size, np.uint16), np.ones(3 * size, np.uint16)
+    chunk = chunks.several_runs(p, f, pruned, kept, [0, size, 2 * size, 3 * size], [0, 0, 0])
+    score = np.float32(2 - 2 if method == "fapm" else 2)
+    for engine in engines(method):
+        left, out = np.array([70]), np.zeros_like(kept)
+        done = engine.apply(chunk, np.ones(3, np.float32), np.full(3, score), np.zeros(3, np.int64), left, out)
+        assert done.kept.tolist() == [50, 20, 0]
+        assert out.tolist() == [1] * 70 + [0] * 80
+        assert left[0] == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_of_blocks(kind):
     for size in SIZES:
@@ -210,14 +293,15 @@ def test_nothing_depends_on_where_a_tensor_is_cut(method, make):
 
     def in_steps(step: int) -> tuple:
         whole = chunk_of(p, f)
-        bins, out, left = np.zeros(1 << 16, np.int64), np.empty_like(whole.kept), limit.ties
+        bins, out, left = 0, np.empty_like(whole.kept), limit.ties
         above, lists, counts = 0, ([], [], [], []), np.zeros(3, int)
         for start in range(0, size, step):
             part = slice(start, start + step)
             mine = (side[part].copy() for side in (p, f))
-            chunk = Chunk(start, whole.stream, *mine, whole.pruned[part], whole.kept[part])
-            above += engine.count(chunk, m, Bracket(), 16, bins)[0]
-            applied = engine.apply(chunk, m, limit, left, out[part])
+            chunk = chunks.one_run(*mine, whole.pruned[part], whole.kept[part], start, whole.streams[0])
+            higher, here, _ = chunks.count(engine, chunk, m, Bracket())
+            above, bins = above + higher, bins + here
+            applied = chunks.apply(engine, chunk, m, limit, left, out[part])
             left -= applied.ties
             counts += (applied.kept, applied.changed, applied.kept_changed)
             parts = (*engine.abs_sums(chunk), applied.squares, applied.kept_squares)
@@ -242,8 +326,8 @@ def test_the_inputs_are_left_as_they_are(method, kind):
         chunk = chunk_of(p, f)
         before = [side.tobytes() for side in (chunk.p, chunk.f, chunk.pruned, chunk.kept)]
         engine.abs_sums(chunk)
-        engine.count(chunk, np.float32(1), Bracket(), 16, np.zeros(1 << 16, np.int64))
-        engine.apply(chunk, np.float32(1), Threshold(ZERO_KEY, 5), 5, np.empty_like(chunk.kept))
+        chunks.count(engine, chunk, 1, Bracket())
+        chunks.apply(engine, chunk, 1, Threshold(ZERO_KEY, 5), 5, np.empty_like(chunk.kept))
         assert [side.tobytes() for side in (chunk.p, chunk.f, chunk.pruned, chunk.kept)] == before
 
 
@@ -255,10 +339,10 @@ def test_what_is_not_finite_is_noticed(method):
                 p, f = pair(kind, TILE + 5)
                 (p, f)[side][TILE + 1] = bad
                 for engine in engines(method):
-                    _, finite = engine.count(chunk_of(p, f), np.float32(1), Bracket(), 16, np.zeros(1 << 16, np.int64))
+                    *_, finite = chunks.count(engine, chunk_of(p, f), 1, Bracket())
                     assert not finite
                     clean = pair(kind, TILE + 5)
-                    _, finite = engine.count(chunk_of(*clean), np.float32(1), Bracket(), 16, np.zeros(1 << 16, int))
+                    *_, finite = chunks.count(engine, chunk_of(*clean), 1, Bracket())
                     assert finite
 
 
@@ -272,7 +356,7 @@ def test_output_bits_of_every_width():
         pruned, kept = (random.integers(0, 256, 3000 * width, np.uint8).view(f"u{width}") for _ in range(2))
         for engine in engines("fapm"):
             out = np.zeros_like(kept)
-            engine.apply(Chunk(0, 0, p.copy(), f.copy(), pruned, kept), m, limit, limit.ties, out)
+            chunks.apply(engine, chunks.one_run(p.copy(), f.copy(), pruned, kept), m, limit, limit.ties, out)
             assert np.array_equal(out, np.where(oracle.kept_mask(s, 300), kept, pruned))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+import chunks
 import numpy as np
 import oracle
 import pytest
@@ -17,7 +18,6 @@ from pipeline.pool import Threads
 from pipeline.run import prune
 from pipeline.scoring import methods as score
 from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.engine import Chunk
 from pipeline.scoring.methods import METHODS, Method, evaluate, stream_of, uniform
 from pipeline.scoring.threshold import KEEP_ALL, MAX_KEY, Bracket
 from pipeline.scoring.torch_engine import TorchEngine
@@ -86,14 +86,12 @@ def test_numpy_torch_and_compiled_agree_bit_for_bit(p, f):
         s, m = numpy_scores(method, p, f), oracle.mean_of(p)
         assert np.array_equal(s, oracle.scores(method, p, f))
         torch_engine = TorchEngine(method, "cpu")
-        chunk = Chunk(0, 0, p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32))
-        assert np.array_equal(torch_engine._scores(chunk, m)[1].numpy(), s)
+        chunk = chunks.one_run(p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32))
+        assert np.array_equal(torch_engine._scores(chunk, 0, float(m))[1].numpy(), s)
         for i in range(0, 64, 9):
             key = int(score_key(s[i]))
-            one = Chunk(0, 0, p[i : i + 1], f[i : i + 1], *[np.zeros(1, np.uint32)] * 2)
-            bins = np.zeros(1, np.int64)
-            CpuEngine(method).count(one, m, Bracket(key, key), 0, bins)
-            assert bins[0] == 1
+            one = chunks.one_run(p[i : i + 1], f[i : i + 1], *[np.zeros(1, np.uint32)] * 2)
+            assert chunks.count(CpuEngine(method), one, m, Bracket(key, key))[1].tolist() == [1]
 
 
 def score_key(s: np.float32) -> int:
@@ -106,26 +104,14 @@ def test_a_tiny_double_score_counts_as_zero():
     """A float64 score below the smallest float32 rounds to −0 or to 0: one value, whose ties go by position."""
     p, f = np.array([1.0, 1e-60, 1.0]), np.array([1.0, 1.5e-60, 1.0 + 1e-15])
     for engine in (CpuEngine("magnitude"), TorchEngine("magnitude", "cpu")):
-        bins = np.zeros(1 << 16, np.int64)
-        engine.count(
-            Chunk(0, 0, p.copy(), f.copy(), *[np.zeros(3, np.uint64)] * 2),
-            np.float32(0.5),
-            Bracket(0, MAX_KEY),
-            16,
-            bins,
-        )
+        chunk = chunks.one_run(p.copy(), f.copy(), *[np.zeros(3, np.uint64)] * 2)
+        _, bins, _ = chunks.count(engine, chunk, 0.5, Bracket(0, MAX_KEY))
         assert bins[1 << 15] == 3 - int(np.float32(1e-15) > 0)
     for engine in (CpuEngine("relative"), TorchEngine("relative", "cpu")):
         q, g = np.array([1e50, 1.0, 1e50]), np.array([np.nextafter(1e50, 2e50), 1.0, 1e50])
         assert np.float32(-(g[0] - q[0]) / q[0]) != 0  # an honest check that this one does not vanish
-        bins = np.zeros(1 << 16, np.int64)
-        engine.count(
-            Chunk(0, 0, q.copy(), g.copy(), *[np.zeros(3, np.uint64)] * 2),
-            np.float32(0.5),
-            Bracket(0, MAX_KEY),
-            16,
-            bins,
-        )
+        chunk = chunks.one_run(q.copy(), g.copy(), *[np.zeros(3, np.uint64)] * 2)
+        _, bins, _ = chunks.count(engine, chunk, 0.5, Bracket(0, MAX_KEY))
         assert bins[1 << 15] == 2
 
 
@@ -176,10 +162,8 @@ def test_uniform_is_the_same_in_both_engines():
         u = uniform(stream_of(seed, "w"), np.arange(start, start + n))
         limit = np.float32(np.sort(u)[::-1][n // 3])
         for engine in (CpuEngine("random"), TorchEngine("random", "cpu")):
-            bins = np.zeros(1 << 16, np.int64)
-            chunk = Chunk(start, stream_of(seed, "w"), zeros, zeros, *[np.zeros(n, np.uint32)] * 2)
-            above, _ = engine.count(chunk, np.float32(0), Bracket(0, score_key(limit)), 16, bins)
-            assert above == int((u > limit).sum())
+            chunk = chunks.one_run(zeros, zeros, *[np.zeros(n, np.uint32)] * 2, start, stream_of(seed, "w"))
+            assert chunks.count(engine, chunk, 0, Bracket(0, score_key(limit)))[0] == int((u > limit).sum())
 
 
 # A new method is one function.
@@ -244,9 +228,8 @@ def test_keep_all_is_every_element():
     f = np.array([1, 1, -2, 0], np.float32)
     for engine in (CpuEngine("fapm"), TorchEngine("fapm", "cpu")):
         out = np.zeros(4, np.uint32)
-        engine.apply(
-            Chunk(0, 0, p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32)), np.float32(0.5), KEEP_ALL, 0, out
-        )
+        chunk = chunks.one_run(p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32))
+        chunks.apply(engine, chunk, 0.5, KEEP_ALL, 0, out)
         assert np.array_equal(out, f.view(np.uint32))
 
 

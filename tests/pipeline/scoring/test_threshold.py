@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -96,16 +98,16 @@ def test_a_sample_makes_one_count_enough():
     found, rounds = by_counting(scores, 100_000, bracket, MAX_BINS)
     assert found == by_sorting(scores, 100_000)
     assert rounds == 1
-    coarse = bracket_from_coarse(coarse_histogram(scores[::10]), 0.1)
+    coarse = bracket_from_coarse(coarse_histogram(scores[::10]), 0.1, math.sqrt(0.09 / 100_000))
     found, rounds = by_counting(scores, 100_000, coarse, MAX_BINS)
     assert found == by_sorting(scores, 100_000)
     assert rounds <= 2
 
 
-@given(scores_of_any_kind, scores_of_any_kind, st.floats(0, 1), st.data())
-def test_a_sample_of_something_else_never_changes_the_result(scores, sample, share, data):
+@given(scores_of_any_kind, scores_of_any_kind, st.floats(0, 1), st.floats(0, 0.2), st.data())
+def test_a_sample_of_something_else_never_changes_the_result(scores, sample, share, sigma, data):
     k = data.draw(st.integers(1, scores.size))
-    for bracket in (bracket_from_scores(sample, share), bracket_from_coarse(coarse_histogram(sample), share)):
+    for bracket in (bracket_from_scores(sample, share), bracket_from_coarse(coarse_histogram(sample), share, sigma)):
         assert 0 <= bracket.lo <= bracket.hi <= MAX_KEY
         assert by_counting(scores, k, bracket, 1 << 10)[0] == by_sorting(scores, k)
 
@@ -117,7 +119,7 @@ def test_a_sample_of_the_whole_brackets_the_rank(size):
         key = by_sorting(scores, k).key
         for bracket in (
             bracket_from_scores(scores, k / size),
-            bracket_from_coarse(coarse_histogram(scores), k / size),
+            bracket_from_coarse(coarse_histogram(scores), k / size, 0),
         ):
             assert bracket.lo <= key <= bracket.hi
 

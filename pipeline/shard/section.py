@@ -1,0 +1,150 @@
+"""Cutting a shard into what is read and worked on together.
+
+A *section* is a run of tensors that is worked on together: the tensors of a group that lies in this shard, or a
+batch of small tensors, or one large one. It is read in *pieces* of about PIECE_BYTES. A piece holds *slices*, each of
+which becomes one chunk: a run of a tensor, or many small tensors side by side, so that none costs a call of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.formats.dtypes import itemsize
+from pipeline.formats.header import TensorInfo
+from pipeline.plan import PairedTensor
+from pipeline.scoring.methods import BLOCK
+
+CHUNK = 1 << 20
+"""Elements handed to the arithmetic at once, at most; a multiple of its block."""
+
+SMALL = BLOCK
+"""Elements of a tensor that shares a chunk with others, at most."""
+
+_TOGETHER = 1 << 18  # elements of small tensors in one chunk
+
+PIECE_BYTES = 8 << 20
+"""Input bytes read and held together."""
+
+MOST_RANGES = 1 << 13
+"""Ranges of files in a piece, so that the gaps of alignment stay small."""
+
+BATCH_BYTES = 32 << 20
+"""Input bytes of a section of several groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements `start` to `stop` of one tensor; or several small tensors of the same dtypes and density, whole; or
+    bytes `start` to `stop` of one source that pass through (`raw`).
+
+    `at` is the place of the first tensor in its section.
+    """
+
+    tensors: tuple[PairedTensor, ...]
+    at: int
+    start: int
+    stop: int
+    raw: bool = False
+
+    @property
+    def sources(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """The stored tensors that it reads of each side: base's then finetuned's, or those of the one source."""
+        if self.raw:
+            return ((self.tensors[0].sources[-1],),)
+        return tuple(zip(*(tensor.sources for tensor in self.tensors), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Input bytes."""
+        if self.raw:
+            return self.stop - self.start
+        return (self.stop - self.start) * sum(itemsize(source.dtype) for source in self.tensors[0].sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    slices: tuple[Slice, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    tensors: tuple[PairedTensor, ...]
+    pieces: tuple[Piece, ...]
+    nbytes: int
+
+
+def sections(tensors: Sequence[PairedTensor], together: Sequence[str] = ()) -> list[Section]:
+    """Cut a shard's tensors. Those of each group in `together` end up in one section."""
+    wanted = set(together)
+    last = {t.group: i for i, t in enumerate(tensors) if t.group in wanted}
+    found: list[Section] = []
+    batch: list[PairedTensor] = []
+    until = nbytes = 0
+    for i, tensor in enumerate(tensors):
+        read_bytes = tensor.read_bytes
+        if batch and i > until and nbytes + read_bytes > BATCH_BYTES:
+            found.append(_section(batch))
+            batch, nbytes = [], 0
+        batch.append(tensor)
+        nbytes += read_bytes
+        until = max(until, last.get(tensor.group, i))
+    if batch:
+        found.append(_section(batch))
+    return found
+
+
+def _section(tensors: Sequence[PairedTensor]) -> Section:
+    pieces: list[Piece] = []
+    here: list[Slice] = []
+    size = ranges = 0
+    for part in _slices(tensors):
+        nbytes, count = part.nbytes, 2 * len(part.tensors)
+        if here and (size + nbytes > PIECE_BYTES or ranges + count > MOST_RANGES):
+            pieces.append(Piece(tuple(here), size))
+            here, size, ranges = [], 0, 0
+        here.append(part)
+        size += nbytes
+        ranges += count
+    if here:
+        pieces.append(Piece(tuple(here), size))
+    return Section(tuple(tensors), tuple(pieces), sum(p.nbytes for p in pieces))
+
+
+def _slices(tensors: Sequence[PairedTensor]) -> Iterator[Slice]:
+    """Small neighbours that are pruned and alike, together; of others the common elements, then what passes through."""
+    first = numel = 0
+    alike: tuple[object, ...] = ()
+
+    def gathered(stop: int) -> Iterator[Slice]:
+        if numel:
+            yield Slice(tuple(tensors[first:stop]), first, 0, numel)
+
+    for i, tensor in enumerate(tensors):
+        if not (tensor.common == tensor.numel and 0 < tensor.common <= SMALL):
+            yield from gathered(i)
+            numel = 0
+            yield from _cut(tensor, i)
+            continue
+        kind = (*(source.dtype for source in tensor.sources), tensor.dtype, tensor.density)
+        full = numel + tensor.common > _TOGETHER or i - first >= MOST_RANGES // 2
+        if numel and (kind != alike or full):
+            yield from gathered(i)
+            numel = 0
+        if not numel:
+            first, alike = i, kind
+        numel += tensor.common
+    yield from gathered(len(tensors))
+
+
+def _cut(tensor: PairedTensor, at: int) -> Iterator[Slice]:
+    together = sum(itemsize(s.dtype) for s in tensor.sources) if tensor.common else 1
+    step = min(CHUNK, PIECE_BYTES // together // BLOCK * BLOCK)
+    for start in range(0, tensor.common, step):
+        yield Slice((tensor,), at, start, min(start + step, tensor.common))
+    source = tensor.sources[-1]
+    begin = tensor.common * itemsize(source.dtype) if tensor.common else 0
+    step = CHUNK * max(1, itemsize(source.dtype))  # bytes; at most a piece, and a multiple of every width
+    for start in range(begin, source.nbytes, step):
+        yield Slice((tensor,), at, start, min(start + step, source.nbytes), raw=True)

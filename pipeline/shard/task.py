@@ -1,0 +1,138 @@
+"""What a worker is told and what it says, and the files in which it leaves its counts for the driver."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.plan import Group, PairedTensor, Shard
+from pipeline.recipe import Recipe
+from pipeline.scoring.methods import METHODS
+from pipeline.scoring.threshold import KEEP_ALL, KEEP_NONE, Bracket, Threshold, at_the_ends
+from pipeline.storage.local import Folder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to know to work on a shard.
+
+    Attributes:
+        groups: the groups that have tensors in the shard.
+        brackets: for `measure`, the keys to count, for groups over several shards.
+        thresholds: for `write`, what was found for those groups, with this shard's part of the tie quota.
+        round: how many times the groups have been measured.
+    """
+
+    shard: Shard
+    groups: dict[str, Group]
+    brackets: dict[str, Bracket] = field(default_factory=dict)
+    thresholds: dict[str, Threshold] = field(default_factory=dict)
+    round: int = 0
+
+    def wide(self) -> list[PairedTensor]:
+        """The shard's tensors whose groups lie in other shards too."""
+        return [t for t in self.shard.tensors if t.group and t.common and self.groups[t.group].wide]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a worker says of a finished task.
+
+    Attributes:
+        dealt_bytes: input bytes that the step was about; the progress of the run.
+        read_bytes: input bytes that it read; `written_bytes` of the output; `seconds` of the wall.
+    """
+
+    shard: int
+    dealt_bytes: int
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+
+
+class Interrupted(Exception):  # noqa: N818 - no error
+    """The run was told to stop; what is finished stays."""
+
+
+def known_threshold(recipe: Recipe, group: Group, density: float) -> Threshold | None:
+    """The threshold where no score needs to be looked at: k is 0 or all, or the method chooses nothing.
+
+    Args:
+        density: of the group's one tensor, where the method chooses nothing.
+    """
+    if METHODS[recipe.method].score is None:
+        return KEEP_ALL if density else KEEP_NONE
+    return at_the_ends(group.numel, group.k)
+
+
+# The files.
+
+
+def sample_name(shard: int) -> str:
+    return f"fapm/work/sample-{shard:05d}.npz"
+
+
+def measure_name(shard: int, round_: int) -> str:
+    return f"fapm/work/measure-{round_}-{shard:05d}.npz"
+
+
+def record_name(shard: int) -> str:
+    return f"fapm/work/shard-{shard:05d}.json"
+
+
+def rows_name(shard: int) -> str:
+    return f"fapm/work/shard-{shard:05d}.npy"
+
+
+READ_BYTES = "read_bytes"
+"""In a file of samples or counts, what it cost to make."""
+
+
+def save_arrays(folder: Folder, name: str, read_bytes: int, groups: list[str], **arrays: np.ndarray) -> None:
+    """Leave arrays about some groups for the driver."""
+    names = np.frombuffer(json.dumps(groups).encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{READ_BYTES: np.array(read_bytes)}, groups=names, **arrays)  # type: ignore[arg-type]
+    folder.write(name, buffer.getvalue())
+
+
+def load_arrays(folder: Folder, name: str, *wanted: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the groups that a worker saved something about, and the arrays."""
+    with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as saved:
+        return json.loads(saved["groups"].tobytes()), {key: saved[key] for key in wanted}
+
+
+def saved_read_bytes(folder: Folder, name: str) -> int:
+    """How many input bytes a worker read for what it saved under this name."""
+    with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as saved:
+        return int(saved[READ_BYTES])
+
+
+def load_means(folder: Folder, shard: Shard) -> np.ndarray:
+    """mean|p| and Σp² of the tensors of a shard, (t, 2) float64: NaN where they were not measured.
+
+    The first round measures all that lie in groups over several shards.
+    """
+    name = measure_name(shard.index, 1)
+    if not folder.has(name):
+        return np.full((len(shard.tensors), 2), np.nan)
+    return load_arrays(folder, name, "means")[1]["means"]
+
+
+def to_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> np.ndarray:
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+Check = Callable[[], None]
+"""Raises `Interrupted` if the run was told to stop."""

@@ -1,0 +1,47 @@
+"""Engines given one run of one tensor, as most of their tests do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.scoring.engine import Chunk, Engine
+from pipeline.scoring.threshold import KEEP_ALL, Bracket, Threshold, float_thresholds, histograms
+
+GROUP = np.zeros(1, np.int64)
+
+
+def one_run(p, f, pruned, kept, start: int = 0, stream: int = 0) -> Chunk:
+    return Chunk(np.array([0, p.size]), start, np.array([stream]), p, f, pruned, kept)
+
+
+def several_runs(p, f, pruned, kept, starts, streams) -> Chunk:
+    return Chunk(np.array(starts, np.int64), 0, np.array(streams, np.int64), p, f, pruned, kept)
+
+
+def count(engine: Engine, chunk: Chunk, m, bracket: Bracket, max_bins: int = 1 << 16) -> tuple[int, np.ndarray, bool]:
+    """Keys above the bracket, keys inside by bins, and whether all d are finite."""
+    counted = histograms([bracket], [max_bins])
+    finite = engine.count(chunk, np.array([m], np.float32), GROUP, counted)
+    return int(counted.above[0]), counted.of(0), finite
+
+
+@dataclass
+class OneApplied:
+    kept: int
+    changed: int
+    kept_changed: int
+    ties: int
+    squares: np.ndarray
+    kept_squares: np.ndarray
+
+
+def apply(engine: Engine, chunk: Chunk, m, threshold: Threshold, ties: int, out: np.ndarray) -> OneApplied:
+    """What the engine did; `ties` is how many of the ties it has used."""
+    had = 1 << 62 if threshold == KEEP_ALL else ties
+    left = np.array([had])
+    scores = float_thresholds(np.array([threshold.key]))
+    done = engine.apply(chunk, np.array([m], np.float32), scores, GROUP, left, out)
+    counts = (int(x[0]) for x in (done.kept, done.changed, done.kept_changed))
+    return OneApplied(*counts, had - int(left[0]), done.squares, done.kept_squares)
