@@ -201,13 +201,13 @@ def _bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
     return bin_, int(sums[bin_] - histogram[bin_])
 
 
-_SIGMAS = 3.5  # a miss costs one more count, a wider bracket more bins than one count can close
+_SIGMAS = (4.0, 3.5, 3.0, 2.5)  # a miss costs one more count, a wider bracket more bins than one count can close
 
 
 def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
     """A bracket for the `share` highest, suggested by the scores of an even sample (float32)."""
     size = scores.size
-    slack = _SIGMAS * math.sqrt(size * share * (1 - share)) + 2
+    slack = 3 * math.sqrt(size * share * (1 - share)) + 2
     first, last = math.floor(size * share - slack), math.ceil(size * share + slack)  # ranks from the top
     lo, hi = LOWEST_KEY, HIGHEST_KEY
     if last < size:
@@ -229,11 +229,16 @@ def bracket_from_coarse(weights: np.ndarray, share: float, sigma: float) -> Brac
     """
     cumulated = np.cumsum(weights)
     total = cumulated[-1]
-    # How many elements are lower; the rank is the next one. A half, since no sampled element stands for less than one.
-    lowest, highest = (total * (1 - share + side * _SIGMAS * sigma) + 0.5 for side in (-1, 1))
-    lo = int(np.searchsorted(cumulated, min(max(lowest, 0), total))) - 1
-    hi = int(np.searchsorted(cumulated, min(highest, total))) + 1
-    return Bracket(max(lo << COARSE_SHIFT, LOWEST_KEY), min((hi + 1 << COARSE_SHIFT) - 1, HIGHEST_KEY))
+
+    def within(sigmas: float) -> Bracket:
+        # How many elements are lower; the rank is the next one. A half: no sampled element stands for less than one.
+        lower = (total * (1 - share + side * sigmas * sigma) + 0.5 for side in (-1, 1))
+        lo, hi = (int(np.searchsorted(cumulated, min(max(x, 0), total))) for x in lower)
+        return Bracket(max(lo << COARSE_SHIFT, LOWEST_KEY), min((hi + 1 << COARSE_SHIFT) - 1, HIGHEST_KEY))
+
+    brackets = [within(sigmas) for sigmas in _SIGMAS]
+    # The surest that one count can close; if there is none, the surest: it takes two.
+    return next((bracket for bracket in brackets if bracket.shift() == 0), brackets[0])
 
 
 def coarse_histogram(scores: np.ndarray) -> np.ndarray:

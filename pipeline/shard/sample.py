@@ -88,7 +88,7 @@ def _runs(numel: int, share: float, longest: int) -> tuple[np.ndarray, int]:
     wanted = max(1, math.ceil(share * numel))
     if (numel <= _WHOLE and wanted * 2 >= numel) or numel < _FEWEST_RUNS * _SHORTEST_RUN:
         return np.zeros(1, np.int64), numel
-    length = min(longest, max(_SHORTEST_RUN, 1 << (wanted // _FEWEST_RUNS).bit_length() - 1))
+    length = min(longest, max(_SHORTEST_RUN, 1 << max(1, wanted // _FEWEST_RUNS).bit_length() - 1))
     places = numel // length
     count = min(places, math.ceil(wanted / length))
     return np.arange(count) * places // count * length, length

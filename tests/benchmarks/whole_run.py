@@ -26,7 +26,7 @@ from llama_pair import make
 PIECE = 16 << 20
 
 RUN = """
-import json, resource, sys, time
+import json, sys, time
 from pipeline import Recipe, prune
 base, finetuned, out, choices, ray = sys.argv[1:4] + [json.loads(sys.argv[4]), sys.argv[5]]
 pool, starting = None, [0.0]
@@ -40,10 +40,12 @@ if ray:
         return made
 result = prune(Recipe.of(base=base, finetuned=finetuned, out=out, **choices), pool=pool)
 totals = result.manifest["totals"]
+status = open("/proc/self/status").read()  # ru_maxrss begins with the parent's, which made the pair
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({
     "seconds": result.seconds, "starting": starting[0],
     "read": totals["read_bytes"], "written": totals["written_bytes"],
-    "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "share": totals["kept_share"],
+    "rss": peak, "share": totals["kept_share"],
     "cpu": time.process_time(), "workers": result.manifest["workers"],
 }))
 """
