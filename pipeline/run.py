@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.plan import Group, Plan, Shard, make_plan
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
-from pipeline.scoring.threshold import Bracket, Histograms, Threshold, histograms
+from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
 from pipeline.shard.sample import Survey
 from pipeline.shard.task import Task, known_threshold, load_arrays, measure_name, sample_name
 from pipeline.shard.worker import Worker
@@ -227,10 +227,10 @@ def measured(plan: Plan, pool: Pool, brackets: dict[str, Bracket], round_: int) 
     place = {name: i for i, name in enumerate(brackets)}
 
     def add(shard: int) -> None:
-        groups, saved = load_arrays(out, measure_name(shard, round_), "above", "bins", "offsets")
+        groups, saved = load_arrays(out, measure_name(shard, round_), "above", "bins", "starts")
         for i, name in enumerate(groups):
             sums.above[place[name]] += saved["above"][i]
-            sums.of(place[name])[:] += saved["bins"][saved["offsets"][i] : saved["offsets"][i + 1]]
+            sums.of(place[name])[:] += saved["bins"][saved["starts"][i] : saved["starts"][i + 1]]
 
     tasks = []
     for shard in holders(plan, brackets):
@@ -259,9 +259,9 @@ def share_ties(
             if left[name] and name in last_round:
                 round_, bracket = last_round[name]
                 if round_ not in loaded:
-                    groups, saved = load_arrays(out, measure_name(shard.index, round_), "bins", "offsets")
-                    loaded[round_] = dict(zip(groups, np.split(saved["bins"], saved["offsets"][1:-1]), strict=True))
-                part = min(left[name], int(loaded[round_][name][thresholds[name].key - bracket.lo]))
+                    groups, saved = load_arrays(out, measure_name(shard.index, round_), "bins", "starts")
+                    loaded[round_] = dict(zip(groups, np.split(saved["bins"], saved["starts"][1:-1]), strict=True))
+                part = min(left[name], int(loaded[round_][name][bins_of(bracket).place(thresholds[name].key)]))
             quotas[shard.index][name] = part
             left[name] -= part
     assert not any(left.values()), left

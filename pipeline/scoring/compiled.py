@@ -169,7 +169,9 @@ def kernels(name: str) -> Kernels:
             keys[r] = left[0]
             ties[r] = rank
 
-    def count(p, f, starts, start, m, streams, groups, lows, highs, bases, shifts, offsets, bins, above):  # type: ignore[no-untyped-def]
+    def count(  # type: ignore[no-untyped-def]
+        p, f, starts, start, m, streams, groups, lows, highs, bases, shifts, tables, cells, masks, begins, bins, above
+    ):
         """Zeros, which often are most scores, are added up apart."""
         scores = np.empty(TILE, np.float32)
         codes = scores.view(np.uint32)
@@ -182,7 +184,8 @@ def kernels(name: str) -> Kernels:
             if g < 0:
                 continue
             lo, hi, base, shift = lows[g], highs[g], bases[g], shifts[g]
-            histogram = bins[offsets[g] : offsets[g + 1]]
+            histogram = bins[begins[g] : begins[g + 1]]
+            table = tables[g]
             zero_inside = lo <= 0 <= hi
             zeros = 0
             for t in range(starts[r], starts[r + 1], TILE):
@@ -208,9 +211,19 @@ def kernels(name: str) -> Kernels:
                     if words[w]:
                         for i in range(8 * w, 8 * w + 8):
                             if flags[i]:
-                                histogram[np.uint32(_key(codes[i]) - base) >> shift] += 1
+                                key = np.uint32(_key(codes[i]) - base)
+                                if table < 0:
+                                    histogram[key >> shift] += 1
+                                else:
+                                    cell = table + (key >> shift)
+                                    histogram[cells[cell] + (key & masks[cell])] += 1
             if zeros:
-                histogram[np.uint32(np.uint32(0x80000000) - base) >> shift] += zeros
+                key = np.uint32(np.uint32(0x80000000) - base)
+                if table < 0:
+                    histogram[key >> shift] += zeros
+                else:
+                    cell = table + (key >> shift)
+                    histogram[cells[cell] + (key & masks[cell])] += zeros
         return all_finite
 
     def apply(p, f, starts, start, m, streams, thresholds, groups, ties, pruned, kept, out, counts, sums, kept_sums):  # type: ignore[no-untyped-def]
@@ -308,9 +321,8 @@ class CpuEngine:
 
     def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
         h = histograms
-        return bool(
-            self._kernels.count(*_operands(chunk, m), groups, h.lo, h.hi, h.base, h.shift, h.offsets, h.bins, h.above)
-        )
+        layout = h.lo, h.hi, h.base, h.shift, h.tables, h.cells, h.masks, h.starts
+        return bool(self._kernels.count(*_operands(chunk, m), groups, *layout, h.bins, h.above))
 
     def apply(
         self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray

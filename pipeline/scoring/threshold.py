@@ -30,17 +30,65 @@ COARSE_BINS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """Keys from `lo` to `hi`, both included; by default those of all scores."""
+    """Keys from `lo` to `hi`, both included; by default those of all scores.
+
+    `fine` are cells of 2^COARSE_SHIFT keys in it, ascending, whose keys are counted one by one, where all others are
+    counted cell by cell; the bracket then begins and ends with a cell.
+    """
 
     lo: int = LOWEST_KEY
     hi: int = HIGHEST_KEY
+    fine: tuple[int, ...] = ()
 
     def shift(self, max_bins: int = MAX_BINS) -> int:
         """The smallest s for which bins of 2^s keys are at most `max_bins`."""
         return max(0, (self.hi - self.lo).bit_length() - (max_bins.bit_length() - 1))
 
-    def bins(self, shift: int) -> int:
-        return ((self.hi - self.lo) >> shift) + 1
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """How the keys of a bracket are counted, lowest first: in bins of 2^shift keys or, where `offsets` says so, of one.
+
+    `offsets`: (cells + 1,) int64, the first bin of each cell of 2^shift keys; None where each has one.
+    """
+
+    bracket: Bracket
+    shift: int
+    offsets: np.ndarray | None
+
+    @property
+    def size(self) -> int:
+        if self.offsets is not None:
+            return int(self.offsets[-1])
+        return ((self.bracket.hi - self.bracket.lo) >> self.shift) + 1
+
+    def place(self, key: int) -> int:
+        """The bin of a key inside the bracket."""
+        cell, inside = divmod(key - self.bracket.lo, 1 << self.shift)
+        if self.offsets is None:
+            return cell
+        refined = self.offsets[cell + 1] - self.offsets[cell] > 1
+        return int(self.offsets[cell]) + (inside if refined else 0)
+
+    def keys(self, bin_: int) -> tuple[int, int]:
+        """The lowest and the highest key of a bin."""
+        cell, inside, refined = bin_, 0, self.shift == 0
+        if self.offsets is not None:
+            cell = int(np.searchsorted(self.offsets, bin_, "right")) - 1
+            inside = bin_ - int(self.offsets[cell])
+            refined = bool(self.offsets[cell + 1] - self.offsets[cell] > 1)
+        lo = self.bracket.lo + (cell << self.shift) + inside
+        return lo, lo if refined else min(lo + (1 << self.shift) - 1, self.bracket.hi)
+
+
+def bins_of(bracket: Bracket, max_bins: int = MAX_BINS) -> Bins:
+    """As many bins as are allowed, or, for a bracket with fine cells, as those need."""
+    if not bracket.fine:
+        return Bins(bracket, bracket.shift(max_bins), None)
+    first = bracket.lo >> COARSE_SHIFT
+    sizes = np.ones((bracket.hi >> COARSE_SHIFT) - first + 1, np.int64)
+    sizes[np.array(bracket.fine) - first] = 1 << COARSE_SHIFT
+    return Bins(bracket, COARSE_SHIFT, np.cumsum([0, *sizes]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +128,34 @@ class Histograms:
     """The keys of some groups, counted: inside each group's bracket by bins, above it as one number.
 
     Attributes:
-        brackets: one a group, and `shifts`: its bins hold 2^shift keys.
-        bins: int64, of all groups one after the other; those of group i begin at `offsets[i]`.
+        layouts: how each group's keys are counted.
+        bins: int64, of all groups one after the other; those of group i begin at `starts[i]`.
         above: (g,) int64, keys above each bracket.
         lo, hi: (g,) float32, the lowest and the highest score inside.
-        base, shift: (g,) uint32, the lowest key inside, and `shifts`; for compiled loops.
+        base, shift: (g,) uint32, the lowest key inside, and the layout's shift; for compiled loops.
+        tables: (g,) int64, where a group's cells begin in `cells` and `masks`; −1 where each cell has one bin.
+        cells: the first bin of each cell, and `masks`: the bits of a key that count inside it, uint32.
     """
 
-    brackets: tuple[Bracket, ...]
-    shifts: tuple[int, ...]
+    layouts: tuple[Bins, ...]
     bins: np.ndarray
-    offsets: np.ndarray
+    starts: np.ndarray
     above: np.ndarray
     lo: np.ndarray
     hi: np.ndarray
     base: np.ndarray
     shift: np.ndarray
+    tables: np.ndarray
+    cells: np.ndarray
+    masks: np.ndarray
 
     def of(self, i: int) -> np.ndarray:
         """The bins of one group, lowest keys first."""
-        return self.bins[self.offsets[i] : self.offsets[i + 1]]
+        return self.bins[self.starts[i] : self.starts[i + 1]]
 
     def narrow(self, i: int, k: int) -> Bracket | Threshold:
         """What the count says of one group, see `narrow`."""
-        return narrow(self.brackets[i], self.shifts[i], int(self.above[i]), self.of(i), k)
+        return narrow(self.layouts[i], int(self.above[i]), self.of(i), k)
 
 
 def histograms(
@@ -118,19 +170,24 @@ def histograms(
         zeros: where their memory comes from.
     """
     limits = max_bins or [MAX_BINS] * len(brackets)
-    shifts = tuple(bracket.shift(limit) for bracket, limit in zip(brackets, limits, strict=True))
-    sizes = [bracket.bins(shift) for bracket, shift in zip(brackets, shifts, strict=True)]
+    layouts = tuple(bins_of(bracket, limit) for bracket, limit in zip(brackets, limits, strict=True))
+    starts = np.cumsum([0, *(layout.size for layout in layouts)])
     ranges = [float_range(bracket) for bracket in brackets]
+    offsets = [np.zeros(0, np.int64) if layout.offsets is None else layout.offsets for layout in layouts]
+    ends = np.cumsum([0, *(max(0, offset.size - 1) for offset in offsets)])
+    refined = [np.diff(offset) > 1 for offset in offsets]
     return Histograms(
-        tuple(brackets),
-        shifts,
-        zeros(sum(sizes)),
-        np.cumsum([0, *sizes]),
-        np.zeros(len(sizes), np.int64),
+        layouts,
+        zeros(int(starts[-1])),
+        starts,
+        np.zeros(len(layouts), np.int64),
         np.array([lo for lo, _ in ranges], np.float32),
         np.array([hi for _, hi in ranges], np.float32),
         np.array([bracket.lo for bracket in brackets], np.uint32),
-        np.array(shifts, np.uint32),
+        np.array([layout.shift for layout in layouts], np.uint32),
+        np.where([layout.offsets is None for layout in layouts], -1, ends[:-1]).astype(np.int64),
+        np.concatenate([offset[:-1] for offset in offsets] or [np.zeros(0, np.int64)]),
+        np.concatenate([cells * np.uint32((1 << COARSE_SHIFT) - 1) for cells in refined]).astype(np.uint32),
     )
 
 
@@ -146,11 +203,11 @@ def float_thresholds(keys: np.ndarray) -> np.ndarray:
     return np.where((keys == KEEP_NONE.key) | (keys == KEEP_ALL.key), ends, score_of(keys))
 
 
-def narrow(bracket: Bracket, shift: int, above: int, histogram: np.ndarray, k: int) -> Bracket | Threshold:
+def narrow(layout: Bins, above: int, histogram: np.ndarray, k: int) -> Bracket | Threshold:
     """What a full count says.
 
     Args:
-        bracket: the keys that were counted, in bins of 2^shift.
+        layout: which keys were counted, and in what bins.
         above: elements with a key above the bracket.
         histogram: elements in each bin, lowest first; integers.
         k: the rank sought, 1 to the number of all elements.
@@ -158,17 +215,16 @@ def narrow(bracket: Bracket, shift: int, above: int, histogram: np.ndarray, k: i
     Returns:
         The threshold if it is known, else a bracket to count next; its own `above` has to be counted again.
     """
-    inside = int(histogram.sum())
+    bracket, inside = layout.bracket, int(histogram.sum())
     if above >= k:
         return _beside(bracket, above - k + 1, histogram[histogram.size // 2 :], upwards=True)
     if above + inside < k:
         return _beside(bracket, k - above - inside, histogram[: (histogram.size + 1) // 2], upwards=False)
     bin_, before = _bin_of_rank(histogram, inside - (k - above) + 1)
-    higher = above + inside - before - int(histogram[bin_])
-    if shift == 0:
-        return Threshold(bracket.lo + bin_, k - higher)
-    lo = bracket.lo + (bin_ << shift)
-    return Bracket(lo, min(lo + (1 << shift) - 1, bracket.hi))
+    lo, hi = layout.keys(bin_)
+    if lo == hi:
+        return Threshold(lo, k - (above + inside - before - int(histogram[bin_])))
+    return Bracket(lo, hi)
 
 
 _FARTHER = 4  # times as far as the edge's density says that the rank lies
@@ -201,9 +257,6 @@ def _bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
     return bin_, int(sums[bin_] - histogram[bin_])
 
 
-_SIGMAS = (4.0, 3.5, 3.0, 2.5)  # a miss costs one more count, a wider bracket more bins than one count can close
-
-
 def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
     """A bracket for the `share` highest, suggested by the scores of an even sample (float32)."""
     size = scores.size
@@ -220,25 +273,43 @@ def bracket_from_scores(scores: np.ndarray, share: float) -> Bracket:
     return Bracket(lo, hi)
 
 
-def bracket_from_coarse(weights: np.ndarray, share: float, sigma: float) -> Bracket:
+def bracket_from_coarse(weights: np.ndarray, share: float, sigma: float, max_bins: int = MAX_BINS) -> Bracket:
     """A bracket for the `share` highest, suggested by a weighted sample.
 
+    It is so wide that it holds the threshold all but certainly, and its likeliest cells are fine: so one count nearly
+    always closes it, also where scores are few with wide gaps between them, and two do if not.
+
     Args:
-        weights: (COARSE_BINS,) float64, what the sampled elements of each bin stand for.
+        max_bins: about how many bins it may have.
+        weights: (COARSE_BINS,) float64, what the sampled elements of each cell stand for.
         sigma: standard error of the sample's estimate of a share near `share`.
     """
     cumulated = np.cumsum(weights)
     total = cumulated[-1]
+    # How many elements are lower; the rank is the next one. A half: no sampled element stands for less than one.
+    center, reach = total * (1 - share) + 0.5, total * sigma
+    lo, hi = (_cell(cumulated, center + side * (_SURELY * reach + _MARGIN * total)) for side in (-1, 1))
+    first, last = (_cell(cumulated, center + side * _LIKELY * reach) for side in (-1, 1))
+    likely = np.flatnonzero(weights[first : last + 1]) + first
+    most = max(1, (max_bins >> COARSE_SHIFT) - 1)
+    if likely.size > most:  # those whose elements are nearest to the rank
+        off = np.maximum(cumulated[likely] - weights[likely] - center, center - cumulated[likely])
+        likely = np.sort(likely[np.argsort(off, kind="stable")[:most]])
+    return Bracket(lo << COARSE_SHIFT, (hi + 1 << COARSE_SHIFT) - 1, tuple(likely.tolist()))
 
-    def within(sigmas: float) -> Bracket:
-        # How many elements are lower; the rank is the next one. A half: no sampled element stands for less than one.
-        lower = (total * (1 - share + side * sigmas * sigma) + 0.5 for side in (-1, 1))
-        lo, hi = (int(np.searchsorted(cumulated, min(max(x, 0), total))) for x in lower)
-        return Bracket(max(lo << COARSE_SHIFT, LOWEST_KEY), min((hi + 1 << COARSE_SHIFT) - 1, HIGHEST_KEY))
 
-    brackets = [within(sigmas) for sigmas in _SIGMAS]
-    # The surest that one count can close; if there is none, the surest: it takes two.
-    return next((bracket for bracket in brackets if bracket.shift() == 0), brackets[0])
+_LIKELY, _SURELY = 5.0, 10.0  # standard errors; fine cells are few, others cost nothing but their elements
+_MARGIN = 0.002  # of all elements
+
+
+def _cell(cumulated: np.ndarray, lower: float) -> int:
+    """The cell with `lower` elements below."""
+    total = cumulated[-1]
+    if lower <= 0.5:
+        return LOWEST_KEY >> COARSE_SHIFT
+    if lower >= total:
+        return HIGHEST_KEY >> COARSE_SHIFT
+    return int(np.searchsorted(cumulated, lower))
 
 
 def coarse_histogram(scores: np.ndarray) -> np.ndarray:

@@ -68,9 +68,14 @@ class TorchEngine:
             d, s = self._scores(chunk, run, float(m[run]))
             group = int(groups[run])
             lo, hi = float(histograms.lo[group]), float(histograms.hi[group])
-            keys = _keys(s[(s >= lo) & (s <= hi)])
-            bins = histograms.of(group)
-            places = (keys - histograms.brackets[group].lo) >> histograms.shifts[group]
+            inside = _keys(s[(s >= lo) & (s <= hi)]) - int(histograms.base[group])
+            bins, places = histograms.of(group), inside >> int(histograms.shift[group])
+            table = int(histograms.tables[group])
+            if table >= 0:
+                first, mask = (
+                    self._put(side[table:].astype(np.int64)) for side in (histograms.cells, histograms.masks)
+                )
+                places = first[places] + (inside & mask[places])
             bins += torch.bincount(places, minlength=bins.size).cpu().numpy()
             histograms.above[group] += int((s > hi).sum())
             finite &= bool(d.isfinite().all())

@@ -213,7 +213,7 @@ def search(bench: Bench, found: dict[str, Threshold], left: dict[str, int]) -> N
     limits: dict[str, int] = {}
     for name, tensors in members.items():
         limits[name] = min(MAX_BINS, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
-        brackets[name] = _first_bracket(bench, tensors, bench.groups[name])
+        brackets[name] = _first_bracket(bench, tensors, bench.groups[name], limits[name])
     while brackets:
         names = list(brackets)
         counted = histograms(list(brackets.values()), [limits[name] for name in names], bench.scratch.zeros)
@@ -243,12 +243,12 @@ def _select(bench: Bench, singles: np.ndarray) -> None:
         bench.keys[where], bench.quotas[where], bench.ties[where] = keys[chosen], ties[chosen], ties[chosen]
 
 
-def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group) -> Bracket:
+def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_bins: int) -> Bracket:
     if group.numel < 2 * sample.LOCAL:
         return Bracket()
     means = {t.name: np.float32(m) for t, m in zip(bench.tensors, bench.mean, strict=True) if t.group == group.name}
     if len(members) > 1:
-        return sample.survey(members, group, sample.LOCAL, bench.sample, bench.recipe, means).bracket(group)
+        return sample.survey(members, group, sample.LOCAL, bench.sample, bench.recipe, means).bracket(group, max_bins)
     (tensor,) = members
     taken = bench.sample(tensor, sample.LOCAL / group.numel)
     return bracket_from_scores(taken.scores(tensor, bench.recipe, means[tensor.name]), group.k / group.numel)

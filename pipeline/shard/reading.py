@@ -88,9 +88,13 @@ class SectionReader:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
+    def fits(self, section: Section) -> bool:
+        """Whether there is room for a whole section now."""
+        return len(section.pieces) <= self.memory.room - _FEWEST
+
     def start(self, section: Section) -> list[Load] | None:
         """Begin to read a whole section, or say None if there is no room for it now."""
-        if len(section.pieces) > self.memory.room - _FEWEST:
+        if not self.fits(section):
             return None
         return [self._submit(piece) for piece in section.pieces]
 
@@ -160,8 +164,7 @@ class SectionReader:
             reader = self._folders[source is not tensor.base].reader(source.file)
             width = itemsize(source.dtype)
             target = np.empty((len(starts), length * width), np.uint8)
-            for row, start in enumerate(starts.tolist()):
-                reader.read_into(source.offset + start * width, target[row])
+            reader.read_rows((source.offset + starts * width).tolist(), target)
             self.bytes_read += target.nbytes
             sides.append(target.reshape(-1))
         return sides

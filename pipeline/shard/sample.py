@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from pipeline.formats.dtypes import bits
 from pipeline.plan import Group, PairedTensor
 from pipeline.recipe import Recipe
 from pipeline.scoring.methods import METHODS, evaluate
-from pipeline.scoring.threshold import COARSE_BINS, Bracket, bracket_from_coarse, coarse_histogram
+from pipeline.scoring.threshold import COARSE_BINS, MAX_BINS, Bracket, bracket_from_coarse, coarse_histogram
 from pipeline.shard.chunk import pair_of_values, streams
 from pipeline.shard.reading import SectionReader
 from pipeline.shard.section import Slice
@@ -25,16 +26,16 @@ from pipeline.shard.section import Slice
 LOCAL = 1 << 17
 """Elements of a group that lies in one shard whose scores suggest a first bracket."""
 
-WIDE = 1 << 21
-"""The same for a group over several shards, where a wrong guess costs another read of everything."""
+WIDE = 1 << 20
+"""The same for a group over several shards, where a wrong guess costs another read of everything; of a small group
+a sixteenth is enough."""
 
 REPORTED = 1 << 13
 """Elements behind the quantiles of a tensor."""
 
-RUN = 256
+RUN = 128
 """Elements side by side, at most."""
 
-_FAR_RUN = 2048  # the same where each run is a read of its own
 _FEWEST_RUNS = 16  # of a tensor, so that their differences say something
 _SHORTEST_RUN = 16
 _WHOLE = 1 << 18  # elements of a tensor that may be taken whole
@@ -49,14 +50,14 @@ class Sample:
     f: np.ndarray
     runs: int
 
-    def scores(self, tensor: PairedTensor, recipe: Recipe, m: np.float32) -> np.ndarray:
-        """float32 scores, given mean|p|."""
+    def scores(self, tensor: PairedTensor, recipe: Recipe, m: Any) -> np.ndarray:
+        """float32 scores, given mean|p|: one, or one an element."""
         return evaluate(METHODS[recipe.method], self.p, self.f, m, streams([tensor], recipe)[0], self.positions)
 
 
 def near(parts: Iterable[tuple[Slice, list[np.ndarray]]], tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
     """About `share` of a tensor's elements, from its slices in memory."""
-    starts, length = _runs(tensor.common, share, RUN)
+    starts, length = _runs(tensor.common, share)
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for part, views in parts:
         chosen = starts[(starts >= part.start) & (starts < part.stop)] - part.start
@@ -68,7 +69,7 @@ def near(parts: Iterable[tuple[Slice, list[np.ndarray]]], tensor: PairedTensor, 
 
 def far(reader: SectionReader, tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
     """The same by reading no more than that."""
-    starts, length = _runs(tensor.common, share, _FAR_RUN)
+    starts, length = _runs(tensor.common, share)
     p, f = reader.read_runs(tensor, starts, length)
     return _sample(starts, length, p, f, tensor, recipe)
 
@@ -80,7 +81,7 @@ def _sample(
     return Sample(positions, *pair_of_values(p, f, tensor, recipe), starts.size)
 
 
-def _runs(numel: int, share: float, longest: int) -> tuple[np.ndarray, int]:
+def _runs(numel: int, share: float) -> tuple[np.ndarray, int]:
     """First elements of runs of one length, spread evenly, that hold about `share` of a tensor.
 
     The length is a power of two, so that no run lies in two slices.
@@ -88,7 +89,7 @@ def _runs(numel: int, share: float, longest: int) -> tuple[np.ndarray, int]:
     wanted = max(1, math.ceil(share * numel))
     if (numel <= _WHOLE and wanted * 2 >= numel) or numel < _FEWEST_RUNS * _SHORTEST_RUN:
         return np.zeros(1, np.int64), numel
-    length = min(longest, max(_SHORTEST_RUN, 1 << max(1, wanted // _FEWEST_RUNS).bit_length() - 1))
+    length = min(RUN, max(_SHORTEST_RUN, 1 << max(1, wanted // _FEWEST_RUNS).bit_length() - 1))
     places = numel // length
     count = min(places, math.ceil(wanted / length))
     return np.arange(count) * places // count * length, length
@@ -106,9 +107,15 @@ class Survey:
     weights: np.ndarray = field(default_factory=lambda: np.zeros(COARSE_BINS))
     variance: float = 0.0
 
-    def bracket(self, group: Group) -> Bracket:
+    def bracket(self, group: Group, max_bins: int = MAX_BINS) -> Bracket:
         """Where the group's threshold nearly surely is."""
-        return bracket_from_coarse(self.weights, group.k / group.numel, math.sqrt(self.variance) / self.weights.sum())
+        sigma = math.sqrt(self.variance) / self.weights.sum()
+        return bracket_from_coarse(self.weights, group.k / group.numel, sigma, max_bins)
+
+
+def wide_size(group: Group) -> int:
+    """How many elements of a group over several shards to look at."""
+    return min(WIDE, max(LOCAL, group.numel // 16))
 
 
 def survey(
@@ -117,13 +124,13 @@ def survey(
     size: int,
     take: Callable[[PairedTensor, float], Sample],
     recipe: Recipe,
-    means: dict[str, np.float32] | None = None,
+    means: dict[str, np.float32],
 ) -> Survey:
     """Look at about `size` elements of a group, as far as they lie in `members`.
 
     Args:
         take: samples a share of a tensor.
-        means: mean |p| of each member, if it is known; else the sample's is taken for it.
+        means: mean |p| of the members of which it is known; for the others the sample's is taken.
     """
     found = Survey()
     share = size / group.numel
@@ -137,10 +144,12 @@ def survey(
                 continue
             stands_for, waiting = waiting, 0
         taken = take(tensor, min(1.0, share * stands_for / tensor.common))
-        m = means[tensor.name] if means else np.float32(np.abs(taken.p).mean(dtype=np.float64))
-        scores = taken.scores(tensor, recipe, m)
+        m, off = (means[tensor.name], 0.0) if tensor.name in means else _mean(taken)
+        # Scores by means as far off as the sample's may be, so that all cells are seen in which a score may lie.
+        spread = 4 * (np.arange(taken.runs) * _GOLDEN % 1) - 2
+        scores = taken.scores(tensor, recipe, np.repeat(m + off * spread, taken.p.size // taken.runs))
         found.weights += coarse_histogram(scores) * (stands_for / scores.size)
-        error = _share_variance(taken, scores, tensor, group, recipe, None if means else m)
+        error = _share_variance(taken, scores, tensor, group, recipe, m, off)
         if stands_for > tensor.common:  # whatever the others are like
             quantile = group.k / group.numel
             error = max(error, quantile * (1 - quantile))
@@ -148,15 +157,31 @@ def survey(
     return found
 
 
+_GOLDEN = 0.6180339887498949
+
+
+def _mean(taken: Sample) -> tuple[np.float32, float]:
+    """mean |p| as a sample estimates it, and its standard error."""
+    means = np.abs(taken.p).reshape(taken.runs, -1).mean(1, dtype=np.float64)
+    error = means.std(ddof=1) / math.sqrt(taken.runs) if taken.runs > 1 else 0.0
+    return np.float32(means.mean()), float(error)
+
+
 def _share_variance(
-    taken: Sample, scores: np.ndarray, tensor: PairedTensor, group: Group, recipe: Recipe, m: np.float32 | None
+    taken: Sample,
+    scores: np.ndarray,
+    tensor: PairedTensor,
+    group: Group,
+    recipe: Recipe,
+    m: np.float32,
+    off: float,
 ) -> float:
     """Variance of the share of a tensor's elements above the group's quantile, as its sample estimates it.
 
     Args:
-        m: what the sample says that mean |p| is, unless it is known.
+        m, off: mean |p|, and how far it may be off.
     """
-    size = scores.size
+    size = taken.p.size
     if size == tensor.common:
         return 0.0
     quantile = group.k / group.numel
@@ -168,8 +193,6 @@ def _share_variance(
         by_run = above.reshape(taken.runs, -1).mean(1)
         variance = max(float(by_run.var(ddof=1)) / taken.runs, variance / size)
     variance *= 1 - size / tensor.common
-    if m is not None and taken.runs > 1 and m > 0:
-        means = np.abs(taken.p).reshape(taken.runs, -1).mean(1, dtype=np.float64)
-        off = np.float32(m + means.std(ddof=1) / math.sqrt(taken.runs))
-        variance += float(np.mean(taken.scores(tensor, recipe, off) > threshold) - np.mean(above)) ** 2
+    if off:
+        variance += float(np.mean(taken.scores(tensor, recipe, np.float32(m + off)) > threshold) - above.mean()) ** 2
     return variance

@@ -113,14 +113,16 @@ def saved_read_bytes(folder: Folder, name: str) -> int:
 
 
 def load_means(folder: Folder, shard: Shard) -> np.ndarray:
-    """mean|p| and Σp² of the tensors of a shard, (t, 2) float64: NaN where they were not measured.
+    """mean|p| and Σp² of the tensors of a shard, (t, 2) float64: NaN where they are not known yet.
 
-    The first round measures all that lie in groups over several shards.
+    Of tensors in groups over several shards, sampling finds those of the large ones and the first round the others.
     """
-    name = measure_name(shard.index, 1)
-    if not folder.has(name):
-        return np.full((len(shard.tensors), 2), np.nan)
-    return load_arrays(folder, name, "means")[1]["means"]
+    means = np.full((len(shard.tensors), 2), np.nan)
+    for name in (sample_name(shard.index), measure_name(shard.index, 1)):
+        if folder.has(name):
+            found = load_arrays(folder, name, "means")[1]["means"]
+            means = np.where(np.isnan(means), found, means)
+    return means
 
 
 def to_bytes(array: np.ndarray) -> bytes:

@@ -23,8 +23,8 @@ from pipeline.scoring.threshold import histograms
 from pipeline.shard import passes
 from pipeline.shard.passes import Bench, Scratch
 from pipeline.shard.reading import OVERHEAD_BYTES, Load, Memory, Pieces, SectionReader
-from pipeline.shard.sample import WIDE, far, survey
-from pipeline.shard.section import sections
+from pipeline.shard.sample import far, survey, wide_size
+from pipeline.shard.section import Section, sections
 from pipeline.shard.table import MEASURED
 from pipeline.shard.task import (
     Done,
@@ -72,13 +72,31 @@ class Worker:
             folder.close()
 
     def sample(self, task: Task) -> Done:
-        """Look at a sample of the scores of groups over several shards, into `sample_name`."""
+        """Look at a sample of the scores of groups over several shards, into `sample_name`.
+
+        The means of sections that do not fit in memory, which another pass has to find anyway, are found now: the
+        better known they are, the surer is what the sample says.
+        """
         began, read = time.perf_counter(), self._reader.bytes_read
+        wanted = task.wide()
+        place = {t.name: i for i, t in enumerate(task.shard.tensors)}
+        means, dealt = load_means(self._out, task.shard), 0
+        for section in sections(wanted):
+            if not self._reader.fits(section):
+                bench = self._bench(task, Pieces(self._reader, section, None))
+                passes.find_means(bench)
+                means[[place[t.name] for t in bench.tensors]] = np.stack([bench.mean, bench.base_squares], 1)
+                dealt += _half(section)
+                self._progress(_half(section))
         members: dict[str, list[PairedTensor]] = {}
-        for tensor in task.wide():
+        for tensor in wanted:
             members.setdefault(tensor.group, []).append(tensor)
+        known = {name: np.float32(means[i, 0]) for name, i in place.items() if not np.isnan(means[i, 0])}
         take = partial(far, self._reader, recipe=self._recipe)
-        surveys = [survey(tensors, task.groups[name], WIDE, take, self._recipe) for name, tensors in members.items()]
+        surveys = [
+            survey(tensors, task.groups[name], wide_size(task.groups[name]), take, self._recipe, known)
+            for name, tensors in members.items()
+        ]
         read = self._reader.bytes_read - read
         save_arrays(
             self._out,
@@ -87,8 +105,9 @@ class Worker:
             list(members),
             weights=np.stack([found.weights for found in surveys]),
             variance=np.array([found.variance for found in surveys]),
+            means=means,
         )
-        return Done(task.shard.index, 0, read, 0, time.perf_counter() - began)
+        return Done(task.shard.index, dealt, read, 0, time.perf_counter() - began)
 
     def measure(self, task: Task) -> Done:
         """Count all scores of groups over several shards inside their brackets, into `measure_name`."""
@@ -97,19 +116,22 @@ class Worker:
         counted = histograms(list(task.brackets.values()), zeros=self._scratch.zeros)
         wanted = [t for t in task.wide() if t.group in task.brackets]
         place = {t.name: i for i, t in enumerate(task.shard.tensors)}
-        means = np.full((len(place), 2), np.nan)
+        means = load_means(self._out, task.shard)
         dealt = 0
         for pieces in self._sections(wanted):
             bench = self._bench(task, pieces)
-            passes.find_means(bench)
+            here = [place[t.name] for t in bench.tensors]
+            half_done = task.round == 1 and not pieces.resident
+            passes.find_means(bench, means[here])
             passes.count(bench, counted, names)
-            means[[place[t.name] for t in bench.tensors]] = np.stack([bench.mean, bench.base_squares], 1)
-            dealt += pieces.section.nbytes
-            self._progress(pieces.section.nbytes)
+            means[here] = np.stack([bench.mean, bench.base_squares], 1)
+            nbytes = pieces.section.nbytes - (_half(pieces.section) if half_done else 0)
+            dealt += nbytes
+            self._progress(nbytes)
         bins = counted.bins if counted.bins.max(initial=0) >= 2**32 else counted.bins.astype(np.uint32)
         read = self._reader.bytes_read - read
         name = measure_name(task.shard.index, task.round)
-        save_arrays(self._out, name, read, names, above=counted.above, bins=bins, offsets=counted.offsets, means=means)
+        save_arrays(self._out, name, read, names, above=counted.above, bins=bins, starts=counted.starts, means=means)
         return Done(task.shard.index, dealt, read, 0, time.perf_counter() - began)
 
     def write(self, task: Task) -> Done:
@@ -178,3 +200,8 @@ class Worker:
             for i in range(len(cut)):
                 release(i)
             raise
+
+
+def _half(section: Section) -> int:
+    """The progress that finding the means of a section is worth before its scores are counted."""
+    return section.nbytes // 2

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,13 @@ class Reader:
                 raise UserError(f"{self.path}: the file ends at byte {offset}; it was cut short while in use")
             view = view[got:]
             offset += got
+
+    def read_rows(self, offsets: Sequence[int], rows: np.ndarray) -> None:
+        """Fill each row of `rows` (n, length) with the bytes at its offset; for many short reads."""
+        with plain_errors(self.path):
+            for offset, row in zip(offsets, rows, strict=True):
+                if os.preadv(self._fd, [row.data], offset) < row.size:
+                    self.read_into(offset, row)
 
     def read(self, offset: int, length: int) -> bytes:
         target = np.empty(length, np.uint8)

@@ -28,6 +28,7 @@ from pipeline.scoring.threshold import (
     ZERO_KEY,
     Bracket,
     Threshold,
+    bins_of,
     float_thresholds,
     histograms,
     key_of,
@@ -77,11 +78,12 @@ def expected_scores(method: str, p: np.ndarray, f: np.ndarray) -> np.ndarray:
 def check_count(engine, method, p, f, bracket, max_bins) -> None:
     s = expected_scores(method, p, f)
     keys = key_of(s).astype(np.int64)
-    shift = bracket.shift(max_bins)
+    layout = bins_of(bracket, max_bins)
     above, bins, _ = chunks.count(engine, chunk_of(p, f), oracle.mean_of(upcast(p)), bracket, max_bins)
     inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
     assert above == int((keys > bracket.hi).sum())
-    assert np.array_equal(bins, np.bincount((inside - bracket.lo) >> shift, minlength=bins.size))
+    places = [layout.place(key) for key in inside.tolist()]
+    assert np.array_equal(bins, np.bincount(places, minlength=layout.size))
 
 
 def check_apply(engine, method, p, f, k) -> None:
@@ -117,6 +119,7 @@ def test_counts_are_those_of_numpy(method, kind, special):
         for engine in engines(method):
             check_count(engine, method, p, f, Bracket(), 1 << 16)
             check_count(engine, method, p, f, Bracket(ZERO_KEY - (1 << 28), ZERO_KEY + (1 << 28)), 1 << 10)
+            check_count(engine, method, p, f, Bracket(0x7C000000, 0xFF80FFFF, (0x7FFF, 0x8000, 0xBD00)), 1 << 10)
 
 
 # The key of −0 lies right below that of 0, and belongs to no score.
@@ -238,10 +241,11 @@ def test_runs_are_counted_for_their_groups(method):
     for engine in engines(method):
         counted = histograms([Bracket(), Bracket(ZERO_KEY, ZERO_KEY + (1 << 30))], [1 << 12, 1 << 10])
         assert engine.count(chunk, means, groups, counted)
-        for i, bracket in enumerate(counted.brackets):
+        for i, layout in enumerate(counted.layouts):
+            bracket = layout.bracket
             keys = np.concatenate([key_of(s) for s, g in zip(scores, groups, strict=True) if g == i]).astype(np.int64)
             inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
-            wanted = np.bincount((inside - bracket.lo) >> counted.shifts[i], minlength=counted.of(i).size)
+            wanted = np.bincount((inside - bracket.lo) >> layout.shift, minlength=layout.size)
             assert np.array_equal(counted.of(i), wanted)
             assert counted.above[i] == (keys > bracket.hi).sum()
 

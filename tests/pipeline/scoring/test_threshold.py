@@ -17,9 +17,11 @@ from pipeline.scoring.threshold import (
     MAX_BINS,
     MAX_KEY,
     ZERO_KEY,
+    Bins,
     Bracket,
     Threshold,
     at_the_ends,
+    bins_of,
     bracket_from_coarse,
     bracket_from_scores,
     coarse_histogram,
@@ -44,16 +46,21 @@ def by_sorting(scores: np.ndarray, k: int) -> Threshold:
     return Threshold(int(key_of(np.array([kth], np.float32))[0]), k - int((scores > kth).sum()))
 
 
+def counted(keys: np.ndarray, layout: Bins) -> np.ndarray:
+    """Elements in each bin, each key placed by itself."""
+    bracket = layout.bracket
+    inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
+    return np.bincount([layout.place(int(key)) for key in inside], minlength=layout.size).astype(np.int64)
+
+
 def by_counting(scores: np.ndarray, k: int, bracket: Bracket, max_bins: int) -> tuple[Threshold, int]:
     """The search as a run does it, with integer keys counted by numpy; and how many counts it took."""
     keys = key_of(scores).astype(np.int64)
     for rounds in range(1, 80):
-        shift = bracket.shift(max_bins)
-        assert bracket.bins(shift) <= max_bins
+        layout = bins_of(bracket, max_bins)
+        assert layout.size <= max_bins or bracket.fine
         assert 0 <= bracket.lo <= bracket.hi <= MAX_KEY
-        inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
-        histogram = np.bincount((inside - bracket.lo) >> shift, minlength=bracket.bins(shift))
-        result = narrow(bracket, shift, int((keys > bracket.hi).sum()), histogram, k)
+        result = narrow(layout, int((keys > bracket.hi).sum()), counted(keys, layout), k)
         if isinstance(result, Threshold):
             return result, rounds
         bracket = result
@@ -151,15 +158,13 @@ def test_histograms_of_parts_add_up_in_any_order(scores, data):
     k = data.draw(st.integers(1, scores.size))
     cuts = sorted(data.draw(st.lists(st.integers(0, scores.size), max_size=4)))
     parts = data.draw(st.permutations(np.split(scores, cuts)))
-    bracket = Bracket(1 << 30, 3 << 30)
-    shift = bracket.shift(256)
-    histogram, above = np.zeros(bracket.bins(shift), np.int64), 0
+    layout = bins_of(Bracket(1 << 30, 3 << 30), 256)
+    histogram, above = np.zeros(layout.size, np.int64), 0
     for part in parts:
         keys = key_of(part).astype(np.int64)
-        inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
-        histogram += np.bincount((inside - bracket.lo) >> shift, minlength=histogram.size)
-        above += int((keys > bracket.hi).sum())
-    result = narrow(bracket, shift, above, histogram, k)
+        histogram += counted(keys, layout)
+        above += int((keys > layout.bracket.hi).sum())
+    result = narrow(layout, above, histogram, k)
     if isinstance(result, Bracket):
         result = by_counting(scores, k, result, 256)[0]
     assert result == by_sorting(scores, k)
@@ -180,7 +185,30 @@ def test_the_bin_of_a_rank_in_histograms_of_any_length(bins):
 @given(st.integers(0, MAX_KEY), st.integers(0, MAX_KEY), st.integers(1, 20))
 def test_bins_cover_a_bracket_and_are_at_most_as_many_as_allowed(a, b, exponent):
     bracket = Bracket(min(a, b), max(a, b))
-    shift = bracket.shift(1 << exponent)
-    assert bracket.bins(shift) <= 1 << exponent
-    assert (bracket.hi - bracket.lo) >> shift == bracket.bins(shift) - 1
-    assert shift == 0 or bracket.bins(shift - 1) > 1 << exponent
+    layout = bins_of(bracket, 1 << exponent)
+    assert layout.size <= 1 << exponent
+    assert layout.place(bracket.hi) == layout.size - 1
+    assert layout.shift == 0 or ((bracket.hi - bracket.lo) >> (layout.shift - 1)) + 1 > 1 << exponent
+
+
+cells = st.integers(0, 2**16 - 1)
+
+
+@given(cells, st.integers(0, 30), st.sets(st.integers(0, 30), min_size=1, max_size=4), st.data())
+def test_fine_cells_count_key_by_key_and_the_others_as_one(first, length, fine, data):
+    last = min(first + length, 2**16 - 1)
+    fine = tuple(sorted(min(first + cell, last) for cell in fine))
+    layout = bins_of(Bracket(first << 16, (last + 1 << 16) - 1, tuple(dict.fromkeys(fine))))
+    key = data.draw(st.integers(layout.bracket.lo, layout.bracket.hi))
+    lo, hi = layout.keys(layout.place(key))
+    assert (lo, hi) == ((key, key) if key >> 16 in fine else (key >> 16 << 16, (key >> 16 << 16) + 2**16 - 1))
+    edges = [layout.keys(i) for i in {0, layout.place(key), layout.size - 1}]
+    assert sorted(edges)[0][0] == layout.bracket.lo
+    assert sorted(edges)[-1][1] == layout.bracket.hi
+
+
+@given(scores_of_any_kind, st.sets(cells, min_size=1, max_size=3), st.data())
+def test_counting_with_any_fine_cells_finds_what_sorting_finds(scores, fine, data):
+    k = data.draw(st.integers(1, scores.size))
+    bracket = Bracket(min(fine) << 16, (max(fine) + 1 << 16) - 1, tuple(sorted(fine)))
+    assert by_counting(scores, k, bracket, MAX_BINS)[0] == by_sorting(scores, k)
