@@ -8,10 +8,12 @@ ties (SEMANTICS.md, 5), and a worker hands out its part of a tie quota without a
 
 from __future__ import annotations
 
+import gc
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -33,7 +35,6 @@ class PairedTensor:
         common: elements that are pruned: all of them, or those of the rows that base has too.
         group: the group it competes in; empty if it is not pruned.
         density: what it adds to its group's budget, a share of `common`; for methods that use it, α or the divisor.
-        offset: where its bytes begin in the output shard, from the start of the file.
     """
 
     name: str
@@ -47,7 +48,6 @@ class PairedTensor:
     group: str
     nbytes: int
     density: float = 0.0
-    offset: int = 0
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
@@ -119,9 +119,22 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: a checkpoint cannot be read, or the two do not belong together.
     """
-    base = open_checkpoint(recipe.base, "base")
-    finetuned = open_checkpoint(recipe.finetuned, "finetuned")
-    return plan_pair(recipe, base, finetuned)
+    with without_collection():
+        base = open_checkpoint(recipe.base, "base")
+        finetuned = open_checkpoint(recipe.finetuned, "finetuned")
+        return plan_pair(recipe, base, finetuned)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A plan is many small objects, none of them garbage: looking for some takes half as long again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
@@ -258,18 +271,22 @@ def default_shard_size(total: int) -> int:
     return min(max(total // 8, 256 << 20), 1 << 30)
 
 
+MOST_TENSORS = 1 << 14
+"""Tensors of a shard, at most: of small ones it is their number that takes the time."""
+
+
 def cut(tensors: list[PairedTensor], shard_size: int) -> tuple[Shard, ...]:
-    """Cut tensors, in the order given, into shards of about equal size and at most `shard_size` bytes.
+    """Cut tensors, in the order given, into shards of about equal size, of at most `shard_size` bytes and MOST_TENSORS.
 
     A tensor larger than that has a shard of its own. Names follow the Hugging Face convention.
     """
     total = sum(t.nbytes for t in tensors)
-    count = max(1, math.ceil(total / shard_size))
+    count = max(1, math.ceil(total / shard_size), math.ceil(len(tensors) / MOST_TENSORS))
     parts: list[list[PairedTensor]] = [[]]
     here = done = 0
     for tensor in tensors:
         full = here + tensor.nbytes > shard_size or done >= total * len(parts) / count
-        if parts[-1] and tensor.nbytes and full:
+        if parts[-1] and ((tensor.nbytes and full) or len(parts[-1]) == MOST_TENSORS):
             parts.append([])
             here = 0
         parts[-1].append(tensor)
@@ -281,12 +298,7 @@ def cut(tensors: list[PairedTensor], shard_size: int) -> tuple[Shard, ...]:
 def _shard(index: int, count: int, tensors: list[PairedTensor]) -> Shard:
     name = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
     header = build_header((t.name, t.dtype, t.shape, t.nbytes) for t in tensors)
-    position = len(header)
-    placed = []
-    for t in tensors:
-        placed.append(replace(t, offset=position))
-        position += t.nbytes
-    return Shard(index, name, tuple(placed), header, position)
+    return Shard(index, name, tuple(tensors), header, len(header) + sum(t.nbytes for t in tensors))
 
 
 def group(shards: Iterable[Shard]) -> dict[str, Group]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +97,12 @@ def _parse_json(text: bytes, bad: Any) -> dict[str, Any]:
     return header
 
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_DTYPES = {dtype: dtype for dtype in BITS}  # one string for all tensors of a dtype
+
+
 def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInfo:
-    if not name or any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
+    if not name or _UNPRINTABLE.search(name):
         raise bad(f"a tensor is named {name[:80]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad(f"tensor {name!r} has not exactly dtype, shape and data_offsets")
@@ -113,7 +119,7 @@ def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInf
     begin, end = offsets
     if (end - begin) * 8 != numel * BITS[dtype]:
         raise bad(f"tensor {name!r} is {dtype} {shape} but has {end - begin} bytes")
-    return TensorInfo(name, dtype, tuple(shape), file, start + begin, end - begin)
+    return TensorInfo(sys.intern(name), _DTYPES[dtype], tuple(shape), file, start + begin, end - begin)
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline import Recipe, UserError, make_plan
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.formats.header import TensorInfo
-from pipeline.plan import PairedTensor, cut, group, group_of, index_json, plan_pair
+from pipeline.plan import MOST_TENSORS, PairedTensor, cut, group, group_of, index_json, plan_pair
 from pipeline.run import to_measure
 from pipeline.storage.local import Folder
 
@@ -50,18 +51,25 @@ def test_every_tensor_lies_in_one_shard_in_order_within_its_size(sizes, shard_si
     for shard in shards:
         assert shard.tensors or not tensors
         assert sum(t.nbytes for t in shard.tensors) <= shard_size or sum(t.nbytes > 0 for t in shard.tensors) == 1
-        position = len(shard.header)
-        for t in shard.tensors:
-            assert t.offset == position
-            position += t.nbytes
-        assert position == shard.nbytes
         header = json.loads(shard.header[8:])
         assert header.pop("__metadata__") == {"format": "pt"}
+        ends = list(itertools.accumulate(t.nbytes for t in shard.tensors))
         assert {n: e["data_offsets"] for n, e in header.items()} == {
-            t.name: [t.offset - len(shard.header), t.offset - len(shard.header) + t.nbytes] for t in shard.tensors
+            t.name: [end - t.nbytes, end] for t, end in zip(shard.tensors, ends, strict=True)
         }
+        assert shard.nbytes == len(shard.header) + (ends[-1] if ends else 0)
     assert len(shards) <= 2 * math.ceil(sum(sizes) / shard_size) + 1
     assert cut(tensors, shard_size) == shards
+
+
+def test_many_small_tensors_are_cut_by_their_number():
+    tensors = [tensor(f"t{i:06d}", 4) for i in range(50_000)]
+    shards = cut(tensors, 1 << 30)
+    assert [t for s in shards for t in s.tensors] == tensors
+    assert len(shards) == 4
+    assert max(len(s.tensors) for s in shards) - min(len(s.tensors) for s in shards) <= 1
+    few = [tensor("a", 1 << 20), *tensors[:40_000]]  # bytes and number far apart
+    assert all(len(s.tensors) <= MOST_TENSORS for s in cut(few, 1 << 30))
 
 
 def test_the_names_of_the_shards():

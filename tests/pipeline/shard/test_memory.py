@@ -108,7 +108,7 @@ def weights_and_index(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.slow
 def test_global_scope_reads_little_more_than_twice_and_the_manifest_says_so(tmp_path, monkeypatch):
-    """2.1 times what tensor scope reads, whatever the budget: reading a cached file again is cheaper than keeping it."""
+    """2.1 times what tensor scope reads, whatever the budget: reading a cached file is cheaper than keeping it."""
     shapes = {f"model.layers.{i}.w": (2000, 2500) for i in range(12)}  # 240 MB of both sides together
     base, finetuned = gaussian(shapes, torch.bfloat16, delta=0.01)
     save(tmp_path / "base", base)
