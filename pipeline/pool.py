@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from pipeline.recipe import Recipe
+from pipeline.scoring.device import announce
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
 
@@ -50,11 +51,19 @@ class Threads:
         recipe: the run's.
         workers: threads, each with a memory budget of its own.
         progress: told bytes of input dealt with, from any thread.
+        say: told if something has to be compiled first.
     """
 
-    def __init__(self, recipe: Recipe, workers: int, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        workers: int,
+        progress: Callable[[int], None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ):
         self.workers = workers
         self._cancelled = threading.Event()
+        self._end_announcing = announce(recipe.device, say)
         self._workers = [Worker(recipe, progress, self._cancelled) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
@@ -90,5 +99,6 @@ class Threads:
                 thread.join()
 
     def close(self) -> None:
+        self._end_announcing()
         for worker in self._workers:
             worker.close()

@@ -136,7 +136,7 @@ def _unknown(plan: Plan) -> list[str]:
 
 def in_process(plan: Plan, watch: Watch) -> Threads:
     """Threads of this process, as many as the recipe says or as there are cores."""
-    return Threads(plan.recipe, default_workers(plan.recipe, len(plan.shards)), watch.advance)
+    return Threads(plan.recipe, default_workers(plan.recipe, len(plan.shards)), watch.advance, watch.say)
 
 
 def check_disk(plan: Plan, state: manifest.State) -> None:

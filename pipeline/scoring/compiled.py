@@ -10,15 +10,21 @@ that the bits do not depend on the width of the machine's vectors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
+import os
+import stat
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 from numba import njit, types
+from numba.core import event
 from numba.extending import overload, register_jitable
 
 from pipeline.scoring import methods as formulas
@@ -34,7 +40,66 @@ _LANES = 256  # a tile is four rows of lanes
 # numba keeps a compiled kernel until its own file changes; the formulas are in another one.
 _VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(formulas).encode(), digest_size=4).digest(), "little")
 
-_jit: Any = functools.partial(njit, nogil=True, error_model="numpy", cache=True)
+_njit: Any = functools.partial(njit, nogil=True, error_model="numpy")
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compile when it is first called, and keep the result where numba finds a folder: beside this file, in the user's
+    cache, or else in a private folder for temporary files. Where none can be written, in memory only."""
+    try:
+        return _njit(cache=True)(function)
+    except RuntimeError:  # numba has found no folder
+        folder = _private_folder()
+        if folder is None:
+            return _njit()(function)
+        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
+        try:
+            return _njit(cache=True)(function)
+        except RuntimeError:
+            return _njit()(function)
+
+
+def _private_folder() -> str | None:
+    """A folder for temporary files that nobody else can write to: what numba keeps is code, and will be run."""
+    try:
+        root = tempfile.gettempdir()
+        if root == os.getcwd() and root not in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
+            return None  # Python's last resort, but somebody's folder
+        folder = os.path.join(root, f"fapm-compiled-{os.getuid()}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        found = os.lstat(folder)
+    except OSError:
+        return None
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return folder if ours else None
+
+
+class _Announcer(event.Listener):
+    """Says, once, that something is being compiled; numba tells it so only where nothing was kept."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say: Callable[[str], None] | None = say
+
+    def on_start(self, event: Any) -> None:
+        say, self._say = self._say, None
+        if say:
+            cache = getattr(abs_sums, "_cache", None)
+            kept = getattr(cache, "cache_path", None)
+            say(
+                "compiling the arithmetic for this machine, some seconds"
+                + (f" once: it is kept in {kept}" if kept else "; no folder can be written to keep it for the next run")
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def announce(say: Callable[[str], None]) -> Callable[[], None]:
+    """Have `say` told if something has to be compiled; call what is returned to end it."""
+    announcer = _Announcer(say)
+    event.register("numba:compile", announcer)
+    return lambda: event.unregister("numba:compile", announcer)
 
 
 def _value(x):  # type: ignore[no-untyped-def]
@@ -311,29 +376,36 @@ class CpuEngine:
 
     def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         sums, squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
-        abs_sums(chunk.p, chunk.starts, sums, squares)
+        _call(abs_sums, chunk.p, chunk.starts, sums, squares)
         return sums, squares
 
     def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keys, ties = np.zeros((2, chunk.runs), np.int64)
-        self._kernels.select(*_operands(chunk, m), k, keys, ties)
+        _call(self._kernels.select, *_operands(chunk, m), k, keys, ties)
         return keys, ties
 
     def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
         h = histograms
         layout = h.lo, h.hi, h.base, h.shift, h.tables, h.cells, h.masks, h.starts
-        return bool(self._kernels.count(*_operands(chunk, m), groups, *layout, h.bins, h.above))
+        return bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above))
 
     def apply(
         self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
     ) -> Applied:
         counts = np.empty((3, chunk.runs), np.int64)
         squares, kept_squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
-        self._kernels.apply(
-            *_operands(chunk, m), thresholds, groups, ties, chunk.pruned, chunk.kept, out, counts, squares, kept_squares
-        )
+        given = chunk.pruned, chunk.kept, out, counts, squares, kept_squares
+        _call(self._kernels.apply, *_operands(chunk, m), thresholds, groups, ties, *given)
         return Applied(counts[0], counts[1], counts[2], squares, kept_squares)
 
 
 def _operands(chunk: Chunk, m: np.ndarray) -> tuple[Any, ...]:
     return chunk.p, chunk.f, chunk.starts, chunk.start, m.astype(chunk.real), chunk.streams
+
+
+def _call(loop: Callable[..., Any], *operands: Any) -> Any:
+    """Call a loop; that what was compiled cannot be kept, on a full disk say, is no reason to fail."""
+    for _ in range(2):  # the loop itself, and the one that it calls
+        with contextlib.suppress(OSError):
+            return loop(*operands)
+    return loop(*operands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 
 from pipeline.errors import UserError
 from pipeline.scoring.engine import Engine
@@ -16,7 +17,7 @@ def make_engine(method: str, device: str) -> Engine:
         UserError: a CUDA device was asked for and there is none.
     """
     assert method in METHODS
-    if device == "cpu" or (device == "auto" and not _has_cuda()):
+    if _on_cpu(device):
         from pipeline.scoring.compiled import CpuEngine
 
         return CpuEngine(method)
@@ -25,6 +26,19 @@ def make_engine(method: str, device: str) -> Engine:
     if not _has_cuda():
         raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
     return TorchEngine(method, "cuda" if device == "auto" else device)
+
+
+def announce(device: str, say: Callable[[str], None]) -> Callable[[], None]:
+    """Have `say` told if the engine has to be compiled first; call what is returned to end it."""
+    if not _on_cpu(device):
+        return lambda: None
+    from pipeline.scoring import compiled
+
+    return compiled.announce(say)
+
+
+def _on_cpu(device: str) -> bool:
+    return device == "cpu" or (device == "auto" and not _has_cuda())
 
 
 def _has_cuda() -> bool:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import gaussian, save, weights_of
+
+from pipeline.scoring import compiled
 
 SCRIPT = """
 import sys
@@ -42,3 +48,98 @@ def test_loops_that_several_processes_compiled_do_not_mix_in_one_that_loads_them
     for name in methods:
         assert kept(tmp_path / "apart", name)[name] == fresh[name]
     assert kept(tmp_path / "apart", *methods) == fresh
+
+
+PRUNE = [sys.executable, "-m", "cluster", "prune", "--base", "base", "--finetuned", "finetuned"]
+REPOSITORY = Path(__file__).parents[3]
+
+
+def on_read_only(folder: Path, out: str, *also: str) -> subprocess.CompletedProcess[str]:
+    """Prune where the package, the home and the folders in `also` cannot be written, in mounts of its own."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    read_only = [str(REPOSITORY), str(home), *also]
+    mounts = [f"mount --bind {folder} {folder}"]  # a mount of its own stays writable where one around it is not
+    mounts += [f"mount --rbind {path} {path} && mount -o remount,bind,ro {path}" for path in read_only]
+    command = " && ".join([*mounts, f"cd {folder}", f'exec "$@" --out {out}'])
+    environment = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", command, "sh", *PRUNE],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def pair_of_folders(tmp_path: Path) -> Path:
+    for role, tensors in zip(("base", "finetuned"), gaussian({"a": (300, 300), "b": (40,)}), strict=True):
+        save(tmp_path / role, tensors)
+    return tmp_path
+
+
+@pytest.fixture
+def without_temporary_cache() -> Iterator[None]:
+    folder = Path(f"/tmp/fapm-compiled-{os.getuid()}")
+    aside = folder.with_name(folder.name + "-aside")
+    if folder.exists():
+        folder.rename(aside)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+    if aside.exists():
+        aside.rename(folder)
+
+
+@pytest.fixture
+def nothing_kept() -> None:
+    """What numba has kept beside the sources is found there also where nothing can be written."""
+    for cache in (REPOSITORY / "pipeline" / "scoring" / "__pycache__").glob("compiled.*.nb?"):
+        cache.unlink()
+
+
+@pytest.mark.slow
+def test_an_install_that_cannot_be_written_compiles_once(
+    pair_of_folders: Path, without_temporary_cache: None, nothing_kept: None
+) -> None:
+    first = on_read_only(pair_of_folders, "one")
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.count("compiling the arithmetic for this machine") == 1
+    assert f"kept in /tmp/fapm-compiled-{os.getuid()}" in first.stderr
+    again = on_read_only(pair_of_folders, "two")
+    assert again.returncode == 0, again.stderr
+    assert "compiling" not in again.stderr
+
+
+@pytest.mark.slow
+def test_a_machine_on_which_nothing_can_be_written_but_the_output(
+    pair_of_folders: Path, without_temporary_cache: None, nothing_kept: None
+) -> None:
+    for out in ("one", "two"):
+        done = on_read_only(pair_of_folders, out, "/tmp", "/var/tmp")
+        assert done.returncode == 0, done.stderr
+        assert "no folder can be written to keep it" in done.stderr
+    assert weights_of(pair_of_folders / "one") == weights_of(pair_of_folders / "two")
+
+
+def test_a_folder_that_others_may_write_to_keeps_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = compiled._private_folder()
+    assert found
+    assert Path(found).stat().st_mode & 0o777 == 0o700
+    Path(found).chmod(0o770)
+    assert compiled._private_folder() is None
+    Path(found).rmdir()
+    Path(found).symlink_to(tmp_path)
+    assert compiled._private_folder() is None
+
+
+@pytest.mark.slow
+def test_a_disk_too_full_to_keep_what_was_compiled_is_no_error(pair_of_folders: Path) -> None:
+    cache = pair_of_folders / "cache"
+    cache.mkdir()
+    command = f'mount -t tmpfs -o size=8k tmpfs {cache} && cd {pair_of_folders} && exec "$@" --out out'
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command, "sh", *PRUNE],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
