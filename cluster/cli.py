@@ -1,12 +1,14 @@
 """The command `fapm`. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 fine; 1 what the user gave does not work, or problems were found; 2 wrong usage; 130 Ctrl-C. Only bugs
-show a traceback. What takes time to load is imported inside the commands, so that `--help` answers at once.
+Exit codes: 0 fine; 1 what the user gave does not work, or problems were found; 2 wrong usage; 75 what may pass, so that
+the same command is worth another try; 130 Ctrl-C. Only bugs show a traceback. What takes time to load is imported
+inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.options import json_option, read_choices, recipe_options
-from pipeline.errors import UserError
+from pipeline.errors import PassingError, UserError
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -30,7 +32,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             _log(" ".join(str(error).split()))
-            ctx.exit(1)
+            ctx.exit(os.EX_TEMPFAIL if isinstance(error, PassingError) else 1)
         except KeyboardInterrupt:
             goes_on = ctx.invoked_subcommand in ("prune", "demo")
             _log("stopped" + ("; the same command goes on from here" if goes_on else ""))

@@ -25,22 +25,26 @@ _RECIPE_OPTIONS = (
     click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint."),
     click.option("--out", metavar="FOLDER", help="Folder for the pruned checkpoint."),
     click.option(
-        "--density", metavar="SHARE", help="Share of the elements that stay fine-tuned; for wise-ft it is α.  [0.1]"
+        "--density", metavar="SHARE",
+        help="Share of the elements that stay fine-tuned, 0 to 1; for wise-ft it is α.  [0.1]",
     ),
     click.option("--method", metavar="NAME", help="fapm, magnitude, relative, random, dare or wise-ft.  [fapm]"),
     click.option("--scope", metavar="SCOPE", help="What shares one budget: tensor, layer or global.  [tensor]"),
     click.option(
         "--rule", "rules", metavar="PATTERN=ACTION", multiple=True,
-        help="What becomes of the tensors whose name matches: prune, base or finetuned. The first match decides; "
-        "rules given here replace the recipe's. Repeatable.",
+        help="What becomes of the tensors whose name matches: prune, base, finetuned, or a density of their own. The "
+        "first match decides; rules given here replace the recipe's. Repeatable.",
     ),
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
-    click.option("--seed", metavar="N", help="For random and dare.  [0]"),
+    click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),
     click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
-    click.option("--shard-size", metavar="SIZE", help="Largest file to write.  [an eighth of all, 256MiB to 1GiB]"),
-    click.option("--memory", metavar="SIZE", help="Budget of each worker.  [1GiB]"),
+    click.option(
+        "--shard-size", metavar="SIZE",
+        help="Largest file to write, at least 1KiB.  [an eighth of all, 256MiB to 1GiB]",
+    ),
+    click.option("--memory", metavar="SIZE", help="Budget of each worker, at least 64MiB.  [1GiB]"),
     click.option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [auto]"),
-    click.option("--workers", metavar="N", help="How many work side by side.  [one for each core or GPU]"),
+    click.option("--workers", metavar="N", help="How many work at once, 1 to 100,000.  [one for each core or GPU]"),
     click.option(
         "--ray", metavar="WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"
     ),

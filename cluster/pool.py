@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pipeline.errors import UserError
+from pipeline.errors import PassingError, UserError
 from pipeline.plan import Plan
 from pipeline.pool import Pool, Step
 from pipeline.recipe import Recipe
@@ -83,7 +84,7 @@ class RayPool:
             except RayTaskError as error:
                 raise error.cause from error
             except RayActorError as error:
-                raise UserError(
+                raise PassingError(
                     f"a Ray worker was lost ({_last_line(error)}); finished shards stay: run the same command again"
                 ) from error
             give(number)
@@ -100,13 +101,24 @@ class RayPool:
 def _connect(address: str, workers: int | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
+        _knock(address)
         if address == "local":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             ray.init(address="local", num_cpus=max(cores, workers or 1), **quiet)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray {address}: no Ray cluster answers there ({_last_line(error)})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PassingError(f"--ray {address}: no Ray cluster answers there ({_last_line(error)})") from None
+
+
+_KNOCK_SECONDS = 10
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError if nothing listens at `HOST:PORT`; Ray itself tries for some five minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
 
 
 def _absolute(recipe: Recipe) -> Recipe:

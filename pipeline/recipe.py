@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
@@ -116,7 +117,7 @@ class Recipe(BaseModel):
         try:
             return cls(**{name: value for name, value in choices.items() if value is not None})
         except ValidationError as error:
-            raise UserError("; ".join(_sentence(e) for e in error.errors()[:5])) from None
+            raise UserError("; ".join(_sentence(e, choices) for e in error.errors()[:5])) from None
 
     @classmethod
     def load(cls, path: str | Path, /, **overrides: Any) -> Recipe:
@@ -164,12 +165,53 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
 
 
-def _sentence(error: Any) -> str:
+def bounds(field: str) -> str:
+    """What is allowed for a number, as people write it: `at least 64MiB`; empty where nothing is said."""
+    sized = {"memory", "shard_size"}
+    found = {}
+    for limit in _limits(Recipe.model_fields[field]):
+        for kind in ("ge", "le", "lt"):
+            value = getattr(limit, kind, None)
+            if value is not None:
+                value = value - 1 if kind == "lt" else value
+                found["ge" if kind == "ge" else "le"] = binary(value) if field in sized else f"{value:,}"
+    if len(found) == 2:
+        return f"{found['ge']} to {found['le']}"
+    words = {"ge": "at least", "le": "at most"}
+    return "".join(f"{words[kind]} {value}" for kind, value in found.items())
+
+
+def _limits(field: FieldInfo) -> list[Any]:
+    """The constraints of a field, also of one that may be None."""
+    inner = [limit for part in get_args(field.annotation) for limit in getattr(part, "__metadata__", ())]
+    fields = [limit for limit in inner if isinstance(limit, FieldInfo)]
+    return [*field.metadata, *inner, *(limit for nested in fields for limit in nested.metadata)]
+
+
+def binary(nbytes: int) -> str:
+    """`64MiB`: whole numbers of the largest binary unit that gives one."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if nbytes >= unit and nbytes % unit == 0:
+            return f"{nbytes // unit}{name}"
+    return f"{nbytes}B"
+
+
+def _sentence(error: Any, choices: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
-    option = "--rule" if field == "rules" else "--" + field.replace("_", "-")
     if error["type"] == "extra_forbidden":
         return f"there is no option {field!r}"
+    option = "--rule" if field == "rules" else "--" + field.replace("_", "-")
     if error["type"] == "missing":
         return f"{option} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{option}: {message[0].lower()}{message[1:]} (it is {reprlib.repr(error['input'])})"
+    if field == "rules":  # it names the rule
+        return f"{option}: {message}"
+    if error["type"] in ("greater_than_equal", "less_than_equal", "less_than"):
+        message = bounds(field)
+    elif error["type"] == "literal_error":
+        message = f"choose {error['ctx']['expected']}"
+    elif field == "device":
+        message = "choose auto, cpu, cuda or cuda:N"
+    typed = choices.get(field, error["input"])
+    shown = typed if isinstance(typed, str) else reprlib.repr(typed)
+    return f"{option}: {message[0].lower()}{message[1:]} (it is {reprlib.repr(shown)[1:-1]})"

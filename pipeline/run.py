@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline.errors import PassingError
+from pipeline.log import Log
 from pipeline.plan import Group, Plan, Shard, make_plan
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
@@ -79,16 +80,24 @@ def prune(
         return Result(manifest.load_manifest(recipe.out), plan, len(plan.shards), True, time.perf_counter() - began)
     check_disk(plan, state)
     manifest.begin(plan, state)
+    log = Log(recipe.out)
     todo = manifest.unfinished_shards(plan)
     facts: dict[str, Any] = {"resumed": len(plan.shards) - len(todo)}
-    if todo:
-        watch.begin(plan, bytes_to_deal_with(plan, todo))
-        with closing((pool or in_process)(plan, watch)) as workers:
-            thresholds, quotas, rounds = find_thresholds(plan, workers, watch)
-            write_shards(plan, workers, todo, thresholds, quotas, watch)
-            facts |= {"workers": workers.workers, "rounds": rounds}
-    facts["seconds"] = round(time.perf_counter() - began, 3)
-    made = manifest.finish(plan, facts)
+    log.add("begun", fapm=manifest.version(), shards=len(plan.shards), **facts)
+    try:
+        if todo:
+            watch.begin(plan, bytes_to_deal_with(plan, todo))
+            with closing((pool or in_process)(plan, watch)) as workers:
+                thresholds, quotas, rounds = find_thresholds(plan, workers, watch)
+                write_shards(plan, workers, todo, thresholds, quotas, watch, log)
+                facts |= {"workers": workers.workers, "rounds": rounds}
+        facts["seconds"] = round(time.perf_counter() - began, 3)
+        made = manifest.finish(plan, facts)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        log.add("stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
+        raise
+    log.add("finished", **facts)
     return Result(made, plan, facts["resumed"], False, time.perf_counter() - began)
 
 
@@ -99,6 +108,7 @@ def write_shards(
     thresholds: dict[str, Threshold],
     quotas: dict[int, dict[str, int]],
     watch: Watch,
+    log: Log,
 ) -> None:
     """Write the shards that are not there yet."""
     tasks = []
@@ -107,7 +117,10 @@ def write_shards(
         mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
         tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
     for done in pool.map(Worker.write, tasks):
-        watch.say(f"{plan.shards[done.shard].name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
+        name = plan.shards[done.shard].name
+        facts = {"seconds": round(done.seconds, 3), "read_bytes": done.read_bytes, "written_bytes": done.written_bytes}
+        log.add("shard", shard=name, where=done.where, tries=done.tries, **facts)
+        watch.say(f"{name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
 
 
 def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
@@ -143,12 +156,12 @@ def check_disk(plan: Plan, state: manifest.State) -> None:
     """Find out now that the disk is too small, not in an hour.
 
     Raises:
-        UserError: it is.
+        PassingError: it is.
     """
     out = Folder(plan.recipe.out)
     needed, free = plan.write_bytes - manifest.replaceable_bytes(plan, state), out.free_bytes()
     if needed > free:
-        raise UserError(
+        raise PassingError(
             f"--out {out.path} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; "
             "free some or give another folder"
         )

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from pipeline.checking.comparing import Budget, Comparison, Progress
+from pipeline.checking.consumers import read_as_consumers_do
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.formats.header import TensorInfo, read_header
@@ -123,6 +124,7 @@ def _check_files(folder: Folder, records: list[dict[str, Any]]) -> tuple[dict[st
             if tensor.name in tensors:
                 problems.append(f"tensor {tensor.name!r}: in both {tensors[tensor.name].file} and {name}")
             tensors[tensor.name] = tensor
+        problems += read_as_consumers_do(folder, name, found)
     known = {record["name"] for record in records}
     for name in sorted(folder.files()):
         if name.endswith(".safetensors") and "/" not in name and name not in known:

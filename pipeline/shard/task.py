@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,6 +47,8 @@ class Done:
     Attributes:
         dealt_bytes: input bytes that the step was about; the progress of the run.
         read_bytes: input bytes that it read; `written_bytes` of the output; `seconds` of the wall.
+        where: the host and the process.
+        tries: how often it was begun, this time included.
     """
 
     shard: int
@@ -52,6 +56,8 @@ class Done:
     read_bytes: int
     written_bytes: int
     seconds: float
+    where: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    tries: int = 1
 
 
 class Interrupted(Exception):  # noqa: N818 - no error

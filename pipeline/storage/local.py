@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import PassingError, UserError
 
 TEMPORARY = "fapm/tmp"  # in the output folder, so that publishing is a rename within one file system
 
@@ -34,10 +34,15 @@ def plain_errors(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+            raise PassingError(
                 f"no space left while writing {path}; free some and run the same command again: it goes on from here"
             ) from None
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        kind = PassingError if error.errno in _PASSING else UserError
+        raise kind(f"{path}: {error.strerror or error}") from None
+
+
+# What a file system over a network says while it is away, or a process that has too many files open.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETUNREACH, errno.EMFILE}
 
 
 class Reader:
@@ -202,6 +207,14 @@ class Folder:
         except BaseException:
             writer.discard()
             raise
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to the end of a small file, or begin it."""
+        path = self._at(name)
+        with plain_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab", buffering=0) as file:
+                file.write(data)
 
     def create(self, name: str, size: int) -> Writer:
         """Begin a file of `size` bytes that appears under its name when it is published."""

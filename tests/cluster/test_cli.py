@@ -6,6 +6,7 @@ cluster`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -20,6 +21,7 @@ import termios
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from click.testing import CliRunner, Result
 
 from cluster.cli import cli
 from cluster.progress import Progress
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("prune", "plan", "inspect", "report", "verify", "demo")
@@ -64,9 +67,9 @@ def process(*args: str, **options: object) -> subprocess.Popen[bytes]:
     )
 
 
-def refused(result: Result) -> str:
+def refused(result: Result, code: int = 1) -> str:
     """The one line with which a command says what is wrong."""
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert result.stdout == ""
     line = result.stderr.splitlines()[-1]
     assert line.startswith("fapm: ")
@@ -155,13 +158,18 @@ def test_without_a_terminal_each_shard_is_a_plain_line(pair):
     [
         (["--density", "2"], "--density"),
         (["--density", "much"], "--density"),
-        (["--method", "sparsegpt"], "'sparsegpt'"),
+        (["--method", "sparsegpt"], "(it is sparsegpt)"),
         (["--scope", "block"], "--scope"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "tpu"], "--device"),
         (["--memory", "lots"], "'lots'"),
         (["--workers", "0"], "--workers"),
-        (["--rule", "lm_head"], "'lm_head'"),
+        (["--rule", "lm_head"], "--rule: lm_head is not a rule"),
+        (["--rule", "lm_head=1.5"], "lm_head=1.5: a density is at least 0 and at most 1"),
+        (["--memory", "10"], "--memory: at least 64MiB (it is 10)"),
+        (["--memory", "10MB"], "--memory: at least 64MiB (it is 10MB)"),
+        (["--density", "3"], "--density: 0 to 1 (it is 3)"),
+        (["--workers", "0"], "--workers: 1 to 100,000 (it is 0)"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--ray", ""], "--ray"),
     ],
@@ -308,7 +316,7 @@ def test_plan_lists_what_is_not_pruned(pair):
 
 def test_plan_says_that_the_disk_is_too_full(pair, monkeypatch):
     monkeypatch.setattr("pipeline.storage.local.Folder.free_bytes", lambda self: 1000)
-    assert "1 kB free" in refused(on_pair("plan"))
+    assert "1 kB free" in refused(on_pair("plan"), code=75)
 
 
 def test_inspect_counts_what_is_in_a_checkpoint(pair):
@@ -557,3 +565,79 @@ def test_reading_headers_loads_no_library_that_computes(pair, command):
     # For `plan` this needs pipeline.scoring.device to load the engines late.
     options = ["--base", "base", "--finetuned", "finetuned", "--out", "out"] if command == "plan" else ["base"]
     assert not loaded_by(command, *options) & {"torch", "ray", "numba"}
+
+
+def test_the_help_says_what_is_allowed():
+    from pipeline.recipe import Recipe, bounds
+
+    shown = " ".join(fapm("prune", "--help").stdout.split())
+    limited = [field for field in Recipe.model_fields if bounds(field)]
+    assert limited == ["density", "seed", "shard_size", "memory", "workers"]
+    for field in limited:
+        assert bounds(field) in shown, field
+
+
+def test_exit_codes_say_whether_another_try_is_worth_it(pair, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def no_room(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    assert "no space left" in refused(on_pair("prune"), code=75)
+    full.errno = errno.EACCES
+    refused(on_pair("prune"), code=1)
+    assert "no Ray cluster answers" in refused(on_pair("prune", "--ray", "127.0.0.1:1"), code=75)
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_tells_what_happened_to_each_shard_and_how_it_ended(pair):
+    facts = json.loads(on_pair("prune", "--shard-size", "4kB", "--json").stdout)
+    begun, *shards, finished = log_of(pair / "out")
+    assert (begun["event"], begun["shards"], begun["resumed"]) == ("begun", facts["shards"], 0)
+    assert sorted(line["shard"] for line in shards) == sorted(p.name for p in (pair / "out").glob("*.safetensors"))
+    for line in shards:
+        assert line["event"] == "shard"
+        assert line["where"].endswith(f":{os.getpid()}")
+        assert line["tries"] == 1
+        assert line["seconds"] >= 0
+    assert sum(line["read_bytes"] for line in shards) == facts["totals"]["read_bytes"]
+    assert finished["event"] == "finished"
+    assert [line["time"] for line in log_of(pair / "out")] == sorted(line["time"] for line in log_of(pair / "out"))
+    before = (pair / "out" / "fapm" / "log.jsonl").read_bytes()
+    assert on_pair("prune", "--shard-size", "4kB").exit_code == 0
+    assert (pair / "out" / "fapm" / "log.jsonl").read_bytes() == before  # nothing was done
+
+
+def test_the_log_keeps_what_failed(pair):
+    broken = gaussian(MODEL_SHAPES)[1]
+    broken["model.norm.weight"][0] = math.nan
+    save(pair / "finetuned", broken)
+    assert on_pair("prune").exit_code == 1
+    assert [line["event"] for line in log_of(pair / "out")] == ["begun", "failed"]
+    assert "model.norm.weight" in log_of(pair / "out")[-1]["error"]
+
+
+def test_a_log_that_cannot_be_written_is_no_error(pair, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr("pipeline.storage.local.Folder.append", refuse)
+    assert on_pair("prune").exit_code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_a_hundred_processes_that_read_the_table_end_well(pair, command):
+    """pyarrow's reading threads aborted a third of them (exit 134) at their end."""
+    assert on_pair("prune").exit_code == 0
+
+    def run(_: int) -> int:
+        return process(command, "out", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(120)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(run, range(100))) == {0}

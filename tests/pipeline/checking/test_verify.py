@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from pipeline import Recipe, UserError, prune
+from pipeline.checking.consumers import read_as_consumers_do
 from pipeline.checking.verify import verify
+from pipeline.formats.dtypes import itemsize
+from pipeline.formats.header import read_header
+from pipeline.storage.local import Folder
 
 SHAPES = {
     "model.embed_tokens.weight": (50, 16),
@@ -414,3 +419,41 @@ def test_changed_inputs_are_refused(run, tmp_path, role):
     save_file({**tensors, "one.more": torch.ones(1)}, path)
     with pytest.raises(UserError, match=f"{role}: .*model.safetensors is not the file that was pruned"):
         verify(str(run))
+
+
+# What those see who load the output.
+
+
+def test_the_librarys_opinion_counts_too(tmp_path):
+    """Our reader is made to see other things than are there: verify says so."""
+    make_pair(tmp_path)
+    folder = Folder(pruned(tmp_path))
+    (name,) = [n for n in folder.files() if n.endswith(".safetensors")]
+    found = read_header(folder.reader(name), name, name)
+    assert read_as_consumers_do(folder, name, found) == []
+    first, *others = found
+    assert "only one of" in read_as_consumers_do(folder, name, others)[0]
+    for changed, said in (
+        (replace(first, dtype="F16" if first.dtype != "F16" else "BF16"), "to the safetensors library, not"),
+        (replace(first, shape=(*first.shape, 1)), "to the safetensors library, not"),
+        (replace(first, offset=others[-1].offset), "its first element is another one"),
+        (replace(first, nbytes=first.nbytes - 2 * itemsize(first.dtype)), "its last element is another one"),
+    ):
+        (problem,) = read_as_consumers_do(folder, name, [changed, *others])
+        assert said in problem
+        assert first.name in problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_the_library_reads_every_dtype_of_weights(tmp_path, dtype):
+    shapes = {"matrix": (5, 7), "vector": (3,), "scalar": (), "empty": (0, 4), "cube": (2, 3, 4)}
+    save_file({name: torch.rand(shape).to(dtype) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
+    folder = Folder(tmp_path)
+    found = read_header(folder.reader("a.safetensors"), "a.safetensors", "a")
+    assert read_as_consumers_do(folder, "a.safetensors", found) == []
+
+
+def test_a_file_that_the_library_does_not_open(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"nothing of the kind")
+    (problem,) = read_as_consumers_do(Folder(tmp_path), "a.safetensors", [])
+    assert problem.startswith("a.safetensors: the safetensors library does not open it")

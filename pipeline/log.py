@@ -1,0 +1,27 @@
+"""The log beside the output: what happened, a JSON object a line, so that it outlives the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.storage.local import Folder
+
+LOG = "fapm/log.jsonl"
+
+
+class Log:
+    """Appends to the log of one output folder. A log that cannot be written is no reason to fail."""
+
+    def __init__(self, path: str):
+        self._folder = Folder(path)
+
+    def add(self, event: str, **facts: Any) -> None:
+        """A line with the time (UTC), what happened (`begun`, `shard`, `finished`, `failed`, `stopped`), and more."""
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": when, "event": event, **facts}, ensure_ascii=False)
+        with contextlib.suppress(UserError):
+            self._folder.append(LOG, line.encode(errors="replace") + b"\n")
