@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.formats.header import TensorInfo, build_header
+from pipeline.formats.vocabulary import moved, tied_to, token_ids, vocabularies
 from pipeline.recipe import Recipe, Rule
 from pipeline.scoring.methods import METHODS
 
@@ -147,9 +148,17 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
             f"base and finetuned have no tensor name in common (base has {_first(left_out)}, finetuned has "
             f"{_first(added)}): these are not two versions of one model"
         )
-    paired = _pair_all(recipe, base, finetuned, oddities)
-    if left_out:
-        oddities.append(f"{len(left_out)} tensor(s) that only base has are left out: {_first(left_out)}")
+    heads = _tied_heads(base, finetuned, added, oddities)
+    paired = _pair_all(recipe, base, finetuned, heads, oddities)
+    _compare_vocabularies(recipe, base, finetuned, paired, oddities)
+    for name in left_out:
+        embedding = tied_to(base.tensors[name], finetuned)
+        if embedding:
+            oddities.append(f"{name} is left out: finetuned ties it to {embedding.name}")
+    alone = [name for name in left_out if not tied_to(base.tensors[name], finetuned)]
+    if alone:
+        oddities.append(f"{len(alone)} tensor(s) that only base has are left out: {_first(alone)}")
+    added = tuple(name for name in added if name not in heads)
     if added:
         oddities.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {_first(added)}")
     if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
@@ -174,11 +183,70 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     return found
 
 
-def _pair_all(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> list[PairedTensor]:
+def _tied_heads(
+    base: Checkpoint, finetuned: Checkpoint, added: Iterable[str], oddities: list[str]
+) -> dict[str, TensorInfo]:
+    """The heads that only finetuned stores, each with the embedding that base ties it to."""
+    heads = {}
+    for name in added:
+        head = finetuned.tensors[name]
+        embedding = tied_to(head, base)
+        if embedding and embedding.shape[:1] <= head.shape[:1]:
+            heads[name] = embedding
+            oddities.append(f"{name} is compared with {embedding.name}, to which base ties it")
+    return heads
+
+
+def _compare_vocabularies(
+    recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], oddities: list[str]
+) -> None:
+    """Whether a row means the same token on both sides, wherever rows of a vocabulary are compared without a rule.
+
+    Raises:
+        UserError: a token of base has another id in finetuned.
+    """
+    matrices = [
+        t
+        for t in paired
+        if t.action == "prune" and len(t.shape) == 2 and _is_vocabulary(t.name) and not recipe.rule_of(t.name)
+    ]
+    if not matrices:
+        return
+    grown = any(t.common < t.numel for t in matrices)
+    found = vocabularies(base, finetuned)
+    if not found:
+        if grown:
+            oddities.append("no tokenizer on both sides says whether the rows of the vocabulary are the same tokens")
+        return
+    *sides, name = found
+    if sides[0] == sides[1]:
+        return
+    ids, theirs = (token_ids(side, name) for side in sides)
+    if ids is None or theirs is None:
+        oddities.append(f"{name} is not one that could say whether the rows of the vocabulary are the same tokens")
+        return
+    elsewhere = moved(ids, theirs)
+    if elsewhere:
+        token, more = elsewhere[0], len(elsewhere) - 1
+        raise UserError(
+            f"the rows of {_first(t.name for t in matrices)} are not the same tokens on both sides: {token!r} is "
+            f"{ids[token]} in base's {name} and {theirs[token]} in finetuned's"
+            + (f", and {more} more" if more else "")
+            + "; decide for each matrix with --rule NAME=finetuned (or =prune to compare rows by their place)"
+        )
+
+
+def _pair_all(
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    heads: dict[str, TensorInfo],
+    oddities: list[str],
+) -> list[PairedTensor]:
     paired, wrong, passed, grown = [], [], [], []
     scope = recipe.scope if METHODS[recipe.method].score else "tensor"
     for name in sorted(finetuned.tensors):
-        f, p = finetuned.tensors[name], base.tensors.get(name)
+        f, p = finetuned.tensors[name], base.tensors.get(name) or heads.get(name)
         rule = recipe.rule_of(name) if p else Rule(name, "finetuned")
         action = rule.action if rule else None
         density = recipe.density if rule is None or rule.density is None else rule.density

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
-from pipeline.recipe import format_bytes
+from pipeline.recipe import format_bytes, parse_rule
 from pipeline.scoring.methods import METHODS
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "out": out,
         "base": manifest["paths"]["base"],
         "finetuned": manifest["paths"]["finetuned"],
-        **{choice: recipe[choice] for choice in ("method", "density", "scope")},
+        **{choice: recipe[choice] for choice in ("method", "density", "scope", "rules")},
         "shards": len(manifest["shards"]),
         "totals": manifest["totals"],
         "finished": manifest["finished"],
@@ -108,7 +108,8 @@ def run_text(facts: dict[str, Any]) -> str:
         fields.append(("α", f"{facts['density']:g} of Δ in every element"))
     elif totals["density"] is not None:
         effective = f"{totals['effective_density']:.4g} effective (kept and changed)"
-        fields.append(("density", f"{facts['density']:g} asked, {totals['density']:.4g} kept, {effective}"))
+        asked = f"{facts['density']:g} asked" + (", others by rule" if _with_density(facts["rules"]) else "")
+        fields.append(("density", f"{asked}, {totals['density']:.4g} kept, {effective}"))
         same = "Δ is 0 everywhere: finetuned equals base"
         fields.append(("kept ‖Δ‖²", same if totals["kept_share"] is None else _share(totals["kept_share"])))
     rate = facts.get("read_bytes_per_second")
@@ -118,6 +119,10 @@ def run_text(facts: dict[str, Any]) -> str:
         ("time", f"{_seconds(facts['run_seconds'])} with {_plural(facts['workers'], 'worker')}"),
     ]
     return _fields(heading, fields, facts["oddities"])
+
+
+def _with_density(rules: Iterable[str]) -> bool:
+    return any(parse_rule(rule).density is not None for rule in rules)
 
 
 def extremes(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -176,6 +181,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         "recipe": plan.recipe.decides(),
         "tensors": sum(1 for _ in plan.tensors()),
         **kinds | {"pruned": len(kinds["pruned"])},
+        "densities": densities((t.name, t.density) for t in plan.tensors() if t.group),
         "left_out": list(plan.left_out),
         "shards": len(plan.shards),
         "shards_to_do": todo,
@@ -192,6 +198,21 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         "workers_worth_having": len(plan.shards),
         "oddities": list(plan.oddities),
     }
+
+
+def densities(pruned: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The density of each pruned tensor by its name, if there are several densities, else nothing."""
+    found = dict(pruned)
+    return found if len(set(found.values())) > 1 else {}
+
+
+def densities_text(found: dict[str, float]) -> str:
+    """How many tensors have which density, the commonest first, with some of their names."""
+    by_density: dict[float, list[str]] = {}
+    for name, density in found.items():
+        by_density.setdefault(density, []).append(name)
+    most = sorted(by_density.items(), key=lambda item: -len(item[1]))
+    return "; ".join(f"{density:g} for {_names(names)}" for density, names in most)
 
 
 def _kind(plan: Plan, tensor: PairedTensor) -> str:
@@ -224,6 +245,8 @@ def plan_text(facts: dict[str, Any]) -> str:
     heading += ("" if blends else f", scope {recipe['scope']}") + _STATES[facts["state"]]
     fields = [("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned")]
     fields += [(what, _names(facts[key])) for key, what in _APART.items() if facts[key]]
+    if facts["densities"]:
+        fields.append(("densities", densities_text(facts["densities"])))
     left = "" if facts["shards_to_do"] == facts["shards"] else f", {facts['shards_to_do']} of them to do"
     wide = f", {facts['wide_groups']:,} of them over several shards" if facts["wide_groups"] else ""
     twice = f", {format_bytes(facts['read_twice_bytes'])} of it twice"

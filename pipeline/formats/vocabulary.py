@@ -1,0 +1,82 @@
+"""Vocabularies: which row of an embedding or a head is which token, and which head is tied to which embedding."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pipeline.formats.checkpoint import Checkpoint
+from pipeline.formats.header import TensorInfo
+
+_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+
+_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
+_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")
+_WITH_A_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining")
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json, or nothing if there is none or it is none."""
+    if "config.json" not in checkpoint.side_files:
+        return {}
+    try:
+        config = json.loads(checkpoint.folder.read("config.json"))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def ties(checkpoint: Checkpoint) -> bool:
+    """Whether a model takes its embedding for its head.
+
+    `tie_word_embeddings` says so, at the top or in the part about the text; where it says nothing, models with a head
+    do, since transformers leaves out what is its default.
+    """
+    config = read_config(checkpoint)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return any(isinstance(name, str) and name.endswith(_WITH_A_HEAD) for name in names)
+
+
+def tied_to(head: TensorInfo, checkpoint: Checkpoint) -> TensorInfo | None:
+    """The embedding that a checkpoint which does not store this head uses in its place, if it ties the two."""
+    if not _HEAD.search(head.name) or head.name in checkpoint.tensors or not ties(checkpoint):
+        return None
+    found = [t for t in checkpoint.tensors.values() if _EMBEDDING.search(t.name) and t.shape[1:] == head.shape[1:]]
+    shared = [t for t in found if t.name.endswith("shared.weight")] or found
+    return shared[0] if len(shared) == 1 else None
+
+
+def vocabularies(base: Checkpoint, finetuned: Checkpoint) -> tuple[bytes, bytes, str] | None:
+    """The files of both sides that say which token has which id, of one name, and their name."""
+    for name in _FILES:
+        if name in base.side_files and name in finetuned.side_files:
+            return base.folder.read(name), finetuned.folder.read(name), name
+    return None
+
+
+def token_ids(data: bytes, name: str) -> dict[str, int] | None:
+    """Token → id of a tokenizer.json, vocab.json or vocab.txt; None if it is none."""
+    try:
+        text = data.decode("utf-8")
+        if name == "vocab.txt":
+            return {token: i for i, token in enumerate(text.splitlines())}
+        loaded = json.loads(text)
+        vocabulary = loaded if name == "vocab.json" else loaded["model"]["vocab"]
+        if isinstance(vocabulary, list):  # of pairs of a token and its score
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        added = [] if name == "vocab.json" else loaded.get("added_tokens") or []
+        ids = {**vocabulary, **{entry["content"]: entry["id"] for entry in added}}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return ids if all(isinstance(token, str) and type(i) is int for token, i in ids.items()) else None
+
+
+def moved(base: dict[str, int], finetuned: dict[str, int]) -> list[str]:
+    """base's tokens that have another id in finetuned, in the order of their ids."""
+    return sorted((t for t, i in base.items() if finetuned.get(t, i) != i), key=base.__getitem__)
