@@ -181,9 +181,10 @@ def report(out: str, as_json: bool) -> None:
     from pipeline.manifest import load_manifest, read_table
     from pipeline.report import densities, densities_text, extremes, extremes_text, run_facts, run_text
 
+    facts = run_facts(load_manifest(out), out)
     rows = read_table(out)
     found = densities((row["name"], row["density"]) for row in rows if row["density"] is not None)
-    facts = run_facts(load_manifest(out), out) | extremes(rows) | {"densities": found}
+    facts |= extremes(rows) | {"densities": found}
     text = f"{run_text(facts)}\n\n{extremes_text(facts)}"
     _print(facts, text + (f"\n\ndensities: {densities_text(found)}" if found else ""), as_json)
 

@@ -84,6 +84,7 @@ def prune(
     """Every tensor of the output. Shapes must agree but for tensors whose rule takes one side."""
     out: Tensors = {}
     groups: dict[str, list[str]] = {}
+    densities: dict[str, float] = {}
     for name in sorted(finetuned):
         f, p = finetuned[name], base.get(name)
         action = next((r.rpartition("=")[2] for r in rules if fnmatchcase(name, r.rpartition("=")[0])), "prune")
@@ -94,25 +95,34 @@ def prune(
             out[name] = p.to(target)
         else:
             groups.setdefault(group_of(name, scope), []).append(name)
+            densities[name] = density if action == "prune" else float(action)
     for names in groups.values():
         sides = {name: (real(base[name]), real(finetuned[name])) for name in names}
         if method == "wise-ft":
-            masks = {name: np.full(p.size, density > 0) for name, (p, _) in sides.items()}
+            masks = {name: np.full(p.size, densities[name] > 0) for name, (p, _) in sides.items()}
         else:
             s = np.concatenate([scores(method, p, f, seed, n) if p.size else p[:0] for n, (p, f) in sides.items()])
             ends = np.cumsum([sides[name][0].size for name in names])
-            mask = kept_mask(s, int(s.size * density))
+            mask = kept_mask(s, budget([(sides[name][0].size, densities[name]) for name in names]))
             masks = dict(zip(names, np.split(mask, ends[:-1]), strict=True))
         for name in names:
             target = dtype or finetuned[name].dtype
             kept = finetuned[name].reshape(-1).to(target)
-            if method in ("dare", "wise-ft") and 0 < density < 1:
-                kept = torch.from_numpy(changed_value(method, *sides[name], density)).to(target)
+            if method in ("dare", "wise-ft") and 0 < densities[name] < 1:
+                kept = torch.from_numpy(changed_value(method, *sides[name], densities[name])).to(target)
             mask = torch.from_numpy(masks[name])
             pruned = base[name].reshape(-1).to(target)
             where = torch.where(mask, as_bits(kept), as_bits(pruned)).view(target)
             out[name] = where.reshape(finetuned[name].shape)
     return out
+
+
+def budget(members: list[tuple[int, float]]) -> int:
+    """k of a group: elements of each density add up to n_d, and the n_d·d in ascending order of d."""
+    total = 0.0
+    for density in sorted({d for _, d in members}):
+        total = total + sum(n for n, d in members if d == density) * density
+    return int(total)
 
 
 def changed_value(method: str, p: np.ndarray, f: np.ndarray, density: float) -> np.ndarray:

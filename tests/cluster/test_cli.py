@@ -641,3 +641,17 @@ def test_a_hundred_processes_that_read_the_table_end_well(pair, command):
 
     with ThreadPoolExecutor(3) as pool:
         assert set(pool.map(run, range(100))) == {0}
+
+
+def test_plan_and_report_show_the_density_of_each_tensor(pair):
+    rules = ("--rule", "*mlp*=0.05", "--rule", "lm_head.weight=0")
+    planned = json.loads(on_pair("plan", "--json", *rules).stdout)["densities"]
+    assert planned["lm_head.weight"] == 0
+    assert {d for name, d in planned.items() if "mlp" in name} == {0.05}
+    assert "0.05 for 5: model.layers.0.mlp.up.bias" in on_pair("plan", *rules).stdout
+    assert on_pair("prune", *rules).exit_code == 0
+    assert json.loads(fapm("report", "out", "--json").stdout)["densities"] == planned
+    shown = fapm("report", "out").stdout
+    assert "0.1 asked, others by rule" in shown
+    assert "0 for 1: lm_head.weight" in shown
+    assert "densities" not in on_pair("plan", out="other").stdout

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import UserError, prune
+from pipeline.checking.verify import verify
 from pipeline.manifest import load_manifest, read_table
 from pipeline.shard import sample
 
@@ -195,9 +196,9 @@ def test_kept_and_dropped_elements_are_bit_for_bit_those_of_the_inputs(runner):
 # Groups large enough that a sample suggests the first bracket.
 
 
-def structured(numel: int, length: int, share: float) -> np.ndarray:
+def structured(numel: int, share: float) -> np.ndarray:
     """Whether an element is one of those that a sample of evenly spread runs looks at."""
-    starts, length = sample._runs(numel, share, length)
+    starts, length = sample._runs(numel, share)
     seen = np.zeros(numel, bool)
     seen[(starts[:, None] + np.arange(length)).reshape(-1)] = True
     return seen
@@ -209,7 +210,7 @@ def structured(numel: int, length: int, share: float) -> np.ndarray:
 def test_a_sample_that_misleads_costs_time_only(runner, unseen, scope, density):
     """What the sample sees is changed and shared out evenly; what it does not see is another world."""
     numel = 4 * sample.LOCAL
-    seen = structured(numel, sample.RUN, sample.LOCAL / numel)
+    seen = structured(numel, sample.LOCAL / numel)
     p = np.random.default_rng(0).normal(1, 0.1, numel).astype(np.float32)
     f = np.where(seen, p * np.random.default_rng(1).uniform(1, 2, numel).astype(np.float32), p * np.float32(unseen))
     base, finetuned = {"a": torch.from_numpy(p), "b": torch.ones(100)}, {"a": torch.from_numpy(f), "b": torch.ones(100)}
@@ -222,7 +223,7 @@ def test_a_sample_that_misleads_costs_time_only(runner, unseen, scope, density):
 def test_where_a_sample_sees_only_unchanged_weights(runner, density):
     """Then the first bracket is the score 0 alone, and the threshold may lie right above it or below it."""
     numel = 4 * sample.LOCAL
-    seen = structured(numel, sample.RUN, sample.LOCAL / numel)
+    seen = structured(numel, sample.LOCAL / numel)
     p = np.random.default_rng(0).normal(0, 1, numel).astype(np.float32)
     f = np.where(seen, p, p + np.random.default_rng(1).normal(0, 0.1, numel).astype(np.float32))
     base, finetuned = {"w": torch.from_numpy(p)}, {"w": torch.from_numpy(f)}
@@ -340,6 +341,31 @@ def test_rules_take_tensors_out_of_the_groups(runner, pair, scope):
     runner.write(*pair)
     for rules in (("*norm*=base", "*.bias=finetuned"), ("*.1.*=prune", "model.layers.*=base"), ("*=finetuned",)):
         check(runner, *pair, scope=scope, rules=rules, density=0.3, shard_size=SMALL)
+
+
+DENSITY_RULES = [
+    ("*mlp*=0.05", "lm_head.weight=0"),
+    ("*.weight=0.7", "*=1"),
+    ("model.layers.1.*=base", "model.layers.10.*=1e-1", "*bias=0.333", "*norm*=prune"),
+]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rules", DENSITY_RULES)
+def test_a_density_by_rule_adds_to_its_groups_budget(runner, pair, scope, method, rules):
+    runner.write(*pair)
+    out = check(runner, *pair, scope=scope, method=method, rules=rules, density=0.3, shard_size=SMALL)
+    assert verify(str(out)) == []
+
+
+def test_the_table_has_the_density_of_each_tensor(runner, pair):
+    runner.write(*pair)
+    out, _ = runner.prune(rules=("*mlp*=0.05", "*norm*=base"), density=0.3)
+    for row in read_table(str(out)):
+        expected = 0.05 if "mlp" in row["name"] else None if "norm" in row["name"] else 0.3
+        assert row["density"] == expected
+        assert row["kept"] == (None if expected is None else int(row["numel"] * expected))
 
 
 # Weights that are not finite.
@@ -479,7 +505,9 @@ def test_the_output_s_files(runner, pair):
     assert count > 5
     assert shards == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     assert files - set(shards) == {"model.safetensors.index.json", "config.json", "tokenizer.json"}
-    assert {f.name for f in (out / "fapm").iterdir()} == {"manifest.json", "recipe.yaml", "run.json", "tensors.parquet"}
+    assert {f.name for f in (out / "fapm").iterdir()} == {
+        "log.jsonl", "manifest.json", "recipe.yaml", "run.json", "tensors.parquet"
+    }  # fmt: skip
     assert len(result.manifest["shards"]) == count
     (single, _) = runner.prune()
     assert not (single / "model.safetensors.index.json").exists()
