@@ -1,7 +1,7 @@
-"""The pool whose workers are Ray actors. The driver owns the queue; an actor works on one shard at a time.
+"""The pool whose workers are Ray actors: they come, go and die, and no work is lost.
 
-Only names, offsets and thresholds travel to an actor, and a few numbers back: weights and counts go through the folders
-that driver and workers share.
+`cluster.queue` decides which worker does what; here its decisions meet Ray. Only names, offsets and thresholds travel
+to an actor, and a few numbers back: weights and counts go through the folders that driver and workers share.
 """
 
 from __future__ import annotations
@@ -9,30 +9,93 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
+from pipeline.manifest import RUN
 from pipeline.plan import Plan
 from pipeline.pool import Pool, Step
 from pipeline.recipe import Recipe
 from pipeline.run import Watch
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
+from pipeline.storage.local import Folder
+
+_TICK_SECONDS = 1.0
+_SAY_SECONDS = 60.0  # between two lines that say what the run is waiting for
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What every node has to see as the driver does.
+
+    Attributes:
+        files: paths of the inputs and their sizes.
+        run: path of the output's `fapm/run.json`, and what is in it.
+    """
+
+    files: dict[str, int]
+    run: tuple[str, bytes]
 
 
 class Actor:
     """A worker in a process of its own. Plain: `ray.remote` wraps it where the pool starts it (safetensors#328)."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, name: int):
+        self._name = name
+        self._worker: Worker | None = None
+
+    def __repr__(self) -> str:
+        return f"fapm worker {self._name}"
+
+    def start(self, recipe: Recipe, sight: Sight) -> str:
+        """Make the worker; returns the id of its node.
+
+        Raises:
+            UserError: this node does not see the files that the driver sees.
+        """
+        check_sight(sight)
         self._worker = Worker(recipe)
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def process(self) -> int:
+        """Its process id."""
+        return os.getpid()
 
     def run(self, step: Step, task: Task) -> Done:
+        assert self._worker
         return step(self._worker, task)
+
+
+def check_sight(sight: Sight) -> None:
+    """Whether this node sees the inputs and the output that the driver sees.
+
+    Raises:
+        UserError: it does not, with the node and the path.
+    """
+    path, content = sight.run
+    try:
+        same = Path(path).read_bytes() == content
+    except OSError:
+        same = False
+    missing = [] if same else [path]
+    for file, size in sight.files.items():
+        if not os.path.isfile(file) or os.path.getsize(file) != size:
+            missing.append(file)
+    if missing:
+        raise UserError(
+            f"node {socket.gethostname()} does not see {missing[0]} as the driver does; "
+            "give paths on a file system that all nodes share"
+        )
 
 
 def ray_pool(address: str) -> Callable[[Plan, Watch], Pool]:
@@ -44,11 +107,12 @@ class RayPool:
     """Ray actors, one for each GPU of the cluster or, where it has none, each CPU, at most one a shard.
 
     Raises:
-        UserError: the cluster cannot be reached, or an actor cannot start or dies.
+        UserError: the cluster cannot be reached, a worker cannot start, or a shard fails again and again.
     """
 
     def __init__(self, plan: Plan, watch: Watch, address: str):
         self._watch = watch
+        self._names = {shard.index: shard.name for shard in plan.shards}
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _connect(address, plan.recipe.workers)
@@ -58,44 +122,149 @@ class RayPool:
             raise UserError(f"--device {plan.recipe.device}: the Ray cluster has no GPU; use --device cpu")
         available = gpus or int(resources.get("CPU", 1))
         self.workers = max(1, min(plan.recipe.workers or available, len(plan.shards)))
-        remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(Actor)
-        recipe = _absolute(plan.recipe)
-        self._actors: list[Any] = [remote.remote(recipe) for _ in range(self.workers)]
+        # Never restarted by Ray: the queue asks for another one, and knows that it has.
+        self._remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=0)(Actor)
+        self._recipe = _absolute(plan.recipe)
+        self._sight = _sight(plan, self._recipe)
+        self._queue = Queue(self.workers)
+        self._actors: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
+        self._calls: dict[Any, tuple[int, int | None]] = {}  # under way: the worker, and its task or None: it starts
+        self._errors: dict[int, Exception] = {}  # the last of each task
+        self._said_waiting = time.monotonic()
+        self._do(self._queue.prepare(), _nothing, {})
 
     def wait_until_ready(self) -> None:
-        """Return when every actor has been made."""
-        ray.get([actor.__ray_ready__.remote() for actor in self._actors])
+        """Return when all wanted workers can begin."""
+        while self._queue.ready_workers < self.workers:
+            self._listen(_nothing, {})
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
-        waiting = deque(tasks)
-        running: dict[Any, int] = {}
+        by_index = {task.shard.index: task for task in tasks}
+        sizes = {i: float(sum(t.read_bytes for t in task.shard.tensors)) for i, task in by_index.items()}
+        self._do(self._queue.begin(sizes, time.monotonic(), last=step is Worker.write), step, by_index)
+        while not self._queue.finished:
+            for done in self._listen(step, by_index):
+                self._watch.advance(done.dealt_bytes)
+                yield done
 
-        def give(number: int) -> None:
-            if waiting:
-                running[self._actors[number].run.remote(step, waiting.popleft())] = number
+    def _listen(self, step: Step, by_index: dict[int, Task]) -> list[Done]:
+        """Wait for something to happen, for a second at most, and react; returns the results that count."""
+        found = []
+        calls, _ = ray.wait(list(self._calls), num_returns=1, timeout=_TICK_SECONDS, fetch_local=True)
+        for call in calls:
+            worker, task = self._calls.pop(call)
+            actions, result = self._heard(call, worker, task)
+            for accepted in self._do(actions, step, by_index):
+                assert result
+                found.append(replace(result, tries=accepted.tries))
+        self._look_around(step, by_index)
+        return found
 
-        for number in range(self.workers):
-            give(number)
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(ready)
-            try:
-                done: Done = ray.get(ready)
-            except RayTaskError as error:
-                raise error.cause from error
-            except RayActorError as error:
-                raise PassingError(
-                    f"a Ray worker was lost ({_last_line(error)}); finished shards stay: run the same command again"
-                ) from error
-            give(number)
-            self._watch.advance(done.dealt_bytes)
-            yield done
+    def _heard(self, call: Any, worker: int, task: int | None) -> tuple[list[Action], Done | None]:
+        """What the queue says to the outcome of a call, and the result if it is one."""
+        now = time.monotonic()
+        try:
+            outcome = ray.get(call)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if task is None:
+                raise cause from error  # a worker that cannot start would not elsewhere
+            hopeless = isinstance(cause, UserError) and not isinstance(cause, PassingError)
+            self._errors[task] = cause
+            return self._queue.failed(worker, task, _last_line(cause), now, hopeless), None
+        except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise UserError(f"a Ray worker cannot start: {_last_line(error)}") from error
+            preempted = isinstance(error, RayActorError) and error.preempted
+            how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in _draining() else Loss.CRASHED
+            self._forget(worker)
+            self._watch.say(f"note: worker {worker} was {how.value}; what it had is done elsewhere")
+            return self._queue.lost(worker, how, now), None
+        if task is None:
+            self._nodes[worker] = outcome
+            return self._queue.ready(worker, now), None
+        return self._queue.done(worker, task, now), outcome
+
+    def _look_around(self, step: Step, by_index: dict[int, Task]) -> None:
+        """Time passes, nodes get notice, and somebody may wonder why nothing happens."""
+        now = time.monotonic()
+        self._do(self._queue.tick(now), step, by_index)
+        leaving = _draining()
+        for worker in [w for w, node in self._nodes.items() if node in leaving]:
+            self._do(self._queue.draining(worker, now), step, by_index)
+        if not self._queue.waiting_for_workers:
+            self._said_waiting = now
+        elif now - self._said_waiting >= _SAY_SECONDS:
+            self._said_waiting = now
+            self._watch.say(f"note: waiting for a worker; {self.workers} are asked for and the cluster has no room yet")
+
+    def _do(self, actions: Sequence[Action], step: Step, by_index: dict[int, Task]) -> list[Accept]:
+        """What the queue says; returns the results that count."""
+        accepted = []
+        for action in actions:
+            match action:
+                case Ask(worker):
+                    self._actors[worker] = self._remote.remote(worker)
+                    self._call(worker, None, self._actors[worker].start, "fapm start", self._recipe, self._sight)
+                case Start(worker, task, _):
+                    name = f"fapm {step.__name__} shard {task}"
+                    self._call(worker, task, self._actors[worker].run, name, step, by_index[task])
+                case Release(worker):
+                    self._forget(worker)
+                case Accept():
+                    accepted.append(action)
+                case Stop(task, why):
+                    raise self._stopped(task, why)
+        return accepted
+
+    def _stopped(self, task: int | None, why: str) -> Exception:
+        if task is None:
+            return PassingError(f"{why}; finished shards stay: run the same command again")
+        error = self._errors.get(task)
+        if isinstance(error, UserError):
+            return error
+        if error is not None:
+            error.add_note(f"in {self._names[task]}, after several tries on different workers; finished shards stay")
+            return error
+        return PassingError(f"{self._names[task]}: {why}; finished shards stay: run the same command again")
+
+    def _call(self, worker: int, task: int | None, method: Any, name: str, *arguments: Any) -> None:
+        self._calls[method.options(name=name).remote(*arguments)] = worker, task
+
+    def _forget(self, worker: int) -> None:
+        """Dropping the handle does not always release a worker (ray#59872)."""
+        actor = self._actors.pop(worker, None)
+        self._nodes.pop(worker, None)
+        self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
+        if actor is not None:
+            ray.kill(actor)
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)  # dropping the handle does not always release a worker (ray#59872)
+        for worker in list(self._actors):
+            self._forget(worker)
         if self._owns_ray:
             ray.shutdown()
+
+
+def _nothing(worker: Worker, task: Task) -> Done:
+    raise AssertionError("there is nothing to do yet")
+
+
+def _draining() -> set[str]:
+    """The nodes that have got notice that they will go away."""
+    from ray._private.state import state  # as Ray Data and Train ask for it: there is no public way
+
+    try:
+        return set(state.get_draining_nodes())
+    except Exception:
+        return set()
+
+
+def _sight(plan: Plan, recipe: Recipe) -> Sight:
+    sides = ((recipe.base, plan.base.identity), (recipe.finetuned, plan.finetuned.identity))
+    files = {os.path.join(folder, name): entry["size"] for folder, files in sides for name, entry in files.items()}
+    return Sight(files, (os.path.join(recipe.out, RUN), Folder(recipe.out).read(RUN)))
 
 
 def _connect(address: str, workers: int | None) -> None:

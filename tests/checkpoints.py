@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -64,6 +65,12 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     """The bytes of every safetensors file and index of a folder."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]
     return {f.name: f.read_bytes() for f in sorted(files)}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The same as digests, for large ones."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
 
 
 def raw_file(path: Path, header: dict | bytes, data: bytes, length: int | None = None) -> Path:

@@ -1,0 +1,323 @@
+"""pytest tests/cluster/test_queue.py: whatever happens, nothing is lost, nothing counts twice, and it ends."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cluster.queue import Accept, Action, Ask, Limits, Loss, Queue, Release, Start, Stop
+
+USUAL = Limits()
+LIMITS = Limits(crashes=1000, crashes_of_a_task=1000, failures=1000)
+
+
+class World:
+    """A cluster that does what a queue says, and remembers it."""
+
+    def __init__(self, wanted: int, limits: Limits = USUAL):
+        self.queue, self.now = Queue(wanted, limits), 0.0
+        self.asked: set[int] = set()
+        self.alive: set[int] = set()
+        self.running: dict[int, object] = {}
+        self.accepted: list[object] = []
+        self.started: list[object] = []
+        self.stopped: list[Stop] = []
+
+    def do(self, actions: list[Action]) -> list[Action]:
+        for action in actions:
+            match action:
+                case Ask(worker):
+                    assert worker not in self.asked | self.alive
+                    self.asked.add(worker)
+                case Start(worker, task, following):
+                    assert worker in self.alive, "only a worker that is ready gets a task"
+                    assert worker not in self.running, "one task at a time"
+                    assert following != task
+                    self.running[worker] = task
+                    self.started.append(task)
+                case Release(worker):
+                    self.forget(worker)
+                case Accept(_, task, tries):
+                    assert task not in self.accepted, "no result counts twice"
+                    assert 1 <= tries == self.started.count(task)
+                    self.accepted.append(task)
+                case Stop():
+                    self.stopped.append(action)
+        return actions
+
+    def forget(self, worker: int) -> object | None:
+        self.asked.discard(worker)
+        self.alive.discard(worker)
+        return self.running.pop(worker, None)
+
+    def begin(self, tasks: int, last: bool = True) -> None:
+        self.accepted, self.started = [], []
+        self.do(self.queue.begin(dict.fromkeys(range(tasks), 1.0), self.now, last))
+
+    def ready(self, worker: int) -> list[Action]:
+        self.asked.remove(worker)
+        self.alive.add(worker)
+        return self.do(self.queue.ready(worker, self.now))
+
+    def all_ready(self) -> None:
+        for worker in sorted(self.asked):
+            if worker in self.asked:
+                self.ready(worker)
+
+    def done(self, worker: int) -> list[Action]:
+        return self.do(self.queue.done(worker, self.running.pop(worker), self.now))
+
+    def failed(self, worker: int, **how: bool) -> list[Action]:
+        return self.do(self.queue.failed(worker, self.running.pop(worker), "why", self.now, **how))
+
+    def lost(self, worker: int, how: Loss = Loss.CRASHED) -> list[Action]:
+        self.forget(worker)
+        return self.do(self.queue.lost(worker, how, self.now))
+
+    def tick(self, seconds: float) -> list[Action]:
+        self.now += seconds
+        return self.do(self.queue.tick(self.now))
+
+
+def with_workers(count: int, tasks: int, limits: Limits = USUAL, last: bool = True) -> World:
+    world = World(count, limits)
+    world.begin(tasks, last)
+    world.all_ready()
+    return world
+
+
+def test_all_workers_are_asked_for_at_once_and_used_as_they_come():
+    world = World(3)
+    world.begin(10)
+    assert world.asked == {0, 1, 2}
+    assert world.queue.waiting_for_workers
+    assert world.ready(1) == [Start(1, 0, 1)]
+    assert world.done(1) == [Accept(1, 0, 1), Start(1, 1, 2)]
+    assert world.ready(0) == [Start(0, 2, 3)]
+    assert not world.queue.waiting_for_workers
+
+
+def test_no_more_workers_than_tasks():
+    world = World(8)
+    world.begin(2)
+    assert len(world.asked) == 2
+
+
+@pytest.mark.parametrize("how", Loss)
+def test_what_a_lost_worker_had_is_done_first_and_another_worker_asked_for(how):
+    world = with_workers(2, 5)
+    actions = world.lost(0, how)
+    assert [type(a) for a in actions] == [Ask]
+    assert world.done(1)[1] == Start(1, 0, 2)
+    assert world.queue.losses[how] == 1
+
+
+def test_a_draining_worker_ends_what_it_has_and_gets_nothing_new():
+    world = with_workers(2, 6)
+    actions = world.do(world.queue.draining(0, world.now))
+    assert [type(a) for a in actions] == [Ask]  # its replacement
+    assert world.done(0) == [Accept(0, 0, 1), Release(0)]
+    idle = with_workers(2, 6, last=False)
+    while not idle.queue.finished:
+        idle.done(min(idle.running))
+    assert idle.do(idle.queue.draining(1, 0.0)) == [Release(1)]
+
+
+def test_preempted_workers_use_up_no_budget():
+    world = with_workers(1, 3, Limits(crashes=2, crashes_of_a_task=2))
+    for _ in range(50):
+        world.lost(min(world.alive), Loss.PREEMPTED)
+        world.all_ready()
+    assert not world.stopped
+    world.lost(min(world.alive))
+    world.all_ready()
+    world.lost(min(world.alive))
+    assert world.stopped == [Stop(0, "2 workers were lost while they had it")]
+
+
+def test_workers_that_are_lost_one_after_the_other_end_the_run_and_a_result_in_between_does_not():
+    limits = Limits(crashes=3, crashes_of_a_task=99)
+    world = with_workers(1, 9, limits)
+    for _ in range(5):
+        for _ in range(2):
+            world.lost(min(world.alive))
+            world.all_ready()
+        world.done(min(world.running))
+    assert not world.stopped
+    for _ in range(3):
+        world.lost(min(world.alive | world.asked))
+        world.all_ready()
+    assert [stop.task for stop in world.stopped] == [None]
+
+
+def test_a_task_that_fails_three_times_on_different_workers_stops_the_run():
+    world = with_workers(3, 9)
+    seen = []
+    while not world.stopped:
+        worker = next(w for w, task in world.running.items() if task == 0)
+        seen.append(worker)
+        world.failed(worker)
+        for other in [w for w, task in world.running.items() if task != 0]:
+            if not world.stopped and 0 not in world.running.values():
+                world.done(other)
+    assert world.stopped == [Stop(0, "why")]
+    assert len(set(seen)) == 3
+
+
+def test_a_task_that_fails_goes_to_the_only_worker_again():
+    world = with_workers(1, 2)
+    world.failed(0)
+    assert world.running[0] in (0, 1)
+    while not world.queue.finished:
+        world.done(0)
+    assert not world.stopped
+
+
+def test_a_hopeless_task_stops_the_run_at_once():
+    world = with_workers(2, 9)
+    assert world.failed(0, hopeless=True) == [Stop(0, "why")]
+
+
+def test_a_worker_that_takes_far_too_long_is_given_up():
+    world = with_workers(2, 30, Limits(hung_factor=10, hung_seconds=20))
+    for _ in range(4):
+        world.now += 1
+        world.done(1)
+    assert world.tick(5) == []
+    world.done(1)
+    actions = world.tick(15)
+    assert Release(0) in actions
+    assert any(isinstance(a, Ask) for a in actions)
+    assert world.queue.losses[Loss.HUNG] == 1
+    world.all_ready()
+    assert 0 in world.running.values()  # the task, on another worker
+
+
+def test_nobody_is_given_up_while_there_is_nothing_to_compare_with():
+    world = with_workers(2, 4, Limits(unknown_seconds=1000))
+    assert world.tick(999) == []
+    assert len([a for a in world.tick(2) if isinstance(a, Release)]) == 2
+
+
+def test_the_last_task_is_given_to_a_second_worker_and_the_first_result_counts():
+    world = with_workers(2, 4, Limits(slow_factor=2, slow_seconds=5))
+    for _ in range(3):
+        world.now += 1
+        world.done(1)
+    assert set(world.running) == {0}
+    assert world.tick(1) == []
+    assert world.tick(10) == [Start(1, 0, None)]
+    assert world.tick(10) == []  # not a third time
+    actions = world.done(1)
+    assert actions[0] == Accept(1, 0, 2)
+    assert Release(0) in actions
+    assert world.queue.finished
+
+
+def test_what_a_beaten_worker_says_afterwards_counts_for_nothing():
+    world = with_workers(2, 2)
+    world.now += 1
+    world.done(1)
+    world.tick(100)
+    world.done(0)
+    assert world.queue.finished
+    assert world.do(world.queue.done(1, 0, world.now)) == []
+
+
+def test_at_the_end_of_the_last_step_idle_and_pending_workers_are_let_go_but_one():
+    world = World(6)
+    world.begin(6)
+    for worker in range(4):
+        world.ready(worker)
+    for worker in (0, 1):
+        world.done(worker)
+    assert world.asked == set()
+    assert len(world.alive) == 4
+    world.done(2)
+    assert len(world.alive - set(world.running)) <= 1
+
+
+def test_between_two_steps_workers_stay():
+    world = with_workers(3, 3, last=False)
+    for worker in (0, 1, 2):
+        world.done(worker)
+    assert world.alive == {0, 1, 2}
+    world.begin(3)
+    assert set(world.running) == {0, 1, 2}
+
+
+class AnythingHappens(RuleBasedStateMachine):
+    """Losses, readiness, results and time in any order."""
+
+    @initialize(wanted=st.integers(1, 5), tasks=st.integers(0, 12), last=st.booleans())
+    def start(self, wanted: int, tasks: int, last: bool) -> None:
+        self.world, self.tasks = World(wanted, LIMITS), tasks
+        self.world.begin(tasks, last)
+
+    @precondition(lambda self: self.world.asked)
+    @rule(data=st.data())
+    def a_worker_is_ready(self, data: st.DataObject) -> None:
+        self.world.ready(data.draw(st.sampled_from(sorted(self.world.asked))))
+
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data(), seconds=st.floats(0, 50))
+    def a_result(self, data: st.DataObject, seconds: float) -> None:
+        self.world.now += seconds
+        self.world.done(data.draw(st.sampled_from(sorted(self.world.running))))
+
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data())
+    def a_failure(self, data: st.DataObject) -> None:
+        self.world.failed(data.draw(st.sampled_from(sorted(self.world.running))))
+
+    @precondition(lambda self: self.world.alive | self.world.asked)
+    @rule(data=st.data(), how=st.sampled_from([Loss.CRASHED, Loss.PREEMPTED]))
+    def a_loss(self, data: st.DataObject, how: Loss) -> None:
+        self.world.lost(data.draw(st.sampled_from(sorted(self.world.alive | self.world.asked))), how)
+
+    @precondition(lambda self: self.world.alive)
+    @rule(data=st.data())
+    def a_notice(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.world.alive)))
+        self.world.do(self.world.queue.draining(worker, self.world.now))
+
+    @rule(seconds=st.floats(0, 5000))
+    def time_passes(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @rule(worker=st.integers(0, 60), task=st.integers(0, 12))
+    def somebody_unknown_speaks(self, worker: int, task: int) -> None:
+        if worker not in self.world.alive | self.world.asked:
+            assert not [a for a in self.world.queue.lost(worker, Loss.CRASHED, self.world.now) if isinstance(a, Stop)]
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        waiting = set(self.world.queue._waiting)
+        assert waiting | set(self.world.running.values()) | set(self.world.accepted) >= set(range(self.tasks))
+        assert not waiting & set(self.world.accepted)
+        assert len(self.world.alive | self.world.asked) <= 3 * self.world.queue.wanted + self.tasks
+
+    @invariant()
+    def a_worker_is_there_or_coming_while_there_is_work(self) -> None:
+        assert self.world.queue.finished or self.world.alive | self.world.asked
+
+    def teardown(self) -> None:
+        """However it was left, it comes to an end when workers work."""
+        if not hasattr(self, "world"):
+            return
+        for _ in range(10 * self.tasks + 50):
+            if self.world.queue.finished:
+                break
+            if self.world.running:
+                self.world.done(min(self.world.running))
+            else:
+                self.world.all_ready()
+        assert self.world.queue.finished
+        assert sorted(self.world.accepted) == list(range(self.tasks))
+        assert not self.world.stopped
+
+
+AnythingHappens.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestAnythingHappens = AnythingHappens.TestCase
