@@ -1,4 +1,7 @@
-"""pytest tests/pipeline/test_verify.py: what `verify` accepts, and that it names whatever is changed in an output."""
+"""pytest tests/pipeline/checking/test_verify.py
+
+What `verify` accepts, and that it names whatever is changed in an output.
+"""
 
 from __future__ import annotations
 

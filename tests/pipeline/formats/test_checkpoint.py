@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/test_checkpoint.py: folders as found in the wild: a checkpoint or one error."""
+"""pytest tests/pipeline/formats/test_checkpoint.py: folders as found in the wild: a checkpoint or one error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""pytest tests/pipeline/test_dtypes.py: stored values in and out of float32, against torch and exact fractions."""
+"""pytest tests/pipeline/formats/test_dtypes.py
+
+Stored values in and out of float32, against torch and exact fractions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""pytest tests/pipeline/test_header.py: headers are what the safetensors library writes and reads, or one error."""
+"""pytest tests/pipeline/formats/test_header.py
+
+Headers are what the safetensors library writes and reads, or one error.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/test_score.py: every method against its formula, in numpy, in torch and compiled."""
+"""pytest tests/pipeline/scoring/test_methods.py: every method against its formula, in numpy, in torch and compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""pytest tests/pipeline/test_threshold.py: counting finds what a sort finds, from any bracket, with any bins."""
+"""pytest tests/pipeline/scoring/test_threshold.py
+
+Counting finds what a sort finds, from any bracket, with any bins.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/test_memory.py: memory follows the budget, and the bytes do not."""
+"""pytest tests/pipeline/shard/test_memory.py: memory follows the budget, and the bytes do not."""
 
 from __future__ import annotations
 

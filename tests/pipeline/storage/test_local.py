@@ -1,4 +1,7 @@
-"""pytest tests/pipeline/test_storage.py: nothing outside a folder is reached, and files appear whole or not at all."""
+"""pytest tests/pipeline/storage/test_local.py
+
+Nothing outside a folder is reached, and files appear whole or not at all.
+"""
 
 from __future__ import annotations
 
