@@ -44,19 +44,32 @@ _njit: Any = functools.partial(njit, nogil=True, error_model="numpy")
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    """Compile when it is first called, and keep the result where numba finds a folder: beside this file, in the user's
-    cache, or else in a private folder for temporary files. Where none can be written, in memory only."""
+    """Compile when it is first called, and keep the result, unless no folder can be written."""
+    folder = _folder()
+    if folder is None:
+        return _njit()(function)
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
     try:
         return _njit(cache=True)(function)
-    except RuntimeError:  # numba has found no folder
-        folder = _private_folder()
-        if folder is None:
-            return _njit()(function)
-        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
-        try:
-            return _njit(cache=True)(function)
-        except RuntimeError:
-            return _njit()(function)
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _folder() -> str | None:
+    """Where compiled loops are kept: NUMBA_CACHE_DIR, the user's cache, or a private folder for temporary files.
+
+    Never beside the sources, where an installer would leave them behind.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for folder in (os.environ.get("NUMBA_CACHE_DIR"), os.path.join(home, "fapm", "compiled")):
+        if folder and os.path.isabs(folder):
+            with contextlib.suppress(OSError):
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+                return folder
+    return _private_folder()
 
 
 def _private_folder() -> str | None:
@@ -84,8 +97,7 @@ class _Announcer(event.Listener):
     def on_start(self, event: Any) -> None:
         say, self._say = self._say, None
         if say:
-            cache = getattr(abs_sums, "_cache", None)
-            kept = getattr(cache, "cache_path", None)
+            kept = _folder()
             say(
                 "compiling the arithmetic for this machine, some seconds"
                 + (f" once: it is kept in {kept}" if kept else "; no folder can be written to keep it for the next run")

@@ -89,17 +89,8 @@ def without_temporary_cache() -> Iterator[None]:
         aside.rename(folder)
 
 
-@pytest.fixture
-def nothing_kept() -> None:
-    """What numba has kept beside the sources is found there also where nothing can be written."""
-    for cache in (REPOSITORY / "pipeline" / "scoring" / "__pycache__").glob("compiled.*.nb?"):
-        cache.unlink()
-
-
 @pytest.mark.slow
-def test_an_install_that_cannot_be_written_compiles_once(
-    pair_of_folders: Path, without_temporary_cache: None, nothing_kept: None
-) -> None:
+def test_an_install_that_cannot_be_written_compiles_once(pair_of_folders: Path, without_temporary_cache: None) -> None:
     first = on_read_only(pair_of_folders, "one")
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("compiling the arithmetic for this machine") == 1
@@ -111,7 +102,7 @@ def test_an_install_that_cannot_be_written_compiles_once(
 
 @pytest.mark.slow
 def test_a_machine_on_which_nothing_can_be_written_but_the_output(
-    pair_of_folders: Path, without_temporary_cache: None, nothing_kept: None
+    pair_of_folders: Path, without_temporary_cache: None
 ) -> None:
     for out in ("one", "two"):
         done = on_read_only(pair_of_folders, out, "/tmp", "/var/tmp")
@@ -143,3 +134,19 @@ def test_a_disk_too_full_to_keep_what_was_compiled_is_no_error(pair_of_folders: 
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_in_the_users_cache_and_not_beside_the_sources(pair_of_folders: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(pair_of_folders / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    before = set(REPOSITORY.glob("pipeline/**/*.nb?"))
+    for out, times in (("one", 1), ("two", 0)):
+        command = [*PRUNE, "--out", out]
+        done = subprocess.run(
+            command, cwd=pair_of_folders, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("compiling") == times
+    assert list((pair_of_folders / "cache" / "fapm" / "compiled").rglob("*.nbi"))
+    assert set(REPOSITORY.glob("pipeline/**/*.nb?")) == before
