@@ -41,7 +41,7 @@ class Progress:
         """What a run tells its progress to."""
         from pipeline.run import Watch
 
-        return Watch(begin=self.begin, advance=self.advance, say=self.say)
+        return Watch(begin=self.begin, expect=self.expect, advance=self.advance, say=self.say)
 
     def begin(self, plan: Plan, nbytes: int) -> None:
         """A run begins that will deal with `nbytes` of input."""
@@ -75,6 +75,11 @@ class Progress:
         self._bar = Bar(total=nbytes, desc=label, unit="B", unit_scale=True, file=self._stream, leave=False, **size)
         self._drawer = threading.Thread(target=self._draw_until_ended, name="progress", daemon=True)
         self._drawer.start()
+
+    def expect(self, nbytes: int) -> None:
+        """So many bytes more will be dealt with than was said."""
+        if self._bar is not None:
+            self._bar.total += nbytes
 
     def advance(self, nbytes: int) -> None:
         """So many more bytes have been dealt with. From any thread."""

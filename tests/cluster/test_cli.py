@@ -518,6 +518,21 @@ def test_no_byte_is_lost_between_threads():
     assert "480k/480k" in terminal.getvalue()
 
 
+def test_the_bar_follows_a_count_that_has_to_be_done_again(pair, monkeypatch):
+    from pipeline import Recipe, prune
+    from pipeline.scoring.threshold import HIGHEST_KEY, Bracket
+
+    wrong = Bracket(HIGHEST_KEY - 5, HIGHEST_KEY)
+    monkeypatch.setattr("pipeline.run.first_brackets", lambda plan, pool, names: dict.fromkeys(names, wrong))
+    sides = {side: str(pair / side) for side in ("base", "finetuned", "out")}
+    terminal = Terminal()
+    with Progress(terminal) as progress:
+        result = prune(Recipe.of(**sides, scope="global", shard_size="4kB", workers=1), watch=progress.watch())
+    assert result.manifest["rounds"] > 1
+    total = f"{result.plan.pair_bytes * (1 + result.manifest['rounds']) / 1000:.1f}k"
+    assert f"{total}/{total}" in terminal.getvalue()
+
+
 # Help.
 
 
