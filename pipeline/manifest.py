@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.plan import Plan, index_json
 from pipeline.scoring.threshold import Threshold
-from pipeline.shard.table import from_parquet, to_parquet, totals
-from pipeline.shard.task import from_bytes, record_name, rows_name, saved_read_bytes
+from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
+from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
 from pipeline.storage.local import TEMPORARY, Folder
 
 RUN = "fapm/run.json"
@@ -206,7 +206,7 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
     out = Folder(plan.recipe.out)
     records = [_read_json(out, record_name(s.index)) for s in plan.shards]
-    measured = np.concatenate([from_bytes(out.read(rows_name(s.index))) for s in plan.shards])
+    measured = np.concatenate([np.frombuffer(out.read(rows_name(s.index)), MEASURED) for s in plan.shards])
     out.write(RECIPE, plan.recipe.to_yaml().encode())
     out.write(TABLE, to_parquet(plan.shards, plan.groups, measured))
     for name, data in _beside(plan):
@@ -264,7 +264,7 @@ def replaceable_bytes(plan: Plan, state: State) -> int:
 
 
 def _read_to_measure(out: Folder) -> int:
-    return sum(saved_read_bytes(out, name) for name in out.files(WORK) if name.endswith(".npz"))
+    return sum(saved_read_bytes(out, name) for name in out.files(WORK) if name.endswith(ARRAYS))
 
 
 def _config(plan: Plan) -> bytes:

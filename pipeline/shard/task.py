@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import socket
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from pipeline.plan import Group, PairedTensor, Shard
 from pipeline.recipe import Recipe
@@ -77,13 +78,16 @@ def known_threshold(recipe: Recipe, group: Group, density: float) -> Threshold |
 
 # The files.
 
+ARRAYS = ".arrays"
+"""How the names of samples and counts end."""
+
 
 def sample_name(shard: int) -> str:
-    return f"fapm/work/sample-{shard:05d}.npz"
+    return f"fapm/work/sample-{shard:05d}{ARRAYS}"
 
 
 def measure_name(shard: int, round_: int) -> str:
-    return f"fapm/work/measure-{round_}-{shard:05d}.npz"
+    return f"fapm/work/measure-{round_}-{shard:05d}{ARRAYS}"
 
 
 def record_name(shard: int) -> str:
@@ -91,7 +95,7 @@ def record_name(shard: int) -> str:
 
 
 def rows_name(shard: int) -> str:
-    return f"fapm/work/shard-{shard:05d}.npy"
+    return f"fapm/work/shard-{shard:05d}.rows"
 
 
 READ_BYTES = "read_bytes"
@@ -101,21 +105,27 @@ READ_BYTES = "read_bytes"
 def save_arrays(folder: Folder, name: str, read_bytes: int, groups: list[str], **arrays: np.ndarray) -> None:
     """Leave arrays about some groups for the driver."""
     names = np.frombuffer(json.dumps(groups).encode(), np.uint8)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{READ_BYTES: np.array(read_bytes)}, groups=names, **arrays)  # type: ignore[arg-type]
-    folder.write(name, buffer.getvalue())
+    folder.write(name, pack({READ_BYTES: np.array([read_bytes]), "groups": names, **arrays}))
 
 
 def load_arrays(folder: Folder, name: str, *wanted: str) -> tuple[list[str], dict[str, np.ndarray]]:
     """The names of the groups that a worker saved something about, and the arrays."""
-    with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as saved:
-        return json.loads(saved["groups"].tobytes()), {key: saved[key] for key in wanted}
+    saved = unpack(folder.read(name))
+    return json.loads(saved["groups"].tobytes()), {key: saved[key] for key in wanted}
 
 
 def saved_read_bytes(folder: Folder, name: str) -> int:
     """How many input bytes a worker read for what it saved under this name."""
-    with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as saved:
-        return int(saved[READ_BYTES])
+    return int(unpack(folder.read(name))[READ_BYTES][0])
+
+
+def pack(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays as bytes. Not in numpy's format: reading it parses Python, which Python 3.11 cannot do in two threads."""
+    return zlib.compress(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}), 1)
+
+
+def unpack(data: bytes) -> dict[str, np.ndarray]:
+    return load(zlib.decompress(data))
 
 
 def load_means(folder: Folder, shard: Shard) -> np.ndarray:
@@ -129,17 +139,6 @@ def load_means(folder: Folder, shard: Shard) -> np.ndarray:
             found = load_arrays(folder, name, "means")[1]["means"]
             means = np.where(np.isnan(means), found, means)
     return means
-
-
-def to_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def from_bytes(data: bytes) -> np.ndarray:
-    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
 
 
 Check = Callable[[], None]

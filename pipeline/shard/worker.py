@@ -36,7 +36,6 @@ from pipeline.shard.task import (
     rows_name,
     sample_name,
     save_arrays,
-    to_bytes,
 )
 from pipeline.shard.writing import Sink
 from pipeline.storage.local import Folder
@@ -163,7 +162,7 @@ class Worker:
             sink.abandon()
             raise
         seconds, read = time.perf_counter() - began, self._reader.bytes_read - read
-        self._out.write(rows_name(shard.index), to_bytes(rows))
+        self._out.write(rows_name(shard.index), rows.tobytes())
         record = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum, "read_bytes": read}
         record["seconds"] = round(seconds, 3)
         self._out.write(record_name(shard.index), json.dumps(record).encode())
