@@ -151,11 +151,13 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     heads = _tied_heads(base, finetuned, added, oddities)
     paired = _pair_all(recipe, base, finetuned, heads, oddities)
     _compare_vocabularies(recipe, base, finetuned, paired, oddities)
+    alone = []
     for name in left_out:
         embedding = tied_to(base.tensors[name], finetuned)
         if embedding:
             oddities.append(f"{name} is left out: finetuned ties it to {embedding.name}")
-    alone = [name for name in left_out if not tied_to(base.tensors[name], finetuned)]
+        else:
+            alone.append(name)
     if alone:
         oddities.append(f"{len(alone)} tensor(s) that only base has are left out: {_first(alone)}")
     added = tuple(name for name in added if name not in heads)
