@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +20,8 @@ from pipeline.errors import PassingError, UserError
 if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.pool import Pool
-    from pipeline.run import Watch
+    from pipeline.run import MakePool, Watch
+    from pipeline.storage.local import Folder
 
 
 class Commands(click.Group):
@@ -97,14 +97,14 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
     _print(facts, run_text(facts), as_json)
 
 
-def _pool(ray: str, by: str) -> Callable[[Plan, Watch], Pool]:
+def _pool(ray: str, by: str) -> MakePool:
     """Makes the workers, and says which and why."""
 
-    def make(plan: Plan, watch: Watch) -> Pool:
+    def make(plan: Plan, out: Folder, watch: Watch) -> Pool:
         if ray == "off":
             from pipeline.run import in_process
 
-            threads = in_process(plan, watch)
+            threads = in_process(plan, out, watch)
             why = f"by {by}" if by else "give --ray to use a cluster"
             watch.say(f"running in this process with {threads.workers} worker(s) ({why})")
             return threads
@@ -118,7 +118,7 @@ def _pool(ray: str, by: str) -> Callable[[Plan, Watch], Pool]:
             ) from None
         where = "a Ray of its own on this machine" if ray == "local" else f"the Ray cluster at {ray}"
         watch.say(f"running on {where} (by {by})")
-        return ray_pool(ray)(plan, watch)
+        return ray_pool(ray)(plan, out, watch)
 
     return make
 

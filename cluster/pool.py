@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
 from pipeline.manifest import RUN
 from pipeline.plan import Plan
-from pipeline.pool import Pool, Step
+from pipeline.pool import Step
 from pipeline.recipe import Recipe
-from pipeline.run import Watch
+from pipeline.run import MakePool, Watch
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
 from pipeline.storage.local import Folder
@@ -56,14 +56,14 @@ class Actor:
     def __repr__(self) -> str:
         return f"fapm worker {self._name}"
 
-    def start(self, recipe: Recipe, sight: Sight) -> str:
+    def start(self, recipe: Recipe, out: Folder, sight: Sight) -> str:
         """Make the worker; returns the id of its node.
 
         Raises:
             UserError: this node does not see the files that the driver sees.
         """
         check_sight(sight)
-        self._worker = Worker(recipe)
+        self._worker = Worker(recipe, out)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -98,9 +98,9 @@ def check_sight(sight: Sight) -> None:
         )
 
 
-def ray_pool(address: str) -> Callable[[Plan, Watch], Pool]:
+def ray_pool(address: str) -> MakePool:
     """What makes a pool on the cluster at `address`; `local` starts one on this machine for the time of the run."""
-    return lambda plan, watch: RayPool(plan, watch, address)
+    return lambda plan, out, watch: RayPool(plan, out, watch, address)
 
 
 class RayPool:
@@ -110,7 +110,7 @@ class RayPool:
         UserError: the cluster cannot be reached, a worker cannot start, or a shard fails again and again.
     """
 
-    def __init__(self, plan: Plan, watch: Watch, address: str):
+    def __init__(self, plan: Plan, out: Folder, watch: Watch, address: str):
         self._watch = watch
         self._names = {shard.index: shard.name for shard in plan.shards}
         self._owns_ray = not ray.is_initialized()
@@ -125,7 +125,8 @@ class RayPool:
         # Never restarted by Ray: the queue asks for another one, and knows that it has.
         self._remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=0)(Actor)
         self._recipe = _absolute(plan.recipe)
-        self._sight = _sight(plan, self._recipe)
+        self._out = out.absolute()
+        self._sight = _sight(plan, self._recipe, self._out)
         self._queue = Queue(self.workers)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
@@ -206,7 +207,9 @@ class RayPool:
             match action:
                 case Ask(worker):
                     self._actors[worker] = self._remote.remote(worker)
-                    self._call(worker, None, self._actors[worker].start, "fapm start", self._recipe, self._sight)
+                    self._call(
+                        worker, None, self._actors[worker].start, "fapm start", self._recipe, self._out, self._sight
+                    )
                 case Start(worker, task, _):
                     name = f"fapm {step.__name__} shard {task}"
                     self._call(worker, task, self._actors[worker].run, name, step, by_index[task])
@@ -261,10 +264,10 @@ def _draining() -> set[str]:
         return set()
 
 
-def _sight(plan: Plan, recipe: Recipe) -> Sight:
+def _sight(plan: Plan, recipe: Recipe, out: Folder) -> Sight:
     sides = ((recipe.base, plan.base.identity), (recipe.finetuned, plan.finetuned.identity))
     files = {os.path.join(folder, name): entry["size"] for folder, files in sides for name, entry in files.items()}
-    return Sight(files, (os.path.join(recipe.out, RUN), Folder(recipe.out).read(RUN)))
+    return Sight(files, (str(out.path / RUN), out.read(RUN)))
 
 
 def _connect(address: str, workers: int | None) -> None:

@@ -16,8 +16,8 @@ LOG = "fapm/log.jsonl"
 class Log:
     """Appends to the log of one output folder. A log that cannot be written is no reason to fail."""
 
-    def __init__(self, path: str):
-        self._folder = Folder(path)
+    def __init__(self, folder: Folder):
+        self._folder = folder
 
     def add(self, event: str, **facts: Any) -> None:
         """A line with the time (UTC), what happened (`begun`, `shard`, `finished`, `failed`, `stopped`), and more."""

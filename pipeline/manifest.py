@@ -23,6 +23,7 @@ from pipeline.plan import Plan, index_json
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
+from pipeline.storage.hold import LOCKS
 from pipeline.storage.local import TEMPORARY, Folder
 
 RUN = "fapm/run.json"
@@ -133,13 +134,10 @@ def _how(what: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
     return "modified {} then, {} now".format(*when)
 
 
-def begin(plan: Plan, state: State) -> None:
-    """Make the folder ready: a new run removes what an earlier one left, a resumed one what it left half-written."""
-    out = Folder(plan.recipe.out)
-    out.remove_folder(TEMPORARY)
+def begin(plan: Plan, state: State, out: Folder) -> None:
+    """Make the held folder ready: a new run removes what an earlier one left."""
     if state == "new":
-        if out.exists():
-            _clear(out)
+        _clear(out)
         out.write(RUN, json.dumps(_identity(plan), indent=1).encode())
     else:
         out.remove(MANIFEST)
@@ -153,7 +151,10 @@ def _clear(out: Folder) -> None:
     for name in files:
         if "/" not in name and (name.endswith((".safetensors", ".index.json"))):
             out.remove(name)
-    out.remove_folder("fapm")
+    for name in files:
+        if name.startswith("fapm/") and not name.startswith((f"{LOCKS}/", f"{TEMPORARY}/")):
+            out.remove(name)
+    out.remove_folder(WORK)
 
 
 def unfinished_shards(plan: Plan) -> list[int]:
@@ -202,9 +203,8 @@ def load_manifest(path: str) -> dict[str, Any]:
     return _read_json(folder, MANIFEST)
 
 
-def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
+def finish(plan: Plan, facts: dict[str, Any], out: Folder) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
-    out = Folder(plan.recipe.out)
     records = [_read_json(out, record_name(s.index)) for s in plan.shards]
     measured = np.concatenate([np.frombuffer(out.read(rows_name(s.index)), MEASURED) for s in plan.shards])
     out.write(RECIPE, plan.recipe.to_yaml().encode())
@@ -228,7 +228,7 @@ def finish(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
         **facts,
     }
     out.write(MANIFEST, json.dumps(manifest, indent=1).encode())
-    tidy(plan)
+    tidy(plan, out)
     return manifest
 
 
@@ -244,14 +244,19 @@ def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
         yield "config.json", lambda: _config(plan)
 
 
-def tidy(plan: Plan) -> None:
-    """Leave a finished run whole: what is missing beside its shards is made again, what it has no use for removed."""
+def is_tidy(plan: Plan) -> bool:
+    """Whether a finished run has all that lies beside its shards, and nothing that it has no use for."""
     out = Folder(plan.recipe.out)
+    useless = any((out.path / name).exists() for name in (WORK, TEMPORARY, LOCKS))
+    return all(out.has(name) for name, _ in _beside(plan)) and not useless
+
+
+def tidy(plan: Plan, out: Folder) -> None:
+    """Make a finished run so."""
     for name, data in _beside(plan):
         if not out.has(name):
             out.write(name, data())
     out.remove_folder(WORK)
-    out.remove_folder(TEMPORARY)
 
 
 def replaceable_bytes(plan: Plan, state: State) -> int:

@@ -15,6 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.scoring.device import announce
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
+from pipeline.storage.local import Folder
 
 Step = Callable[[Worker, Task], Done]
 
@@ -49,6 +50,7 @@ class Threads:
 
     Args:
         recipe: the run's.
+        out: the folder that it holds.
         workers: threads, each with a memory budget of its own.
         progress: told bytes of input dealt with, from any thread.
         say: told if something has to be compiled first.
@@ -57,6 +59,7 @@ class Threads:
     def __init__(
         self,
         recipe: Recipe,
+        out: Folder,
         workers: int,
         progress: Callable[[int], None] | None = None,
         say: Callable[[str], None] = lambda line: None,
@@ -64,7 +67,7 @@ class Threads:
         self.workers = workers
         self._cancelled = threading.Event()
         self._end_announcing = announce(recipe.device, say)
-        self._workers = [Worker(recipe, progress, self._cancelled) for _ in range(workers)]
+        self._workers = [Worker(recipe, out, progress, self._cancelled) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
         waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()

@@ -20,6 +20,7 @@ from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, 
 from pipeline.shard.sample import Survey
 from pipeline.shard.task import Task, known_threshold, load_arrays, measure_name, sample_name
 from pipeline.shard.worker import Worker
+from pipeline.storage.hold import hold
 from pipeline.storage.local import Folder
 
 
@@ -53,11 +54,14 @@ class Watch:
     say: Callable[[str], None] = lambda line: None
 
 
+MakePool = Callable[[Plan, Folder, Watch], Pool]
+
+
 def prune(
     recipe: Recipe,
     *,
     overwrite: bool = False,
-    pool: Callable[[Plan, Watch], Pool] | None = None,
+    pool: MakePool | None = None,
     watch: Watch | None = None,
 ) -> Result:
     """Prune a checkpoint as the recipe says, or go on with a prune that was stopped.
@@ -69,30 +73,45 @@ def prune(
         watch: told about the progress.
 
     Raises:
-        UserError: the inputs, the folder or the disk do not allow it. What is finished stays.
+        UserError: the inputs, the folder or the disk do not allow it, or another run is at work there. What is
+            finished stays.
     """
     began = time.perf_counter()
     watch = watch or Watch()
     plan = make_plan(recipe)
     state = manifest.check_folder(plan, overwrite)
-    if state == "finished":
-        manifest.tidy(plan)
-        return Result(manifest.load_manifest(recipe.out), plan, len(plan.shards), True, time.perf_counter() - began)
+    if state == "finished" and manifest.is_tidy(plan):
+        return _nothing_to_do(plan, began)
     check_disk(plan, state)
-    manifest.begin(plan, state)
-    log = Log(recipe.out)
+    with hold(recipe.out, watch.say) as out:
+        state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
+        if state == "finished":
+            manifest.tidy(plan, out)
+            return _nothing_to_do(plan, began)
+        return _prune(plan, state, out, pool or in_process, watch, began)
+
+
+def _nothing_to_do(plan: Plan, began: float) -> Result:
+    made = manifest.load_manifest(plan.recipe.out)
+    return Result(made, plan, len(plan.shards), True, time.perf_counter() - began)
+
+
+def _prune(plan: Plan, state: manifest.State, out: Folder, pool: MakePool, watch: Watch, began: float) -> Result:
+    """Prune into a folder that is held."""
+    manifest.begin(plan, state, out)
+    log = Log(out)
     todo = manifest.unfinished_shards(plan)
     facts: dict[str, Any] = {"resumed": len(plan.shards) - len(todo)}
     log.add("begun", fapm=manifest.version(), shards=len(plan.shards), **facts)
     try:
         if todo:
             watch.begin(plan, bytes_to_deal_with(plan, todo))
-            with closing((pool or in_process)(plan, watch)) as workers:
-                thresholds, quotas, rounds = find_thresholds(plan, workers, watch)
+            with closing(pool(plan, out, watch)) as workers:
+                thresholds, quotas, rounds = find_thresholds(plan, out, workers, watch)
                 write_shards(plan, workers, todo, thresholds, quotas, watch, log)
                 facts |= {"workers": workers.workers, "rounds": rounds}
         facts["seconds"] = round(time.perf_counter() - began, 3)
-        made = manifest.finish(plan, facts)
+        made = manifest.finish(plan, facts, out)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         log.add("stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
@@ -147,9 +166,9 @@ def _unknown(plan: Plan) -> list[str]:
     return [name for name, group in wide.items() if not known_threshold(plan.recipe, group, 0)]
 
 
-def in_process(plan: Plan, watch: Watch) -> Threads:
+def in_process(plan: Plan, out: Folder, watch: Watch) -> Threads:
     """Threads of this process, as many as the recipe says or as there are cores."""
-    return Threads(plan.recipe, default_workers(plan.recipe, len(plan.shards)), watch.advance, watch.say)
+    return Threads(plan.recipe, out, default_workers(plan.recipe, len(plan.shards)), watch.advance, watch.say)
 
 
 def check_disk(plan: Plan, state: manifest.State) -> None:
@@ -172,18 +191,17 @@ def groups_of(plan: Plan, shard: Shard) -> dict[str, Group]:
 
 
 def find_thresholds(
-    plan: Plan, pool: Pool, watch: Watch
+    plan: Plan, out: Folder, pool: Pool, watch: Watch
 ) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int]:
     """The thresholds of the groups that lie in several shards.
 
     Returns:
         The thresholds by group; each shard's part of their tie quotas; how often the groups were measured.
     """
-    out = Folder(plan.recipe.out)
     found = manifest.load_thresholds(out)
     if found:
         return found
-    brackets = first_brackets(plan, pool, _unknown(plan))
+    brackets = first_brackets(plan, out, pool, _unknown(plan))
     thresholds = {}
     for name, group in plan.groups.items():
         known = known_threshold(plan.recipe, group, 0) if group.wide else None
@@ -196,7 +214,7 @@ def find_thresholds(
         if rounds > 1:
             watch.expect(bytes_of(plan, brackets))
         last_round |= {name: (rounds, bracket) for name, bracket in brackets.items()}
-        counted = measured(plan, pool, brackets, rounds)
+        counted = measured(plan, out, pool, brackets, rounds)
         for i, name in enumerate(list(brackets)):
             result = counted.narrow(i, plan.groups[name].k)
             if isinstance(result, Threshold):
@@ -216,9 +234,8 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
     return [s for s in plan.shards if any(t.group in wanted for t in s.tensors)]
 
 
-def first_brackets(plan: Plan, pool: Pool, names: Sequence[str]) -> dict[str, Bracket]:
+def first_brackets(plan: Plan, out: Folder, pool: Pool, names: Sequence[str]) -> dict[str, Bracket]:
     """Where a sample says that the thresholds of some groups are."""
-    out = Folder(plan.recipe.out)
     shards = holders(plan, names)
     tasks = [Task(s, groups_of(plan, s)) for s in shards if not out.has(sample_name(s.index))]
     for _ in pool.map(Worker.sample, tasks):
@@ -233,9 +250,8 @@ def first_brackets(plan: Plan, pool: Pool, names: Sequence[str]) -> dict[str, Br
     return {name: found.bracket(plan.groups[name]) for name, found in surveys.items()}
 
 
-def measured(plan: Plan, pool: Pool, brackets: dict[str, Bracket], round_: int) -> Histograms:
+def measured(plan: Plan, out: Folder, pool: Pool, brackets: dict[str, Bracket], round_: int) -> Histograms:
     """Count every score of some groups: above the bracket, and inside by bins. The reduction of a distributed run."""
-    out = Folder(plan.recipe.out)
     sums = histograms(list(brackets.values()))
     place = {name: i for i, name in enumerate(brackets)}
 

@@ -46,6 +46,7 @@ class Worker:
 
     Args:
         recipe: the recipe of the run.
+        out: the folder that the run holds.
         progress: told how many bytes of input have been dealt with, as it happens.
         cancelled: makes the work stop soon with `Interrupted`.
     """
@@ -53,12 +54,13 @@ class Worker:
     def __init__(
         self,
         recipe: Recipe,
+        out: Folder,
         progress: Callable[[int], None] | None = None,
         cancelled: threading.Event | None = None,
     ):
         self._recipe = recipe
         self._engine = make_engine(recipe.method, recipe.device)
-        self._out = Folder(recipe.out)
+        self._out = out
         self._inputs = Folder(recipe.base), Folder(recipe.finetuned)
         self._reader = SectionReader(*self._inputs, Memory(recipe.memory - OVERHEAD_BYTES))
         self._scratch = Scratch()

@@ -16,7 +16,8 @@ import numpy as np
 
 from pipeline.errors import PassingError, UserError
 
-TEMPORARY = "fapm/tmp"  # in the output folder, so that publishing is a rename within one file system
+TEMPORARY = "fapm/tmp"
+"""In the output folder, so that publishing is a rename within one file system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,9 @@ class Writer:
 
     def __init__(self, folder: Folder, name: str, size: int):
         self.path = folder.path / name
-        self._temporary = folder.path / TEMPORARY / uuid.uuid4().hex
-        with plain_errors(self._temporary):
-            self._temporary.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._temporary = folder.new_temporary()
+        with folder.changing(self._temporary):
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with plain_errors(self.path):
@@ -112,11 +113,16 @@ class Writer:
 
     def publish(self) -> None:
         """Make the file durable, then let it appear under its name, in one step."""
-        with plain_errors(self.path):
+        with self._folder.changing(self.path):
             os.fsync(self._fd)
             self._close()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._temporary, self.path)
+            try:
+                os.replace(self._temporary, self.path)
+            except FileNotFoundError:
+                if not self._temporary.exists():
+                    raise
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self._temporary, self.path)
             _sync_folder(self.path.parent)
 
     def _close(self) -> None:
@@ -143,15 +149,48 @@ class Folder:
     """A folder of files with plain relative names (`a.json`, `sub/b.txt`), read and written whole or by ranges.
 
     Nothing outside the folder is reachable through a name.
+
+    Args:
+        token: of the hold under which it is changed (`storage.hold`); without one nobody else may change it.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, token: str = ""):
         self.path = Path(path)
+        self._token = token
         self._readers: dict[str, Reader] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[Folder], tuple[Path]]:
-        return Folder, (self.path,)  # open files stay behind
+    def __reduce__(self) -> tuple[type[Folder], tuple[Path, str]]:
+        return Folder, (self.path, self._token)  # open files stay behind
+
+    def absolute(self) -> Folder:
+        """The same for processes with another working directory."""
+        return Folder(self.path.absolute(), self._token)
+
+    def new_temporary(self) -> Path:
+        """A new path for what is not, or no more, in its place. The hold's own folder is never made again here."""
+        if not self._token:
+            with plain_errors(self.path):
+                (self.path / TEMPORARY).mkdir(parents=True, exist_ok=True)
+        return self.path / TEMPORARY / self._token / uuid.uuid4().hex
+
+    @contextlib.contextmanager
+    def changing(self, path: Path) -> Iterator[None]:
+        """A change of `path` in this folder, which fails if the folder is not held any more.
+
+        Raises:
+            PassingError: another run has taken it over.
+        """
+        with plain_errors(path):
+            try:
+                yield
+            except FileNotFoundError:
+                if not self._token or (self.path / TEMPORARY / self._token).exists():
+                    raise
+                raise PassingError(
+                    f"--out {self.path} was taken over by another run or removed while this one was at work; "
+                    "this one has ended without changing anything since"
+                ) from None
 
     def _at(self, name: str) -> Path:
         parts = name.split("/")
@@ -222,13 +261,31 @@ class Folder:
         return Writer(self, name, size)
 
     def remove(self, name: str) -> None:
+        away = self._put_away(self._at(name))
         with plain_errors(self.path / name):
-            self._at(name).unlink(missing_ok=True)
+            away.unlink(missing_ok=True)
 
     def remove_folder(self, name: str) -> None:
+        """Remove a folder, or a file, with all that is in it."""
+        away = self._put_away(self._at(name))
         with plain_errors(self.path / name):
-            if self._at(name).is_dir():
-                shutil.rmtree(self._at(name))
+            if away.is_dir():
+                shutil.rmtree(away)
+            else:
+                away.unlink(missing_ok=True)
+
+    def _put_away(self, path: Path) -> Path:
+        """Where something is that is about to be removed: out of sight at once, if the folder is still held."""
+        if not self._token:
+            return path
+        away = self.new_temporary()
+        with self.changing(path):
+            try:
+                os.replace(path, away)
+            except FileNotFoundError:
+                if path.exists() or not away.parent.exists():
+                    raise  # it was there, but the hold's folder is not
+        return away
 
     def free_bytes(self) -> int:
         """What the file system under the folder (or its nearest parent that exists) has left."""

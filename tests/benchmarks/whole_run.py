@@ -32,9 +32,9 @@ base, finetuned, out, choices, ray = sys.argv[1:4] + [json.loads(sys.argv[4]), s
 pool, starting = None, [0.0]
 if ray:
     from cluster.pool import ray_pool
-    def pool(plan, watch):
+    def pool(plan, out, watch):
         began = time.perf_counter()
-        made = ray_pool(ray)(plan, watch)
+        made = ray_pool(ray)(plan, out, watch)
         made.wait_until_ready()
         starting[0] = time.perf_counter() - began
         return made

@@ -79,8 +79,8 @@ def run(
     pools: list[RayPool] = []
     said: list[str] = []
 
-    def pool(plan: Any, watch: Watch) -> RayPool:
-        pools.append(RayPool(plan, watch, "auto"))
+    def pool(plan: Any, out: Any, watch: Watch) -> RayPool:
+        pools.append(RayPool(plan, out, watch, "auto"))
         if all_ready:
             pools[0].wait_until_ready()
         return pools[0]

@@ -81,8 +81,8 @@ def _refuse(**_: object) -> None:
 def test_actors_are_gone_when_the_pool_is_closed(pair: Runner) -> None:
     held: list[Any] = []
 
-    def remember(plan, watch):  # type: ignore[no-untyped-def]
-        pool = RayPool(plan, watch, "local")
+    def remember(plan, out, watch):  # type: ignore[no-untyped-def]
+        pool = RayPool(plan, out, watch, "local")
         held.extend(pool._actors.values())
         return pool
 

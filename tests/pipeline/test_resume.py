@@ -374,8 +374,8 @@ def test_a_damaged_state_is_one_error(finished):
 class Counted(Threads):
     """The pool of this process that notes the steps it is asked for, and stops when told to."""
 
-    def __init__(self, plan, watch, steps: list[str], stop_after: int | None = None):
-        super().__init__(plan.recipe, 1, watch.advance)
+    def __init__(self, plan, out, watch, steps: list[str], stop_after: int | None = None):
+        super().__init__(plan.recipe, out, 1, watch.advance)
         self._steps, self._stop_after = steps, stop_after
 
     def map(self, step, tasks):
@@ -389,7 +389,7 @@ class Counted(Threads):
 def counted(recipe, stop_after: int | None = None) -> list[str]:
     steps: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
-        prune(recipe, pool=lambda plan, watch: Counted(plan, watch, steps, stop_after))
+        prune(recipe, pool=lambda plan, out, watch: Counted(plan, out, watch, steps, stop_after))
     return steps
 
 
@@ -503,7 +503,7 @@ def test_what_a_killed_run_left_half_written_does_not_count_as_full(runner, smal
     runner.write(*coarse(SHAPES))
     recipe = runner.recipe(scope="tensor").model_copy(update={"out": str(small_disk / "out")})
     with pytest.raises(KeyboardInterrupt):
-        prune(recipe, pool=lambda plan, watch: interrupted())
+        prune(recipe, pool=lambda plan, out, watch: interrupted())
     left = small_disk / "out" / "fapm" / "tmp" / "model.safetensors.0123456789ab"
     left.parent.mkdir(parents=True, exist_ok=True)
     left.write_bytes(bytes(200_000))
@@ -529,9 +529,9 @@ def test_an_input_that_is_cut_short_meanwhile_is_one_error(runner):
     runner.write(*coarse(SHAPES))
     path = runner.folder / "finetuned" / "model.safetensors"
 
-    def cut_short(plan, watch):
+    def cut_short(plan, out, watch):
         os.truncate(path, 5000)
-        return in_process(plan, watch)
+        return in_process(plan, out, watch)
 
     with pytest.raises(UserError, match="cut short while in use"):
         prune(runner.recipe("out"), pool=cut_short)

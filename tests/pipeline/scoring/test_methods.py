@@ -190,8 +190,8 @@ def cubic_oracle(p: torch.Tensor, f: torch.Tensor, density: float) -> torch.Tens
 class OnTorch(Threads):
     """The pool of this process with torch's engine in place of the compiled one."""
 
-    def __init__(self, recipe, workers):
-        super().__init__(recipe, workers)
+    def __init__(self, recipe, out, workers):
+        super().__init__(recipe, out, workers)
         for worker in self._workers:
             worker._engine = TorchEngine(recipe.method, "cpu")
 
@@ -201,7 +201,7 @@ def test_a_new_method_is_one_function(runner, new_method, engine):
     base, finetuned = gaussian({"a": (40, 30), "b": (700,)})
     runner.write(base, finetuned)
     recipe = runner.recipe("out").model_copy(update={"method": new_method})
-    prune(recipe, pool=(lambda plan, watch: OnTorch(recipe, 1)) if engine == "torch" else None)
+    prune(recipe, pool=(lambda plan, out, watch: OnTorch(recipe, out, 1)) if engine == "torch" else None)
     out = load(runner.folder / "out")
     for name in base:
         assert torch.equal(out[name], cubic_oracle(base[name], finetuned[name], 0.1))
@@ -216,7 +216,7 @@ def test_all_methods_run_on_torch_with_the_same_bytes(runner):
     runner.write(base, finetuned)
     for method in METHODS:
         recipe = runner.recipe(method=method)
-        prune(recipe, pool=lambda plan, watch, recipe=recipe: OnTorch(recipe, 1))
+        prune(recipe, pool=lambda plan, out, watch, recipe=recipe: OnTorch(recipe, out, 1))
         one, _ = runner.prune(method=method)
         assert (one / "model.safetensors").read_bytes() == (
             runner.folder / recipe.out / "model.safetensors"

@@ -1,0 +1,236 @@
+"""Who may change an output folder: one run at a time, also over machines that share nothing but the file system.
+
+A run that wants the folder makes the file `fapm/lock/N` for the next N, which only one can, and touches it every few
+seconds; the highest N counts. Another run that finds the file watches it. If it is touched, the run is refused. If it
+is not for LEASE_SECONDS, or was made on this machine by a process that is gone, the run makes N + 1. No two clocks are
+ever compared.
+
+The holder may only have been paused. So what it writes lies in a folder of its own, `fapm/tmp/TOKEN`, until it is
+renamed to its place, and what it removes is renamed into that folder first. A successor begins by renaming that folder
+away: from then on every change that the predecessor or its workers try fails, however late it comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.errors import PassingError, UserError
+from pipeline.storage.local import TEMPORARY, Folder, plain_errors
+
+LOCKS = "fapm/lock"
+BEAT_SECONDS = 5.0
+LEASE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a folder.
+
+    Attributes:
+        machine: what its process number belongs to, empty where that cannot be known.
+        started: when its process began, in the machine's own ticks: a number may be used again.
+        token: of this hold alone.
+    """
+
+    host: str
+    process: int
+    since: str
+    machine: str
+    started: str
+    token: str
+
+    @property
+    def gone(self) -> bool:
+        """Whether it certainly lives no more: its process would have to be here and is not."""
+        return bool(self.machine) and self.machine == _machine() and _started(self.process) != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host} since {self.since}"
+
+
+@contextlib.contextmanager
+def hold(path: str, say: Callable[[str], None] = lambda line: None) -> Iterator[Folder]:
+    """Hold the folder at `path`, which is made if it is not there.
+
+    Yields:
+        The folder, to be changed as long as nobody has taken it over; after that every change is a PassingError.
+
+    Raises:
+        PassingError: another run holds it.
+        UserError: it cannot be written.
+    """
+    me = Holder(
+        host=socket.gethostname(),
+        process=os.getpid(),
+        since=datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        machine=_machine(),
+        started=_started(os.getpid()),
+        token=uuid.uuid4().hex,
+    )
+    there = Folder(path)
+    ended = threading.Event()
+    try:
+        number = _take(there, me, say)
+        with open(there.path / _lock(number), "rb") as lock:
+            beat = threading.Thread(target=_beat, args=(lock.fileno(), ended), name="hold", daemon=True)
+            beat.start()
+            try:
+                held = Folder(path, me.token)
+                _sweep(held, me, number)
+                yield held
+            finally:
+                ended.set()
+                beat.join()
+                with contextlib.suppress(UserError):  # it is the successor's, or cannot be written any more
+                    Folder(path, me.token).remove(_lock(number))
+    finally:
+        _leave(there, me)
+
+
+def _lock(number: int) -> str:
+    return f"{LOCKS}/{number:06d}"
+
+
+def _take(folder: Folder, me: Holder, say: Callable[[str], None]) -> int:
+    """Make the next lock, once the newest there is has no living holder; returns its number."""
+    mine = folder.path / TEMPORARY / me.token
+    while True:
+        number = max((int(name) for name in _numbers(folder)), default=0)
+        if number:
+            _wait_until_silent(folder, _lock(number), say)
+        number += 1
+        _make_folders(mine, folder.path / LOCKS)
+        text = mine / "lock"
+        with plain_errors(folder.path):
+            try:
+                text.write_text(json.dumps(asdict(me)))
+                _make_exclusively(text, folder.path / _lock(number))
+            except (FileExistsError, FileNotFoundError):
+                continue  # another run was faster, or has ended and removed what was empty
+        if mine.exists():
+            return number
+        (folder.path / _lock(number)).unlink(missing_ok=True)  # swept away before it could count
+
+
+def _make_folders(*paths: Path) -> None:
+    for path in paths:
+        with plain_errors(path):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # another run that ended has just removed the parent, which was empty
+                path.mkdir(parents=True, exist_ok=True)
+
+
+def _numbers(folder: Folder) -> list[str]:
+    with plain_errors(folder.path), contextlib.suppress(FileNotFoundError):
+        return [name for name in os.listdir(folder.path / LOCKS) if name.isdecimal()]
+    return []
+
+
+def _make_exclusively(text: Path, path: Path) -> None:
+    """Let a file appear under a name that no other has, with its content where the file system can."""
+    try:
+        os.link(text, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links there
+        with open(path, "xb") as file:
+            file.write(text.read_bytes())
+
+
+def _wait_until_silent(folder: Folder, lock: str, say: Callable[[str], None]) -> None:
+    """Return when a lock's holder is gone, or has not touched it for long.
+
+    Raises:
+        PassingError: it touches it.
+    """
+    path = folder.path / lock
+    began, said = time.monotonic(), False
+    first = _look(path)
+    while first:
+        holder, touched = first
+        silent = time.monotonic() - began
+        if holder and holder.gone:
+            say(f"note: {folder.path} was held by {holder}, which is gone")
+            return
+        if silent >= LEASE_SECONDS:
+            say(f"note: {folder.path} was held by {holder or 'a run'}, silent since: taken over")
+            return
+        if silent > 2 * BEAT_SECONDS and not said:
+            said = True
+            say(f"note: {folder.path} is held by {holder or 'a run'}, but silent: waiting whether it is gone")
+        time.sleep(BEAT_SECONDS / 10)
+        now = _look(path)
+        if now is None:
+            return
+        if now[1] != touched:
+            who = now[0] or "another run"
+            raise PassingError(f"--out {folder.path} is being written by {who}; wait until it has ended, or stop it")
+
+
+def _look(path: Path) -> tuple[Holder | None, int] | None:
+    """What a lock says, and when it was touched; None if it is not there."""
+    try:
+        with open(path, "rb") as file:  # opening it asks a file server for the truth
+            text, touched = file.read(), os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+    try:
+        return Holder(**json.loads(text)), touched
+    except (ValueError, TypeError):
+        return None if not path.exists() else (None, touched)
+
+
+def _beat(lock: int, ended: threading.Event) -> None:
+    """Touch a lock by its open file: one that has been replaced is not touched."""
+    while not ended.wait(BEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(lock)
+
+
+def _sweep(held: Folder, me: Holder, number: int) -> None:
+    """Take all other runs their means to change anything, and remove what they left half-written."""
+    with plain_errors(held.path):
+        others = [name for name in os.listdir(held.path / TEMPORARY) if name != me.token]
+    for name in others:
+        held.remove_folder(f"{TEMPORARY}/{name}")
+    for name in _numbers(held):
+        if int(name) < number:
+            held.remove(f"{LOCKS}/{name}")
+    (held.path / TEMPORARY / me.token / "lock").unlink(missing_ok=True)
+
+
+def _leave(folder: Folder, me: Holder) -> None:
+    """Remove what only the hold needed."""
+    with contextlib.suppress(OSError, UserError):
+        folder.remove_folder(f"{TEMPORARY}/{me.token}")
+    for name in (TEMPORARY, LOCKS, "fapm"):
+        with contextlib.suppress(OSError):
+            (folder.path / name).rmdir()
+
+
+def _machine() -> str:
+    """What process numbers here belong to: this start of the machine, and the container."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(process: int) -> str:
+    """When a process of this machine began, empty if it is not there."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
