@@ -102,10 +102,13 @@ def _pool(ray: str, by: str) -> MakePool:
 
     def make(plan: Plan, out: Folder, watch: Watch) -> Pool:
         if ray == "off":
+            from pipeline.recipe import ON_RAY_ONLY
             from pipeline.run import in_process
 
             threads = in_process(plan, out, watch)
             why = f"by {by}" if by else "give --ray to use a cluster"
+            for name in (name for name in ON_RAY_ONLY if getattr(plan.recipe, name)):
+                watch.say(f"note: {name.replace('_', '-')} means nothing without Ray")
             watch.say(f"running in this process with {threads.workers} worker(s) ({why})")
             return threads
         try:

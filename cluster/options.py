@@ -44,9 +44,24 @@ _RECIPE_OPTIONS = (
     ),
     click.option("--memory", metavar="SIZE", help="Budget of each worker, at least 64MiB.  [1GiB]"),
     click.option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [auto]"),
-    click.option("--workers", metavar="N", help="How many work at once, 1 to 100,000.  [one for each core or GPU]"),
+    click.option(
+        "--workers", metavar="N|MIN-MAX",
+        help="How many work at once, 1 to 100,000; on Ray, begin with MIN and ask for MAX.  [one for each core or GPU]",
+    ),
     click.option(
         "--ray", metavar="WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"
+    ),
+    click.option(
+        "--cpus-per-worker", metavar="N",
+        help="On Ray, 1 to 1,024: a worker deals with as many shards at once, each with its part of --memory.  [1]",
+    ),
+    click.option(
+        "--gpus-per-worker", metavar="SHARE", help="On Ray: 0 to 1; 0.5 lets two share a GPU.  [1 where there are GPUs]"
+    ),
+    click.option("--accelerator", metavar="TYPE", help="On Ray: a type of GPU, as A100; see ray.util.accelerators."),
+    click.option(
+        "--label", "labels", metavar="KEY=VALUE", multiple=True,
+        help="On Ray: only nodes with this label, as market-type=!spot. Repeatable.",
     ),
     click.option("--config", metavar="FILE", help="A recipe in YAML with these options; those given here override it."),
     click.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),

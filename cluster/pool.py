@@ -11,13 +11,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.actor import Actor, Sight
+from cluster.demand import demand
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
 from pipeline.manifest import RUN
@@ -33,78 +34,13 @@ _TICK_SECONDS = 1.0
 _SAY_SECONDS = 60.0  # between two lines that say what the run is waiting for
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What every node has to see as the driver does.
-
-    Attributes:
-        files: paths of the inputs and their sizes.
-        run: path of the output's `fapm/run.json`, and what is in it.
-    """
-
-    files: dict[str, int]
-    run: tuple[str, bytes]
-
-
-class Actor:
-    """A worker in a process of its own. Plain: `ray.remote` wraps it where the pool starts it (safetensors#328)."""
-
-    def __init__(self, name: int):
-        self._name = name
-        self._worker: Worker | None = None
-
-    def __repr__(self) -> str:
-        return f"fapm worker {self._name}"
-
-    def start(self, recipe: Recipe, out: Folder, sight: Sight) -> str:
-        """Make the worker; returns the id of its node.
-
-        Raises:
-            UserError: this node does not see the files that the driver sees.
-        """
-        check_sight(sight)
-        self._worker = Worker(recipe, out)
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
-
-    def process(self) -> int:
-        """Its process id."""
-        return os.getpid()
-
-    def run(self, step: Step, task: Task) -> Done:
-        assert self._worker
-        return step(self._worker, task)
-
-
-def check_sight(sight: Sight) -> None:
-    """Whether this node sees the inputs and the output that the driver sees.
-
-    Raises:
-        UserError: it does not, with the node and the path.
-    """
-    path, content = sight.run
-    try:
-        same = Path(path).read_bytes() == content
-    except OSError:
-        same = False
-    missing = [] if same else [path]
-    for file, size in sight.files.items():
-        if not os.path.isfile(file) or os.path.getsize(file) != size:
-            missing.append(file)
-    if missing:
-        raise UserError(
-            f"node {socket.gethostname()} does not see {missing[0]} as the driver does; "
-            "give paths on a file system that all nodes share"
-        )
-
-
 def ray_pool(address: str) -> MakePool:
     """What makes a pool on the cluster at `address`; `local` starts one on this machine for the time of the run."""
     return lambda plan, out, watch: RayPool(plan, out, watch, address)
 
 
 class RayPool:
-    """Ray actors, one for each GPU of the cluster or, where it has none, each CPU, at most one a shard.
+    """Ray actors, as many as the recipe says, or one for each GPU of the cluster or, where it has none, each CPU.
 
     Raises:
         UserError: the cluster cannot be reached, a worker cannot start, or a shard fails again and again.
@@ -115,19 +51,18 @@ class RayPool:
         self._names = {shard.index: shard.name for shard in plan.shards}
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _connect(address, plan.recipe.workers)
+            _connect(address, plan.recipe)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus = int(resources.get("GPU", 0)) if plan.recipe.device != "cpu" else 0
-        if plan.recipe.device.startswith("cuda") and not gpus:
-            raise UserError(f"--device {plan.recipe.device}: the Ray cluster has no GPU; use --device cpu")
-        available = gpus or int(resources.get("CPU", 1))
-        self.workers = max(1, min(plan.recipe.workers or available, len(plan.shards)))
-        # Never restarted by Ray: the queue asks for another one, and knows that it has.
-        self._remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=0)(Actor)
-        self._recipe = _absolute(plan.recipe)
+        self._demand = demand(plan.recipe, len(plan.shards), resources)
+        self.workers = self._demand.workers.most
+        try:
+            self._remote: Any = ray.remote(Actor).options(**self._demand.options)
+        except ValueError as error:
+            raise UserError(f"Ray does not take what is asked of a worker: {_last_line(error)}") from None
+        self._recipe = _absolute(self._demand.recipe(plan.recipe))
         self._out = out.absolute()
         self._sight = _sight(plan, self._recipe, self._out)
-        self._queue = Queue(self.workers)
+        self._queue = Queue(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
         self._calls: dict[Any, tuple[int, int | None]] = {}  # under way: the worker, and its task or None: it starts
@@ -198,7 +133,9 @@ class RayPool:
             self._said_waiting = now
         elif now - self._said_waiting >= _SAY_SECONDS:
             self._said_waiting = now
-            self._watch.say(f"note: waiting for a worker; {self.workers} are asked for and the cluster has no room yet")
+            ready, least = self._queue.ready_workers, self._demand.workers.least
+            have = f"{ready} of {least} to begin with" if ready else "none yet"
+            self._watch.say(f"note: waiting for workers: {have}; {self.workers} of {self._demand} are asked for")
 
     def _do(self, actions: Sequence[Action], step: Step, by_index: dict[int, Task]) -> list[Accept]:
         """What the queue says; returns the results that count."""
@@ -206,13 +143,13 @@ class RayPool:
         for action in actions:
             match action:
                 case Ask(worker):
-                    self._actors[worker] = self._remote.remote(worker)
-                    self._call(
-                        worker, None, self._actors[worker].start, "fapm start", self._recipe, self._out, self._sight
-                    )
-                case Start(worker, task, _):
+                    actor = self._actors[worker] = self._remote.remote(worker)
+                    arguments = self._recipe, self._out, self._sight, self._demand.slots
+                    self._call(worker, None, actor.start, "fapm start", *arguments)
+                case Start(worker, task, following):
                     name = f"fapm {step.__name__} shard {task}"
-                    self._call(worker, task, self._actors[worker].run, name, step, by_index[task])
+                    tasks = by_index[task], by_index[following] if following is not None else None
+                    self._call(worker, task, self._actors[worker].run, name, step, *tasks)
                 case Release(worker):
                     self._forget(worker)
                 case Accept():
@@ -250,7 +187,7 @@ class RayPool:
             ray.shutdown()
 
 
-def _nothing(worker: Worker, task: Task) -> Done:
+def _nothing(worker: Worker, task: Task, following: Task | None) -> Done:
     raise AssertionError("there is nothing to do yet")
 
 
@@ -270,13 +207,14 @@ def _sight(plan: Plan, recipe: Recipe, out: Folder) -> Sight:
     return Sight(files, (str(out.path / RUN), out.read(RUN)))
 
 
-def _connect(address: str, workers: int | None) -> None:
+def _connect(address: str, recipe: Recipe) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
         _knock(address)
         if address == "local":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            ray.init(address="local", num_cpus=max(cores, workers or 1), **quiet)
+            wanted = (recipe.cpus_per_worker or 1) * (recipe.workers.most if recipe.workers else 1)
+            ray.init(address="local", num_cpus=max(cores, wanted), **quiet)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:

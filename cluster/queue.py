@@ -4,12 +4,15 @@ The driver owns the queue and workers are expendable. A task that a lost worker 
 that takes far longer than others did is given up, the last tasks are given to idle workers a second time if they take
 long, and the first whole result counts. Tasks that fail have a budget of their own: lost workers do not use it up.
 
+A worker with a task keeps the one that it gets next, so that it can begin to read for it; others take that one only
+when nothing else is waiting.
+
 It knows neither Ray nor clocks: time comes with every event, in seconds.
 """
 
 from __future__ import annotations
 
-import statistics
+import bisect
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +39,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Give a worker a task; `following` is what it will probably get next."""
+    """Give a worker a task; `following` is what it keeps, and will probably get next."""
 
     worker: int
     task: Task
@@ -101,12 +104,11 @@ class Limits:
 class _Worker:
     ready: bool = False
     draining: bool = False
-    task: Task | None = None
-    since: float = 0.0
+    tasks: dict[Task, float] = field(default_factory=dict)  # and since when
 
     @property
-    def idle(self) -> bool:
-        return self.ready and self.task is None and not self.draining
+    def able(self) -> bool:
+        return self.ready and not self.draining
 
 
 @dataclass
@@ -114,24 +116,30 @@ class Queue:
     """Workers that live as long as the run, and the tasks of one step after the other.
 
     Args:
-        wanted: workers to ask for, as long as there are so many tasks.
+        wanted: workers to ask for, as long as there are tasks for them.
         limits: what is too often, and what is too long.
+        least: workers that have to be ready before the first task is given out.
+        slots: tasks that a worker has at once.
     """
 
     wanted: int
     limits: Limits = field(default_factory=Limits)
+    least: int = 1
+    slots: int = 1
 
     def __post_init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
         self._names = 0
         self._sizes: dict[Task, float] = {}
         self._waiting: deque[Task] = deque()
+        self._kept: dict[Task, int] = {}  # of those that wait: the worker that gets it next
+        self._gathered = False
         self._left: set[Task] = set()
         self._last = True
         self._tries: dict[Task, int] = {}
         self._failed: dict[Task, list[int]] = {}
         self._crashes: dict[Task, int] = {}
-        self._paces: list[float] = []
+        self._paces: list[float] = []  # seconds a unit of work, in order
         self._lost_in_a_row = 0
         self.losses = dict.fromkeys(Loss, 0)
 
@@ -144,15 +152,15 @@ class Queue:
 
     @property
     def waiting_for_workers(self) -> bool:
-        """Whether there are tasks and no worker is ready."""
-        return not self.finished and not any(w.ready for w in self._workers.values())
+        """Whether there are tasks, and too few workers are ready to begin."""
+        return not self.finished and (not self._gathered or not self.ready_workers)
 
     @property
     def ready_workers(self) -> int:
         return sum(w.ready for w in self._workers.values())
 
     def workers_on(self, task: Task) -> list[int]:
-        return [name for name, w in self._workers.items() if w.task == task]
+        return [name for name, w in self._workers.items() if task in w.tasks]
 
     # What it is told. Each returns what to do now.
 
@@ -172,7 +180,7 @@ class Queue:
         self._waiting = deque(sizes)
         self._left = set(sizes)
         self._last = last
-        self._tries, self._failed, self._crashes, self._paces = {}, {}, {}, []
+        self._kept, self._tries, self._failed, self._crashes, self._paces = {}, {}, {}, {}, []
         return self._go_on(now)
 
     def ready(self, worker: int, now: float) -> list[Action]:
@@ -185,24 +193,23 @@ class Queue:
         """The node of a worker will go away soon: what it has may be finished, but it gets nothing new."""
         if worker in self._workers:
             self._workers[worker].draining = True
+            self._keep_nothing(worker)
         return self._go_on(now)
 
     def done(self, worker: int, task: Task, now: float) -> list[Action]:
         """A worker has the result of a task."""
         self._lost_in_a_row = 0
-        found = self._workers.get(worker)
-        if found and found.task == task:
-            found.task = None
-            if self._sizes.get(task, 0) > 0:
-                self._paces.append((now - found.since) / self._sizes[task])
+        since = self._end(worker, task)
+        if since is not None and self._sizes.get(task, 0) > 0:
+            bisect.insort(self._paces, (now - since) / self._sizes[task])
         if task not in self._left:
             return self._go_on(now)  # another worker was faster
         self._left.discard(task)
         self._put_away(task)
         accepted: list[Action] = [Accept(worker, task, self._tries.get(task, 1))]
-        beaten = [Release(name) for name in self.workers_on(task)]
+        beaten = [Release(name) for name in self.workers_on(task) if len(self._workers[name].tasks) == 1]
         for release in beaten:
-            del self._workers[release.worker]
+            self._drop(release.worker)
         return [*accepted, *beaten, *self._go_on(now)]
 
     def failed(self, worker: int, task: Task, why: str, now: float, hopeless: bool = False) -> list[Action]:
@@ -211,9 +218,7 @@ class Queue:
         Args:
             hopeless: it would do the same anywhere.
         """
-        found = self._workers.get(worker)
-        if found and found.task == task:
-            found.task = None
+        self._end(worker, task)
         if task not in self._left:
             return self._go_on(now)
         failures = self._failed.setdefault(task, [])
@@ -225,16 +230,16 @@ class Queue:
 
     def lost(self, worker: int, how: Loss, now: float) -> list[Action]:
         """A worker is gone, with whatever it had."""
-        gone = self._workers.pop(worker, None)
+        gone = self._drop(worker)
         if gone is None:
             return self._go_on(now)
         self.losses[how] += 1
-        task = gone.task
-        if task is not None and task in self._left:
+        had = [task for task in gone.tasks if task in self._left]
+        for task in had:
             self._put_back(task)
         if how is not Loss.PREEMPTED:
             self._lost_in_a_row += 1
-            if task is not None and task in self._left:
+            for task in had:
                 self._crashes[task] = self._crashes.get(task, 0) + 1
                 if self._crashes[task] >= self.limits.crashes_of_a_task:
                     return [Stop(task, f"{self._crashes[task]} workers were lost while they had it")]
@@ -247,8 +252,7 @@ class Queue:
         hung = [
             name
             for name, w in self._workers.items()
-            if w.task is not None
-            and now - w.since > self._too_long(w.task, self.limits.hung_factor, self.limits.hung_seconds)
+            if any(now - since > self._hung_after(task) for task, since in w.tasks.items())
         ]
         actions: list[Action] = []
         for name in hung:
@@ -260,71 +264,103 @@ class Queue:
     # How it decides.
 
     def _go_on(self, now: float) -> list[Action]:
-        """Give idle workers something to do, and ask for workers or let them go."""
-        actions: list[Action] = []
-        idle = deque(name for name, w in self._workers.items() if w.idle)
-        while idle and self._waiting:
-            worker = idle.popleft()
-            task = self._next_for(worker)
-            if task is not None:
-                self._waiting.remove(task)
-                actions.append(self._start(worker, task, now))
-        for worker in idle if not self._waiting else ():
+        """Give workers that can take it something to do, and ask for workers or let them go."""
+        given: list[tuple[int, Task]] = []
+        needed = min(self.least, self.wanted, -(-len(self._left) // self.slots))
+        self._gathered = self._gathered or self.ready_workers >= max(1, needed)
+        free = self._free() if self._gathered else []
+        while self._waiting and free:
+            before = len(given)
+            for worker in free:
+                task = self._take_for(worker)
+                if task is not None:
+                    self._give(worker, task, now)
+                    given.append((worker, task))
+            free = self._free() if len(given) > before else []
+        for worker in free if not self._waiting else ():
             slow = self._slowest(worker, now)
             if slow is not None:
-                actions.append(self._start(worker, slow, now))
-        return [*actions, *self._fit()]
+                self._give(worker, slow, now)
+                given.append((worker, slow))
+        starts = [Start(worker, task, self._keep_for(worker)) for worker, task in given]
+        return [*starts, *self._fit()]
 
-    def _start(self, worker: int, task: Task, now: float) -> Start:
-        self._workers[worker].task = task
-        self._workers[worker].since = now
-        self._tries[task] = self._tries.get(task, 0) + 1
-        return Start(worker, task, self._waiting[0] if self._waiting else None)
+    def _free(self) -> list[int]:
+        """Workers that can take a task: of those that have the fewest."""
+        able = [(len(w.tasks), name) for name, w in self._workers.items() if w.able and len(w.tasks) < self.slots]
+        return [name for tasks, name in able if tasks == min(able)[0]]
 
-    def _next_for(self, worker: int) -> Task | None:
-        """The first waiting task that has not failed on this worker, unless it has on all that could take it."""
+    def _take_for(self, worker: int) -> Task | None:
+        """A waiting task: the one that the worker keeps, else one that nobody keeps, else any.
+
+        Not one that has failed on this worker, unless it has on all that could take it.
+        """
         able = [name for name, w in self._workers.items() if not w.draining]
+        best: tuple[int, Task] | None = None
         for task in self._waiting:
             failed = self._failed.get(task, [])
-            if worker not in failed or all(name in failed for name in able):
-                return task
-        return None
+            if worker in failed and not all(name in failed for name in able):
+                continue
+            keeper = self._kept.get(task)
+            rank = 0 if keeper == worker else 1 if keeper is None else 2
+            if best is None or rank < best[0]:
+                best = rank, task
+            if rank == 0:
+                break
+        if best is None:
+            return None
+        self._put_away(best[1])
+        return best[1]
+
+    def _give(self, worker: int, task: Task, now: float) -> None:
+        self._workers[worker].tasks[task] = now
+        self._tries[task] = self._tries.get(task, 0) + 1
+
+    def _keep_for(self, worker: int) -> Task | None:
+        """A task that is waiting, for the worker to keep, if there is one and it has room."""
+        if list(self._kept.values()).count(worker) >= self.slots:
+            return None
+        free = (t for t in self._waiting if t not in self._kept and worker not in self._failed.get(t, []))
+        task = next(free, None)
+        if task is not None:
+            self._kept[task] = worker
+        return task
 
     def _slowest(self, worker: int, now: float) -> Task | None:
         """A task that one worker has had for long, and this one might finish sooner."""
         slow = [
-            (now - w.since, task)
-            for w in self._workers.values()
-            if (task := w.task) is not None
+            (now - since, task)
+            for name, w in self._workers.items()
+            for task, since in w.tasks.items()
+            if name != worker
             and len(self.workers_on(task)) == 1
             and worker not in self._failed.get(task, [])
-            and now - w.since > self._too_long(task, self.limits.slow_factor, self.limits.slow_seconds)
+            and now - since > self._too_long(task, self.limits.slow_factor, self.limits.slow_seconds)
         ]
-        return max(slow, key=lambda item: item[0])[1] if slow else None
+        return max(slow)[1] if slow else None
+
+    def _hung_after(self, task: Task) -> float:
+        return self._too_long(task, self.limits.hung_factor, self.limits.hung_seconds)
 
     def _too_long(self, task: Task, factor: float, seconds: float) -> float:
         if not self._paces:
             return self.limits.unknown_seconds
-        return max(seconds, factor * statistics.median(self._paces) * self._sizes.get(task, 0))
+        return max(seconds, factor * self._paces[len(self._paces) // 2] * self._sizes.get(task, 0))
 
     def _fit(self) -> list[Action]:
         """As many workers as are wanted for the tasks that are left."""
         staying = {name: w for name, w in self._workers.items() if not w.draining}
-        actions: list[Action] = []
-        for name, w in list(self._workers.items()):
-            if w.draining and w.task is None:
-                del self._workers[name]
-                actions.append(Release(name))
+        leaving = [name for name, w in self._workers.items() if w.draining and not w.tasks]
         if self._last and not self._waiting and self._left:
-            spare = 1  # for a task that takes long
-            for name, w in staying.items():
-                if w.idle and spare:
-                    spare -= 1
-                elif w.task is None:
-                    del self._workers[name]
-                    actions.append(Release(name))
-            return actions
-        return [*actions, *self._ask(min(self.wanted, len(self._left)) - len(staying))]
+            idle = [name for name, w in staying.items() if not w.tasks]
+            spare = next((name for name in idle if staying[name].ready), None)  # for a task that takes long
+            leaving += [name for name in idle if name != spare]
+            asked = []
+        else:
+            asked = self._ask(min(self.wanted, -(-len(self._left) // self.slots)) - len(staying))
+        for name in leaving:
+            self._drop(name)
+        return [*(Release(name) for name in leaving), *asked]
 
     def _ask(self, count: int) -> list[Action]:
         names = range(self._names, self._names + max(0, count))
@@ -337,5 +373,19 @@ class Queue:
             self._waiting.appendleft(task)
 
     def _put_away(self, task: Task) -> None:
+        self._kept.pop(task, None)
         if task in self._waiting:
             self._waiting.remove(task)
+
+    def _end(self, worker: int, task: Task) -> float | None:
+        """A worker has a task no more; returns since when it had it, if it had."""
+        found = self._workers.get(worker)
+        return found.tasks.pop(task, None) if found else None
+
+    def _drop(self, worker: int) -> _Worker | None:
+        """A worker is there no more."""
+        self._keep_nothing(worker)
+        return self._workers.pop(worker, None)
+
+    def _keep_nothing(self, worker: int) -> None:
+        self._kept = {task: keeper for task, keeper in self._kept.items() if keeper != worker}

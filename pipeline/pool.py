@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -17,7 +18,8 @@ from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
 from pipeline.storage.local import Folder
 
-Step = Callable[[Worker, Task], Done]
+Step = Callable[[Worker, Task, Task | None], Done]
+"""What a worker does with a task; the second one will probably follow."""
 
 
 class Pool(Protocol):
@@ -41,8 +43,33 @@ class Pool(Protocol):
 def default_workers(recipe: Recipe, shards: int) -> int:
     """Workers in this process: a worker for every core, as far as there are shards, and one for a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = recipe.workers or (1 if recipe.device.startswith("cuda") else cores)
+    wanted = recipe.workers.most if recipe.workers else (1 if recipe.device.startswith("cuda") else cores)
     return max(1, min(wanted, shards))
+
+
+class Deal:
+    """Hands out tasks in order. With one comes the next that the same worker will probably get; it is given to another
+    only when nothing else is left."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self._waiting = deque(tasks)
+        self._kept: dict[int, Task] = {}
+        self._lock = threading.Lock()
+
+    def next(self, worker: int) -> tuple[Task, Task | None] | None:
+        """A task and what will probably follow, or None if nothing is left."""
+        with self._lock:
+            if worker in self._kept:
+                task = self._kept.pop(worker)
+            elif self._waiting:
+                task = self._waiting.popleft()
+            elif self._kept:
+                task = self._kept.popitem()[1]
+            else:
+                return None
+            if self._waiting:
+                self._kept[worker] = self._waiting.popleft()
+            return task, self._kept.get(worker)
 
 
 class Threads:
@@ -70,17 +97,13 @@ class Threads:
         self._workers = [Worker(recipe, out, progress, self._cancelled) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
-        waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        for task in tasks:
-            waiting.put(task)
+        deal = Deal(tasks)
         results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
 
         def work(number: int) -> None:
             try:
-                while not self._cancelled.is_set():
-                    results.put(step(self._workers[number], waiting.get_nowait()))
-            except queue.Empty:
-                return
+                while not self._cancelled.is_set() and (dealt := deal.next(number)):
+                    results.put(step(self._workers[number], *dealt))
             except BaseException as error:  # raised by the thread that asked
                 results.put(error)
                 self._cancelled.set()

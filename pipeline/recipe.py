@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
@@ -70,6 +79,41 @@ def format_bytes(n: float) -> str:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
+MOST_WORKERS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How many workers to ask for at most, and how many to wait for before work begins."""
+
+    least: int
+    most: int
+
+    def plain(self) -> int | str:
+        """As a user would write it."""
+        return self.most if self.least == 1 else f"{self.least}-{self.most}"
+
+
+def parse_workers(value: Any) -> Workers:
+    """`4` or `2-8` → Workers."""
+    if isinstance(value, Workers):
+        return value
+    match = re.fullmatch(r"(?:([0-9]{1,6})-)?([0-9]{1,6})", str(value)) if isinstance(value, int | str) else None
+    least, most = (int(match[1] or 1), int(match[2])) if match else (0, 0)
+    if isinstance(value, bool) or not 1 <= least <= most <= MOST_WORKERS:
+        raise ValueError(f"give a number like 4 or a range like 2-8, of 1 to {MOST_WORKERS:,}")
+    return Workers(least, most)
+
+
+def _key_and_value(label: str) -> str:
+    if not re.fullmatch(r"[^=\s]+=\S+", label):
+        raise ValueError("write a label like market-type=spot")
+    return label
+
+
+ON_RAY_ONLY = ("cpus_per_worker", "gpus_per_worker", "accelerator", "labels")
+"""The choices that mean nothing in one process."""
+
 
 class Recipe(BaseModel):
     """What to prune, how, and with what means.
@@ -93,7 +137,11 @@ class Recipe(BaseModel):
     shard_size: Annotated[Bytes, Field(ge=2**10)] | None = None
     memory: Bytes = Field(2**30, ge=2**26)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    workers: int | None = Field(None, ge=1, le=100_000)
+    workers: Annotated[Workers, BeforeValidator(parse_workers), PlainSerializer(Workers.plain)] | None = None
+    cpus_per_worker: int | None = Field(None, ge=1, le=1024)
+    gpus_per_worker: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    accelerator: str | None = Field(None, min_length=1)
+    labels: tuple[Annotated[str, AfterValidator(_key_and_value)], ...] = ()
 
     @field_validator("method")
     @classmethod
@@ -130,7 +178,7 @@ class Recipe(BaseModel):
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
-        means = {"base", "finetuned", "out", "memory", "device", "workers"}
+        means = {"base", "finetuned", "out", "memory", "device", "workers", *ON_RAY_ONLY}
         return self.model_dump(mode="json", exclude=means)
 
     @property
@@ -200,7 +248,7 @@ def _sentence(error: Any, choices: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
         return f"there is no option {field!r}"
-    option = "--rule" if field == "rules" else "--" + field.replace("_", "-")
+    option = "--" + {"rules": "rule", "labels": "label"}.get(field, field.replace("_", "-"))
     if error["type"] == "missing":
         return f"{option} is missing"
     message = error["msg"].removeprefix("Value error, ")

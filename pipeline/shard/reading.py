@@ -77,6 +77,8 @@ class Load(NamedTuple):
 class SectionReader:
     """Reads pieces on threads of its own, ahead of the one that computes.
 
+    `bytes_read` counts what that one has used, or thrown away.
+
     Args:
         folders: where the tensors lie: base's, finetuned's.
         memory: the worker's budget.
@@ -111,6 +113,7 @@ class SectionReader:
         wait([load.future for load in loads])
         for load in loads:
             self.memory.give(load.buffer)
+            self.bytes_read += 0 if load.future.exception() else load.future.result().piece.nbytes
 
     def stream(self, pieces: Sequence[Piece]) -> Iterator[Loaded]:
         """One pass over pieces that do not all fit: the next is read while one is used."""
@@ -150,7 +153,6 @@ class SectionReader:
             position += nbytes
         for of_finetuned, file, offset, nbytes, place in runs:
             self._folders[of_finetuned].reader(file).read_into(offset, whole[place : place + nbytes])
-            self.bytes_read += nbytes
         views: list[list[np.ndarray]] = []
         number = 0
         for part in piece.slices:

@@ -4,6 +4,9 @@
 and writes the pruned shard. Groups that lie in several shards take two steps before it: `sample` looks at a few scores
 to guess where the threshold is, `measure` counts all of them around the guess. Their results are files in the
 output folder; what returns to the driver is only that they are there.
+
+Each step may be told which task will probably follow: the first section of that one is read while the last of this one
+is computed and the shard made durable.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.plan import PairedTensor
+from pipeline.plan import PairedTensor, Shard
 from pipeline.recipe import Recipe
 from pipeline.scoring.device import make_engine
 from pipeline.scoring.threshold import histograms
@@ -64,21 +68,28 @@ class Worker:
         self._inputs = Folder(recipe.base), Folder(recipe.finetuned)
         self._reader = SectionReader(*self._inputs, Memory(recipe.memory - OVERHEAD_BYTES))
         self._scratch = Scratch()
+        self._ahead: _Ahead | None = None
         self._progress = progress or (lambda nbytes: None)
         self._cancelled = cancelled or threading.Event()
 
     def close(self) -> None:
+        self._forget_ahead()
         self._reader.close()
         for folder in self._inputs:
             folder.close()
 
-    def sample(self, task: Task) -> Done:
+    def has_begun(self, shard: Shard) -> bool:
+        """Whether a part of a shard is being read already."""
+        return self._ahead is not None and self._ahead.shard == shard.index
+
+    def sample(self, task: Task, following: Task | None = None) -> Done:
         """Look at a sample of the scores of groups over several shards, into `sample_name`.
 
         The means of sections that do not fit in memory, which another pass has to find anyway, are found now: the
         better known they are, the surer is what the sample says.
         """
         began, read = time.perf_counter(), self._reader.bytes_read
+        self._forget_ahead()
         wanted = task.wide()
         place = {t.name: i for i, t in enumerate(task.shard.tensors)}
         means, dealt = load_means(self._out, task.shard), 0
@@ -110,16 +121,15 @@ class Worker:
         )
         return Done(task.shard.index, dealt, read, 0, time.perf_counter() - began)
 
-    def measure(self, task: Task) -> Done:
+    def measure(self, task: Task, following: Task | None = None) -> Done:
         """Count all scores of groups over several shards inside their brackets, into `measure_name`."""
         began, read = time.perf_counter(), self._reader.bytes_read
         names = list(task.brackets)
         counted = histograms(list(task.brackets.values()), zeros=self._scratch.zeros)
-        wanted = [t for t in task.wide() if t.group in task.brackets]
         place = {t.name: i for i, t in enumerate(task.shard.tensors)}
         means = load_means(self._out, task.shard)
         dealt = 0
-        for pieces in self._sections(wanted):
+        for pieces in self._sections(_to_measure, task, following):
             bench = self._bench(task, pieces)
             here = [place[t.name] for t in bench.tensors]
             half_done = task.round == 1 and not pieces.resident
@@ -135,7 +145,7 @@ class Worker:
         save_arrays(self._out, name, read, names, above=counted.above, bins=bins, starts=counted.starts, means=means)
         return Done(task.shard.index, dealt, read, 0, time.perf_counter() - began)
 
-    def write(self, task: Task) -> Done:
+    def write(self, task: Task, following: Task | None = None) -> Done:
         """Write the pruned shard, with `record_name` and `rows_name` about it; the shard appears whole and last."""
         began, read = time.perf_counter(), self._reader.bytes_read
         shard = task.shard
@@ -147,8 +157,7 @@ class Worker:
         try:
             sink.append(shard.header)
             first = 0
-            together = [name for name, group in task.groups.items() if not group.wide and group.tensors > 1]
-            for pieces in self._sections(shard.tensors, together):
+            for pieces in self._sections(_to_write, task, following):
                 started = time.perf_counter()
                 here = slice(first, first + len(pieces.section.tensors))
                 bench = self._bench(task, pieces, self._progress)
@@ -178,29 +187,70 @@ class Worker:
         if self._cancelled.is_set():
             raise Interrupted
 
-    def _sections(self, tensors: Sequence[PairedTensor], together: Sequence[str] = ()) -> Iterator[Pieces]:
-        """What a step works through, with the next section read ahead."""
-        cut = sections(tensors, together)
-        loads: list[list[Load] | None] = [None] * len(cut)
+    def _sections(self, cut: Cut, task: Task, following: Task | None) -> Iterator[Pieces]:
+        """What a step works through, the next section read ahead, and after the last one the following task's first."""
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[:3] == (cut, task.shard.index, task.round):
+            found, first = ahead.sections, ahead.loads
+        else:
+            self._reader.release(ahead.loads if ahead else ())
+            found, first = cut(task), None
+        loads: list[list[Load] | None] = [first, *[None] * len(found)]
 
         def start(i: int) -> None:
-            if i < len(cut) and loads[i] is None:
-                loads[i] = self._reader.start(cut[i])
+            if i < len(found) and loads[i] is None:
+                loads[i] = self._reader.start(found[i])
 
         def release(i: int) -> None:
             taken, loads[i] = loads[i], None
             self._reader.release(taken or [])
 
         try:
-            for i, section in enumerate(cut):
+            for i, section in enumerate(found):
                 start(i)
                 start(i + 1)
+                if i + 1 == len(found) and following:
+                    self._read_ahead(cut, following)
                 yield Pieces(self._reader, section, loads[i])
                 release(i)
         except BaseException:
-            for i in range(len(cut)):
+            for i in range(len(found)):
                 release(i)
+            self._forget_ahead()
             raise
+
+    def _read_ahead(self, cut: Cut, task: Task) -> None:
+        """Begin with the task that will probably be next, if there is room for its first section."""
+        found = cut(task)
+        loads = self._reader.start(found[0]) if found else None
+        if loads is not None:
+            self._ahead = _Ahead(cut, task.shard.index, task.round, found, loads)
+
+    def _forget_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        self._reader.release(ahead.loads if ahead else ())
+
+
+Cut = Callable[[Task], list[Section]]
+
+
+class _Ahead(NamedTuple):
+    """A task that has not been given yet: what it will work through, and its first section on its way into memory."""
+
+    cut: Cut
+    shard: int
+    round: int
+    sections: list[Section]
+    loads: list[Load]
+
+
+def _to_measure(task: Task) -> list[Section]:
+    return sections([t for t in task.wide() if t.group in task.brackets])
+
+
+def _to_write(task: Task) -> list[Section]:
+    together = [name for name, group in task.groups.items() if not group.wide and group.tensors > 1]
+    return sections(task.shard.tensors, together)
 
 
 def _half(section: Section) -> int:

@@ -92,14 +92,16 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 def test_every_option_arrives(pair):
     given = {
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
-        "memory": "200MB", "device": "cpu", "workers": "1", "seed": "7", "nonfinite": "base",
+        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
+        "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=spot",
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     rules = ["--rule", "*norm*=finetuned", "--rule", "lm_head.*=base"]
     assert on_pair("prune", *options, *rules).exit_code == 0
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         "base": "base", "finetuned": "finetuned", "out": "out", "density": 0.25, "method": "random", "scope": "layer",
-        "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": 1, "seed": 7,
+        "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
+        "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
         "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
     }  # fmt: skip
 
@@ -169,7 +171,11 @@ def test_without_a_terminal_each_shard_is_a_plain_line(pair):
         (["--memory", "10"], "--memory: at least 64MiB (it is 10)"),
         (["--memory", "10MB"], "--memory: at least 64MiB (it is 10MB)"),
         (["--density", "3"], "--density: 0 to 1 (it is 3)"),
-        (["--workers", "0"], "--workers: 1 to 100,000 (it is 0)"),
+        (["--workers", "0"], "--workers: give a number like 4 or a range like 2-8, of 1 to 100,000 (it is 0)"),
+        (["--workers", "5-2"], "a range like 2-8, of 1 to 100,000 (it is 5-2)"),
+        (["--cpus-per-worker", "0"], "--cpus-per-worker: 1 to 1,024 (it is 0)"),
+        (["--gpus-per-worker", "1.5"], "--gpus-per-worker: 0 to 1 (it is 1.5)"),
+        (["--label", "spot"], "--label: write a label like market-type=spot"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--ray", ""], "--ray"),
     ],
@@ -587,7 +593,7 @@ def test_the_help_says_what_is_allowed():
 
     shown = " ".join(fapm("prune", "--help").stdout.split())
     limited = [field for field in Recipe.model_fields if bounds(field)]
-    assert limited == ["density", "seed", "shard_size", "memory", "workers"]
+    assert limited == ["density", "seed", "shard_size", "memory", "cpus_per_worker", "gpus_per_worker"]
     for field in limited:
         assert bounds(field) in shown, field
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -22,7 +23,8 @@ ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402 - needs ray
 
-from cluster.pool import RayPool, Sight, ray_pool  # noqa: E402
+from cluster.actor import Sight  # noqa: E402
+from cluster.pool import RayPool, ray_pool  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -70,6 +72,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 @pytest.fixture(scope="module")
 def undisturbed(model: Runner) -> dict[str, dict[str, str]]:
     return {scope: digests(model.prune(scope=scope, shard_size="6MB")[0]) for scope in ("tensor", "layer", "global")}
+
+
+def processes(pool: RayPool) -> list[int]:
+    """The workers that have finished something."""
+    log = [json.loads(line) for line in (pool._out.path / "fapm" / "log.jsonl").read_text().splitlines()]
+    return sorted({int(event["where"].split(":")[1]) for event in log if event["event"] == "shard"})
 
 
 def run(
@@ -137,9 +145,7 @@ def test_workers_that_are_killed_cost_time_only(model, undisturbed, nodes, add, 
     scope = ["tensor", "layer", "global"][seed]
 
     def kill(pool: RayPool) -> None:
-        worker = random.Random(seed).choice(sorted(pool._actors))
-        pid = ray.get(pool._actors[worker].process.remote(), timeout=30)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(random.Random(seed).choice(processes(pool)), signal.SIGKILL)
 
     _, out, said = run(model, scope, 2 + 3 * seed, kill)
     assert digests(out) == undisturbed[scope]

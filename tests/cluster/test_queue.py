@@ -16,11 +16,12 @@ LIMITS = Limits(crashes=1000, crashes_of_a_task=1000, failures=1000)
 class World:
     """A cluster that does what a queue says, and remembers it."""
 
-    def __init__(self, wanted: int, limits: Limits = USUAL):
-        self.queue, self.now = Queue(wanted, limits), 0.0
+    def __init__(self, wanted: int, limits: Limits = USUAL, least: int = 1, slots: int = 1):
+        self.queue, self.now = Queue(wanted, limits, least, slots), 0.0
         self.asked: set[int] = set()
         self.alive: set[int] = set()
-        self.running: dict[int, object] = {}
+        self.held: set[tuple[int, int]] = set()  # worker and task
+        self.following: dict[int, int] = {}
         self.accepted: list[object] = []
         self.started: list[object] = []
         self.stopped: list[Stop] = []
@@ -33,9 +34,13 @@ class World:
                     self.asked.add(worker)
                 case Start(worker, task, following):
                     assert worker in self.alive, "only a worker that is ready gets a task"
-                    assert worker not in self.running, "one task at a time"
+                    assert sum(w == worker for w, _ in self.held) < self.queue.slots, "no more than it has room for"
                     assert following != task
-                    self.running[worker] = task
+                    assert (worker, task) not in self.held
+                    self.held.add((worker, task))
+                    if following is not None:
+                        assert following in self.queue._waiting
+                        self.following[worker] = following
                     self.started.append(task)
                 case Release(worker):
                     self.forget(worker)
@@ -47,10 +52,21 @@ class World:
                     self.stopped.append(action)
         return actions
 
-    def forget(self, worker: int) -> object | None:
+    @property
+    def running(self) -> dict[int, int]:
+        """Where there is one slot: the task of every worker that has one."""
+        return dict(self.held)
+
+    def forget(self, worker: int) -> None:
         self.asked.discard(worker)
         self.alive.discard(worker)
-        return self.running.pop(worker, None)
+        self.held = {(w, task) for w, task in self.held if w != worker}
+
+    def end(self, worker: int) -> int:
+        """A task that the worker had."""
+        held = min((w, task) for w, task in self.held if w == worker)
+        self.held.remove(held)
+        return held[1]
 
     def begin(self, tasks: int, last: bool = True) -> None:
         self.accepted, self.started = [], []
@@ -67,10 +83,10 @@ class World:
                 self.ready(worker)
 
     def done(self, worker: int) -> list[Action]:
-        return self.do(self.queue.done(worker, self.running.pop(worker), self.now))
+        return self.do(self.queue.done(worker, self.end(worker), self.now))
 
     def failed(self, worker: int, **how: bool) -> list[Action]:
-        return self.do(self.queue.failed(worker, self.running.pop(worker), "why", self.now, **how))
+        return self.do(self.queue.failed(worker, self.end(worker), "why", self.now, **how))
 
     def lost(self, worker: int, how: Loss = Loss.CRASHED) -> list[Action]:
         self.forget(worker)
@@ -95,7 +111,7 @@ def test_all_workers_are_asked_for_at_once_and_used_as_they_come():
     assert world.queue.waiting_for_workers
     assert world.ready(1) == [Start(1, 0, 1)]
     assert world.done(1) == [Accept(1, 0, 1), Start(1, 1, 2)]
-    assert world.ready(0) == [Start(0, 2, 3)]
+    assert world.ready(0) == [Start(0, 3, 4)]  # the other keeps 2
     assert not world.queue.waiting_for_workers
 
 
@@ -106,11 +122,12 @@ def test_no_more_workers_than_tasks():
 
 
 @pytest.mark.parametrize("how", Loss)
-def test_what_a_lost_worker_had_is_done_first_and_another_worker_asked_for(how):
+def test_what_a_lost_worker_had_is_done_soon_and_another_worker_asked_for(how):
     world = with_workers(2, 5)
     actions = world.lost(0, how)
     assert [type(a) for a in actions] == [Ask]
-    assert world.done(1)[1] == Start(1, 0, 2)
+    assert world.done(1)[1] == Start(1, 3, 0)  # it keeps 3, and then 0
+    assert world.done(1)[1] == Start(1, 0, 1)
     assert world.queue.losses[how] == 1
 
 
@@ -159,9 +176,9 @@ def test_a_task_that_fails_three_times_on_different_workers_stops_the_run():
         worker = next(w for w, task in world.running.items() if task == 0)
         seen.append(worker)
         world.failed(worker)
-        for other in [w for w, task in world.running.items() if task != 0]:
-            if not world.stopped and 0 not in world.running.values():
-                world.done(other)
+        others = [w for w in world.running if w not in seen]
+        while not world.stopped and 0 not in world.running.values():
+            world.done(others[0])
     assert world.stopped == [Stop(0, "why")]
     assert len(set(seen)) == 3
 
@@ -248,12 +265,75 @@ def test_between_two_steps_workers_stay():
     assert set(world.running) == {0, 1, 2}
 
 
+def test_what_a_worker_keeps_is_taken_by_others_only_at_the_end():
+    world = with_workers(2, 6)
+    for _ in range(3):
+        for worker in (0, 1):
+            kept = world.following.pop(worker, None)
+            world.done(worker)
+            assert kept is None or world.running[worker] == kept
+    world = with_workers(2, 4)
+    assert world.running == {0: 0, 1: 2}
+    assert world.following == {0: 1, 1: 3}
+    world.done(0)
+    world.done(0)
+    assert world.running[0] == 3  # nothing else was waiting
+
+
+def test_what_a_worker_kept_that_is_lost_or_leaving_is_free_again():
+    for change in (lambda w: w.lost(0), lambda w: w.do(w.queue.draining(0, 0.0))):
+        world = with_workers(2, 9)
+        kept = world.following[0]
+        change(world)
+        while kept not in world.running.values():
+            world.done(1)
+        assert world.queue._waiting
+
+
+def test_a_worker_with_slots_has_as_many_tasks_and_the_others_their_share():
+    world = World(2, slots=3)
+    world.begin(20)
+    world.all_ready()
+    assert sorted(w for w, _ in world.held) == [0, 0, 0, 1, 1, 1]
+    world.lost(0)
+    assert sorted(w for w, _ in world.held) == [1, 1, 1]
+    while not world.queue.finished:
+        world.done(1)
+    assert sorted(world.accepted) == list(range(20))
+    few = World(5, slots=3)
+    few.begin(4)
+    few.all_ready()
+    assert sorted(w for w, _ in few.held) == [0, 0, 0, 1]
+
+
+def test_the_first_task_waits_for_the_least_number_of_workers_and_later_ones_do_not():
+    world = World(4, least=2)
+    world.begin(9)
+    assert world.ready(3) == []
+    assert world.queue.waiting_for_workers
+    assert {type(a) for a in world.ready(1)} == {Start}
+    assert world.running.keys() == {1, 3}
+    world.lost(3)
+    assert [type(a) for a in world.done(1)] == [Accept, Start]
+    assert not world.queue.waiting_for_workers
+
+
+def test_no_more_workers_are_waited_for_than_there_are_tasks():
+    world = World(8, least=5)
+    world.begin(2)
+    world.all_ready()
+    assert len(world.running) == 2
+
+
 class AnythingHappens(RuleBasedStateMachine):
     """Losses, readiness, results and time in any order."""
 
-    @initialize(wanted=st.integers(1, 5), tasks=st.integers(0, 12), last=st.booleans())
-    def start(self, wanted: int, tasks: int, last: bool) -> None:
-        self.world, self.tasks = World(wanted, LIMITS), tasks
+    @initialize(
+        wanted=st.integers(1, 5), tasks=st.integers(0, 12), last=st.booleans(), least=st.integers(1, 6),
+        slots=st.integers(1, 3),
+    )  # fmt: skip
+    def start(self, wanted: int, tasks: int, last: bool, least: int, slots: int) -> None:
+        self.world, self.tasks = World(wanted, LIMITS, least, slots), tasks
         self.world.begin(tasks, last)
 
     @precondition(lambda self: self.world.asked)
@@ -295,7 +375,7 @@ class AnythingHappens(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self) -> None:
         waiting = set(self.world.queue._waiting)
-        assert waiting | set(self.world.running.values()) | set(self.world.accepted) >= set(range(self.tasks))
+        assert waiting | {task for _, task in self.world.held} | set(self.world.accepted) >= set(range(self.tasks))
         assert not waiting & set(self.world.accepted)
         assert len(self.world.alive | self.world.asked) <= 3 * self.world.queue.wanted + self.tasks
 

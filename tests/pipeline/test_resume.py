@@ -423,10 +423,10 @@ def test_a_shard_that_fails_leaves_the_others(runner, monkeypatch):
     recipe = runner.recipe("out", **SHARDS)
     write, last = Worker.write, make_plan(recipe).shards[-1].index
 
-    def broken(self, task):
+    def broken(self, task, following):
         if task.shard.index == last:
             raise UserError("this one fails")
-        return write(self, task)
+        return write(self, task, following)
 
     monkeypatch.setattr(Worker, "write", broken)
     with pytest.raises(UserError, match="this one fails"):

@@ -75,7 +75,9 @@ def test_one_count_is_nearly_always_enough(new_runner: Callable) -> None:
             if result.manifest["rounds"] > 1:
                 missed.append((seed, kind, dtype, choices))
             assert result.manifest["rounds"] <= 2
-            assert read <= limit + (result.manifest["rounds"] - 1), (seed, kind, dtype, choices)
+            # Of two workers one may have begun to read what the other then took, once in counting and once in writing.
+            ahead = 2 * max(sum(t.read_bytes for t in shard.tensors) for shard in result.plan.shards) / pair
+            assert read <= limit + ahead + (result.manifest["rounds"] - 1), (seed, kind, dtype, choices)
             assert sum(expected) == pair * (1 + result.manifest["rounds"])  # what the progress was told
     assert cases == 100
     assert len(missed) <= 1, missed
