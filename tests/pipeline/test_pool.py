@@ -50,7 +50,7 @@ def test_the_next_shard_is_being_read_when_one_is_made_durable(runner, monkeypat
 
 def test_what_was_read_for_another_shard_is_thrown_away(runner):
     runner.write(*gaussian({f"model.layers.{i}.w": (300, 400) for i in range(6)}, torch.bfloat16))
-    expected, result = runner.prune(shard_size="300kB")
+    expected, _ = runner.prune(shard_size="300kB")
 
     class Wrong(Threads):
         def map(self, step, tasks):
