@@ -151,7 +151,7 @@ def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
 
 def to_measure(plan: Plan) -> int:
     """Input bytes of the groups that lie in several shards and whose threshold has to be found."""
-    return bytes_of(plan, _unknown(plan))
+    return bytes_of(plan, (name for name, known in wide_groups(plan).items() if known is None))
 
 
 def bytes_of(plan: Plan, groups: Iterable[str]) -> int:
@@ -160,10 +160,10 @@ def bytes_of(plan: Plan, groups: Iterable[str]) -> int:
     return sum(t.read_bytes for t in plan.tensors() if t.group in wanted)
 
 
-def _unknown(plan: Plan) -> list[str]:
-    """The groups that lie in several shards and whose threshold depends on scores."""
+def wide_groups(plan: Plan) -> dict[str, Threshold | None]:
+    """The groups that lie in several shards, and their thresholds where no score needs to be looked at."""
     wide = {name: group for name, group in plan.groups.items() if group.wide}
-    return [name for name, group in wide.items() if not known_threshold(plan.recipe, group, 0)]
+    return {name: known_threshold(plan.recipe, group, 0) for name, group in wide.items()}
 
 
 def in_process(plan: Plan, out: Folder, watch: Watch) -> Threads:
@@ -201,12 +201,9 @@ def find_thresholds(
     found = manifest.load_thresholds(out)
     if found:
         return found
-    brackets = first_brackets(plan, out, pool, _unknown(plan))
-    thresholds = {}
-    for name, group in plan.groups.items():
-        known = known_threshold(plan.recipe, group, 0) if group.wide else None
-        if known:
-            thresholds[name] = known
+    wide = wide_groups(plan)
+    thresholds = {name: known for name, known in wide.items() if known}
+    brackets = first_brackets(plan, out, pool, [name for name in wide if name not in thresholds])
     rounds = 0
     last_round: dict[str, tuple[int, Bracket]] = {}
     while brackets:
@@ -279,6 +276,7 @@ def share_ties(
 ) -> dict[int, dict[str, int]]:
     """Hand out the tie quotas in the order of the shards, which is the order of the tensors' names."""
     left = {name: threshold.ties for name, threshold in thresholds.items()}
+    places = {name: bins_of(bracket).place(thresholds[name].key) for name, (_, bracket) in last_round.items()}
     quotas: dict[int, dict[str, int]] = {}
     for shard in holders(plan, thresholds):
         quotas[shard.index] = {}
@@ -286,11 +284,11 @@ def share_ties(
         for name in sorted({t.group for t in shard.tensors if t.group in thresholds}):
             part = 0
             if left[name] and name in last_round:
-                round_, bracket = last_round[name]
+                round_, _ = last_round[name]
                 if round_ not in loaded:
                     groups, saved = load_arrays(out, measure_name(shard.index, round_), "bins", "starts")
                     loaded[round_] = dict(zip(groups, np.split(saved["bins"], saved["starts"][1:-1]), strict=True))
-                part = min(left[name], int(loaded[round_][name][bins_of(bracket).place(thresholds[name].key)]))
+                part = min(left[name], int(loaded[round_][name][places[name]]))
             quotas[shard.index][name] = part
             left[name] -= part
     assert not any(left.values()), left
