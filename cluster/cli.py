@@ -1,14 +1,15 @@
 """The command `fapm`. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 fine; 1 what the user gave does not work, or problems were found; 2 wrong usage; 75 what may pass, so that
-the same command is worth another try; 130 Ctrl-C. Only bugs show a traceback. What takes time to load is imported
-inside the commands, so that `--help` answers at once.
+the same command is worth another try; 130 Ctrl-C; 143 SIGTERM. Only bugs show a traceback. What takes time to load is
+imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,10 @@ class Commands(click.Group):
         except UserError as error:
             _log(" ".join(str(error).split()))
             ctx.exit(os.EX_TEMPFAIL if isinstance(error, PassingError) else 1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             goes_on = ctx.invoked_subcommand in ("prune", "demo")
             _log("stopped" + ("; the same command goes on from here" if goes_on else ""))
-            ctx.exit(130)
+            ctx.exit(128 + (signal.SIGTERM if stopped.args == (signal.SIGTERM,) else signal.SIGINT))
 
 
 def _log(line: str) -> None:
@@ -244,9 +245,23 @@ def demo(folder: str) -> None:
     click.echo(f"{run_text(prune_facts(done.result))}\n\n{done.checked}")
 
 
+def _terminated(*_: object) -> None:
+    """What ends a node or a job gently says so by SIGTERM: the run lets go of its folder and of its workers."""
+    raise KeyboardInterrupt(signal.SIGTERM)
+
+
 def main() -> None:
     """The program `fapm`."""
+    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no Δ shall not stop a run
-    cli(prog_name="fapm")
+    try:
+        cli(prog_name="fapm")
+    except SystemExit as ended:
+        if "cluster.pool" in sys.modules and sys.modules["cluster.pool"].headless:
+            # Without a head Ray would hold the process at its end for a minute and then kill it with a code of its own.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 0)
+        raise

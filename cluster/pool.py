@@ -6,16 +6,19 @@ to an actor, and a few numbers back: weights and counts go through the folders t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from cluster.actor import Actor, Sight
 from cluster.demand import demand
@@ -32,6 +35,16 @@ from pipeline.storage.local import Folder
 
 _TICK_SECONDS = 1.0
 _SAY_SECONDS = 60.0  # between two lines that say what the run is waiting for
+_GONE_SECONDS = 5 / 6 * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60))  # noqa: SIM112
+"""Of silence of the cluster's head. Ray itself waits for it six fifths of that, then ends the process on the spot."""
+headless = False
+"""Whether a pool was closed whose cluster's head was gone: whatever asks Ray for something hangs from then on."""
+
+_LOST = {
+    Loss.CRASHED: "was lost",
+    Loss.PREEMPTED: "was preempted",
+    Loss.HUNG: "took far too long and was given up",
+}
 
 
 def ray_pool(address: str) -> MakePool:
@@ -51,7 +64,7 @@ class RayPool:
         self._names = {shard.index: shard.name for shard in plan.shards}
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _connect(address, plan.recipe)
+            _connect(address, plan.recipe, watch.say)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._demand = demand(plan.recipe, len(plan.shards), resources)
         self.workers = self._demand.workers.most
@@ -67,7 +80,8 @@ class RayPool:
         self._nodes: dict[int, str] = {}
         self._calls: dict[Any, tuple[int, int | None]] = {}  # under way: the worker, and its task or None: it starts
         self._errors: dict[int, Exception] = {}  # the last of each task
-        self._said_waiting = time.monotonic()
+        self._head = str(ray.get_runtime_context().gcs_address)
+        self._looked = self._said_waiting = self._heard_of_head = time.monotonic()
         self._do(self._queue.prepare(), _nothing, {})
 
     def wait_until_ready(self) -> None:
@@ -115,7 +129,7 @@ class RayPool:
             preempted = isinstance(error, RayActorError) and error.preempted
             how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in _draining() else Loss.CRASHED
             self._forget(worker)
-            self._watch.say(f"note: worker {worker} was {how.value}; what it had is done elsewhere")
+            self._say_lost(worker, how, " (out of memory)" if isinstance(error, OutOfMemoryError) else "")
             return self._queue.lost(worker, how, now), None
         if task is None:
             self._nodes[worker] = outcome
@@ -125,10 +139,23 @@ class RayPool:
     def _look_around(self, step: Step, by_index: dict[int, Task]) -> None:
         """Time passes, nodes get notice, and somebody may wonder why nothing happens."""
         now = time.monotonic()
-        self._do(self._queue.tick(now), step, by_index)
-        leaving = _draining()
-        for worker in [w for w, node in self._nodes.items() if node in leaving]:
-            self._do(self._queue.draining(worker, now), step, by_index)
+        hung = self._queue.losses[Loss.HUNG]
+        actions = self._queue.tick(now)
+        if self._queue.losses[Loss.HUNG] > hung:
+            for action in actions:
+                if isinstance(action, Release):
+                    self._say_lost(action.worker, Loss.HUNG)
+        self._do(actions, step, by_index)
+        if now - self._looked >= _TICK_SECONDS:
+            self._looked = now
+            if self._head_answers():
+                self._heard_of_head = now
+                leaving = _draining()
+                for worker in [w for w, node in self._nodes.items() if node in leaving]:
+                    self._do(self._queue.draining(worker, now), step, by_index)
+            elif now - self._heard_of_head > _GONE_SECONDS:
+                gone = "the head of the Ray cluster is gone; finished shards stay: run the same command again"
+                raise PassingError(f"{gone}, on this cluster or another")
         if not self._queue.waiting_for_workers:
             self._said_waiting = now
         elif now - self._said_waiting >= _SAY_SECONDS:
@@ -136,6 +163,21 @@ class RayPool:
             ready, least = self._queue.ready_workers, self._demand.workers.least
             have = f"{ready} of {least} to begin with" if ready else "none yet"
             self._watch.say(f"note: waiting for workers: {have}; {self.workers} of {self._demand} are asked for")
+
+    def _head_answers(self) -> bool:
+        """Whether the cluster's head is there. Workers work without it for a while, but whatever asks it hangs."""
+        try:
+            _knock(self._head)
+        except OSError:
+            return False
+        return True
+
+    def _say_lost(self, worker: int, how: Loss, why: str = "") -> None:
+        self._watch.say(f"note: worker {worker} {_LOST[how]}{why}; what it had is done elsewhere")
+
+    @property
+    def lost(self) -> dict[str, int]:
+        return {how.value: count for how, count in self._queue.losses.items() if count}
 
     def _do(self, actions: Sequence[Action], step: Step, by_index: dict[int, Task]) -> list[Accept]:
         """What the queue says; returns the results that count."""
@@ -181,6 +223,10 @@ class RayPool:
             ray.kill(actor)
 
     def close(self) -> None:
+        if not self._head_answers():
+            global headless
+            headless = True
+            return
         for worker in list(self._actors):
             self._forget(worker)
         if self._owns_ray:
@@ -207,7 +253,16 @@ def _sight(plan: Plan, recipe: Recipe, out: Folder) -> Sight:
     return Sight(files, (str(out.path / RUN), out.read(RUN)))
 
 
-def _connect(address: str, recipe: Recipe) -> None:
+def _connect(address: str, recipe: Recipe, say: Callable[[str], None]) -> None:
+    _listen_to_ray(say)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with contextlib.chdir(os.sep):  # Ray's workers look for modules where the driver is: `pipeline` is a common name
+        _init(address, recipe)
+    if threading.current_thread() is threading.main_thread() and on_terminate is not None:
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the driver with a dump of its stack
+
+
+def _init(address: str, recipe: Recipe) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
         _knock(address)
@@ -219,6 +274,22 @@ def _connect(address: str, recipe: Recipe) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise PassingError(f"--ray {address}: no Ray cluster answers there ({_last_line(error)})") from None
+
+
+def _listen_to_ray(say: Callable[[str], None]) -> None:
+    """Of what Ray would print to stdout of its nodes' troubles, say what a user can do something about.
+
+    That a node or a worker was lost is said by the pool, without the node's log.
+    """
+    import ray._private.worker as inside  # there is no public way
+
+    def heard(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        for line in "\n".join(data["lines"]).splitlines():
+            if "memory pressure" in line:
+                say(f"note: Ray: {line.strip()}")
+
+    if hasattr(inside, "print_to_stdstream"):
+        inside.print_to_stdstream = heard
 
 
 _KNOCK_SECONDS = 10

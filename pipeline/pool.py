@@ -23,9 +23,18 @@ Step = Callable[[Worker, Task, Task | None], Done]
 
 
 class Pool(Protocol):
-    """Workers. `workers` is how many there are."""
+    """Workers.
 
-    workers: int
+    Attributes:
+        workers: how many there are.
+        lost: how many were lost, by how.
+    """
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def lost(self) -> dict[str, int]: ...
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
         """Apply `step` to every task, each on some worker, and yield results as they finish.
@@ -92,6 +101,7 @@ class Threads:
         say: Callable[[str], None] = lambda line: None,
     ):
         self.workers = workers
+        self.lost: dict[str, int] = {}
         self._cancelled = threading.Event()
         self._end_announcing = announce(recipe.device, say)
         self._workers = [Worker(recipe, out, progress, self._cancelled) for _ in range(workers)]

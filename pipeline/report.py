@@ -76,6 +76,7 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "run_seconds": manifest["seconds"],
         "run_resumed": manifest["resumed"],
         "workers": manifest.get("workers", 0),
+        "lost_workers": manifest.get("lost_workers", {}),
         "left_out": manifest["left_out"],
         "added": manifest["added"],
         "oddities": manifest["oddities"],
@@ -116,9 +117,13 @@ def run_text(facts: dict[str, Any]) -> str:
     fields += [
         ("read", format_bytes(totals["read_bytes"]) + (f", {format_bytes(rate)}/s" if rate else "")),
         ("written", format_bytes(totals["written_bytes"])),
-        ("time", f"{_seconds(facts['run_seconds'])} with {_plural(facts['workers'], 'worker')}"),
+        ("time", f"{_seconds(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
     return _fields(heading, fields, facts["oddities"])
+
+
+def _workers(count: int, lost: dict[str, int]) -> str:
+    return ", ".join([_plural(count, "worker"), *(f"{number} {how}" for how, number in lost.items())])
 
 
 def _with_density(rules: Iterable[str]) -> bool:

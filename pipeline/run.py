@@ -109,7 +109,7 @@ def _prune(plan: Plan, state: manifest.State, out: Folder, pool: MakePool, watch
             with closing(pool(plan, out, watch)) as workers:
                 thresholds, quotas, rounds = find_thresholds(plan, out, workers, watch)
                 write_shards(plan, workers, todo, thresholds, quotas, watch, log)
-                facts |= {"workers": workers.workers, "rounds": rounds}
+                facts |= {"workers": workers.workers, "rounds": rounds, "lost_workers": workers.lost}
         facts["seconds"] = round(time.perf_counter() - began, 3)
         made = manifest.finish(plan, facts, out)
     except BaseException as error:
