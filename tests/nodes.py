@@ -1,0 +1,108 @@
+"""Ray clusters of several nodes on this machine, for tests that lose some of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import Recipe
+
+STORE = 80_000_000
+HEALTH = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_timeout_ms": 300,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+
+
+@contextmanager
+def head_alone() -> Iterator[Any]:
+    """A cluster with a head that has no CPUs; nodes are added to it."""
+    from ray.cluster_utils import Cluster
+
+    arguments = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "_system_config": HEALTH}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def add_node(cluster: Any, **how: Any) -> Any:
+    return cluster.add_node(**{"num_cpus": 1, "object_store_memory": STORE, **how})
+
+
+def actors(node: Any) -> list[int]:
+    """The processes of the workers on a node."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+    return [int(pid) for pid in children if _title(pid).startswith((b"ray::Actor", b"ray::fapm"))]
+
+
+def _title(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 60) -> Any:
+    """Wait until something is so, and return it."""
+    until = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+class Driver:
+    """`fapm prune` in a process of its own."""
+
+    def __init__(self, recipe: Recipe, address: str, **environment: str):
+        options: list[str] = []
+        for name, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
+            options += [f"--{name.replace('_', '-')}", str(value)]
+        self.out, self.lines = Path(recipe.out), list[str]()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "prune", *options, "--ray", address],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    @property
+    def shards(self) -> int:
+        """How many it has said are finished."""
+        return sum(line.startswith("[") for line in self.lines)
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        path = self.out / "fapm" / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def wait(self, seconds: float = 120) -> int:
+        try:
+            code = self.process.wait(seconds)
+        finally:
+            self.kill()
+        return code
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait(30)
+        self._reader.join()
+        assert self.process.stdout
+        self.process.stdout.close()
