@@ -78,6 +78,7 @@ class RayPool:
         self._queue = Queue(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
+        self._leaving: set[str] = set()  # nodes that have got notice
         self._calls: dict[Any, tuple[int, int | None]] = {}  # under way: the worker, and its task or None: it starts
         self._errors: dict[int, Exception] = {}  # the last of each task
         self._head = str(ray.get_runtime_context().gcs_address)
@@ -127,7 +128,7 @@ class RayPool:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise UserError(f"a Ray worker cannot start: {_last_line(error)}") from error
             preempted = isinstance(error, RayActorError) and error.preempted
-            how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in _draining() else Loss.CRASHED
+            how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in self._leaving else Loss.CRASHED
             self._forget(worker)
             self._say_lost(worker, how, " (out of memory)" if isinstance(error, OutOfMemoryError) else "")
             return self._queue.lost(worker, how, now), None
@@ -150,8 +151,8 @@ class RayPool:
             self._looked = now
             if self._head_answers():
                 self._heard_of_head = now
-                leaving = _draining()
-                for worker in [w for w, node in self._nodes.items() if node in leaving]:
+                self._leaving |= _draining()
+                for worker in [w for w, node in self._nodes.items() if node in self._leaving]:
                     self._do(self._queue.draining(worker, now), step, by_index)
             elif now - self._heard_of_head > _GONE_SECONDS:
                 gone = "the head of the Ray cluster is gone; finished shards stay: run the same command again"
@@ -219,7 +220,7 @@ class RayPool:
         actor = self._actors.pop(worker, None)
         self._nodes.pop(worker, None)
         self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
-        if actor is not None:
+        if actor is not None and self._head_answers():
             ray.kill(actor)
 
     def close(self) -> None:
