@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from cluster.actor import Actor, Sight
 from cluster.demand import demand
@@ -78,6 +78,7 @@ class RayPool:
         self._queue = Queue(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
+        self._last_loss = ""
         self._leaving: set[str] = set()  # nodes that have got notice
         self._calls: dict[Any, tuple[int, int | None]] = {}  # under way: the worker, and its task or None: it starts
         self._errors: dict[int, Exception] = {}  # the last of each task
@@ -130,6 +131,7 @@ class RayPool:
             preempted = isinstance(error, RayActorError) and error.preempted
             how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in self._leaving else Loss.CRASHED
             self._forget(worker)
+            self._last_loss = _first_line(error)
             self._say_lost(worker, how, " (out of memory)" if isinstance(error, OutOfMemoryError) else "")
             return self._queue.lost(worker, how, now), None
         if task is None:
@@ -203,7 +205,8 @@ class RayPool:
 
     def _stopped(self, task: int | None, why: str) -> Exception:
         if task is None:
-            return PassingError(f"{why}; finished shards stay: run the same command again")
+            last = f", the last so: {self._last_loss}" if self._last_loss else ""
+            return PassingError(f"{why}{last}; finished shards stay: run the same command again")
         error = self._errors.get(task)
         if isinstance(error, UserError):
             return error
@@ -273,8 +276,11 @@ def _init(address: str, recipe: Recipe) -> None:
             ray.init(address="local", num_cpus=max(cores, wanted), **quiet)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise UserError(f"--ray {address}: {_last_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise PassingError(f"--ray {address}: no Ray cluster answers there ({_last_line(error)})") from None
+        hint = "" if os.environ.get("RAY_AUTH_MODE") else "; if it wants a token, set RAY_AUTH_MODE=token"
+        raise PassingError(f"--ray {address}: no Ray cluster answers there ({_last_line(error)}){hint}") from None
 
 
 def _listen_to_ray(say: Callable[[str], None]) -> None:
@@ -308,6 +314,10 @@ def _absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={side: os.path.abspath(getattr(recipe, side)) for side in ("base", "finetuned", "out")}
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _last_line(error: BaseException) -> str:

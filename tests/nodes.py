@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,48 @@ def add_node(cluster: Any, **how: Any) -> Any:
 
 def actors(node: Any) -> list[int]:
     """The processes of the workers on a node."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
-    return [int(pid) for pid in children if _title(pid).startswith((b"ray::Actor", b"ray::fapm"))]
+    return workers_of(node.all_processes["raylet"][0].process.pid)
 
 
-def _title(pid: str) -> bytes:
+def workers_of(raylet: int) -> list[int]:
+    return [pid for pid in children(raylet) if _title(pid).startswith((b"ray::Actor", b"ray::fapm"))]
+
+
+def children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def _title(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+@contextmanager
+def started_node(address: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A node started as a user starts one: SIGTERM to this process is the notice that the node will go away."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1", "--block"]
+    process = subprocess.Popen(
+        [*command, f"--object-store-memory={STORE}", "--disable-usage-stats"], env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        left = children(process.pid)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for pid in [process.pid, *left]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def raylet_of(node: subprocess.Popen[bytes]) -> int | None:
+    return next((pid for pid in children(node.pid) if b"raylet/raylet" in _title(pid)), None)
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 60) -> Any:

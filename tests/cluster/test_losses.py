@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,43 +16,34 @@ import pytest
 import torch
 from checkpoints import digests, gaussian
 from conftest import Runner
+from nodes import actors, add_node, head_alone, raylet_of, started_node, wait_until, workers_of
 
 from pipeline import UserError, prune
 from pipeline.run import Result, Watch
 
 ray = pytest.importorskip("ray")
 
-from ray.cluster_utils import Cluster  # noqa: E402 - needs ray
-
-from cluster.actor import Sight  # noqa: E402
-from cluster.pool import RayPool, ray_pool  # noqa: E402
+from cluster.actor import Sight  # noqa: E402 - needs ray
+from cluster.pool import RayPool, _draining, ray_pool  # noqa: E402
+from cluster.queue import Limits  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-STORE = 80_000_000
-HEALTH = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_timeout_ms": 300,
-    "health_check_failure_threshold": 3,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Cluster]:
-    """A head without CPUs; tests add the nodes that they need."""
-    arguments = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "_system_config": HEALTH}
-    cluster = Cluster(initialize_head=True, head_node_args=arguments)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+def nodes() -> Iterator[Any]:
+    with head_alone() as cluster:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+        ray.shutdown()
 
 
 @pytest.fixture
-def add(nodes: Cluster) -> Iterator[Callable[[], Any]]:
+def add(nodes: Any) -> Iterator[Callable[[], Any]]:
     added: list[Any] = []
 
     def one() -> Any:
-        added.append(nodes.add_node(num_cpus=1, object_store_memory=STORE))
+        added.append(add_node(nodes))
         return added[-1]
 
     yield one
@@ -74,10 +66,10 @@ def undisturbed(model: Runner) -> dict[str, dict[str, str]]:
     return {scope: digests(model.prune(scope=scope, shard_size="6MB")[0]) for scope in ("tensor", "layer", "global")}
 
 
-def processes(pool: RayPool) -> list[int]:
-    """The workers that have finished something."""
+def shards_by(pool: RayPool) -> list[int]:
+    """The worker of every finished shard."""
     log = [json.loads(line) for line in (pool._out.path / "fapm" / "log.jsonl").read_text().splitlines()]
-    return sorted({int(event["where"].split(":")[1]) for event in log if event["event"] == "shard"})
+    return [int(event["where"].split(":")[1]) for event in log if event["event"] == "shard"]
 
 
 def run(
@@ -145,7 +137,7 @@ def test_workers_that_are_killed_cost_time_only(model, undisturbed, nodes, add, 
     scope = ["tensor", "layer", "global"][seed]
 
     def kill(pool: RayPool) -> None:
-        os.kill(random.Random(seed).choice(processes(pool)), signal.SIGKILL)
+        os.kill(random.Random(seed).choice(sorted(set(shards_by(pool)))), signal.SIGKILL)
 
     _, out, said = run(model, scope, 2 + 3 * seed, kill)
     assert digests(out) == undisturbed[scope]
@@ -159,3 +151,81 @@ def test_a_node_that_does_not_see_the_files_is_named_at_once(model, nodes, add, 
     with pytest.raises(UserError, match=r"node .* does not see /nor/this as the driver does"):
         prune(model.recipe(shard_size="6MB", workers=1), pool=ray_pool("auto"))
     assert time.monotonic() - began < 30
+
+
+@pytest.fixture
+def paused() -> Iterator[list[int]]:
+    """Processes that stand still; they are ended afterwards."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pause(node: Any, paused: list[int]) -> None:
+    (pid,) = actors(node)
+    paused.append(pid)
+    os.kill(pid, signal.SIGSTOP)
+
+
+def test_a_worker_that_hangs_is_given_up(model, undisturbed, nodes, add, paused):
+    first, _ = add(), add()
+
+    def hang(pool: RayPool) -> None:
+        pool._queue.limits = Limits(hung_seconds=2, slow_seconds=1000)
+        pause(first, paused)
+
+    result, out, said = run(model, "tensor", 8, hang)
+    assert digests(out) == undisturbed["tensor"]
+    assert sum("took far too long and was given up; what it had is done elsewhere" in line for line in said) == 1
+    assert result.manifest["lost_workers"] == {"hung": 1}
+
+
+def test_a_straggler_at_the_end_is_overtaken(model, undisturbed, nodes, add, paused):
+    first, _ = add(), add()
+
+    def slow_down(pool: RayPool) -> None:
+        pool._queue.limits = Limits(hung_seconds=1000, slow_seconds=1)
+        pause(first, paused)
+
+    began = time.monotonic()
+    result, out, _ = run(model, "tensor", 26, slow_down)
+    assert time.monotonic() - began < 60
+    assert digests(out) == undisturbed["tensor"]
+    assert result.manifest["lost_workers"] == {}
+    events = [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
+    assert [event["tries"] for event in events if event["event"] == "shard"].count(2) == 1
+    # Waking up afterwards it can do no harm.
+    os.kill(paused[0], signal.SIGCONT)
+    time.sleep(1)
+    assert digests(out) == undisturbed["tensor"]
+    assert not (out / "fapm" / "work").exists()
+
+
+def test_a_node_with_notice_gets_no_new_shard(model, undisturbed, nodes, add):
+    """What runs there may end, as long as the node leaves it time."""
+    add()
+    with started_node(nodes.address, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="3") as leaving:
+        wait_until(lambda: ray.cluster_resources().get("CPU") == 2)
+        raylet = raylet_of(leaving)
+        assert raylet
+        there: list[int] = []
+        finished: list[int] = []
+
+        def notice(pool: RayPool) -> None:
+            finished.extend(shards_by(pool))
+            there.extend(workers_of(raylet))
+            leaving.send_signal(signal.SIGTERM)
+            wait_until(_draining, 20)
+            time.sleep(1)  # the pool looks once a second
+
+        result, out, _ = run(model, "tensor", 6, notice)
+    assert digests(out) == undisturbed["tensor"]
+    (worker,) = there
+    events = [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
+    where = [int(event["where"].split(":")[1]) for event in events if event["event"] == "shard"]
+    assert len(finished) <= 6
+    assert worker in finished
+    assert where[len(finished) + 1 :].count(worker) <= 2  # what it had, and what it had got before anybody knew
+    assert "crashed" not in result.manifest["lost_workers"]
