@@ -230,9 +230,13 @@ class Queue:
 
     def lost(self, worker: int, how: Loss, now: float) -> list[Action]:
         """A worker is gone, with whatever it had."""
+        stop = self._lose(worker, how)
+        return [stop] if stop else self._go_on(now)
+
+    def _lose(self, worker: int, how: Loss) -> Stop | None:
         gone = self._drop(worker)
         if gone is None:
-            return self._go_on(now)
+            return None
         self.losses[how] += 1
         had = [task for task in gone.tasks if task in self._left]
         for task in had:
@@ -242,10 +246,10 @@ class Queue:
             for task in had:
                 self._crashes[task] = self._crashes.get(task, 0) + 1
                 if self._crashes[task] >= self.limits.crashes_of_a_task:
-                    return [Stop(task, f"{self._crashes[task]} workers were lost while they had it")]
+                    return Stop(task, f"{self._crashes[task]} workers were lost while they had it")
             if self._lost_in_a_row >= self.limits.crashes:
-                return [Stop(None, f"{self._lost_in_a_row} workers were lost one after the other")]
-        return self._go_on(now)
+                return Stop(None, f"{self._lost_in_a_row} workers were lost one after the other")
+        return None
 
     def tick(self, now: float) -> list[Action]:
         """Some time has passed."""
@@ -254,12 +258,8 @@ class Queue:
             for name, w in self._workers.items()
             if any(now - since > self._hung_after(task) for task, since in w.tasks.items())
         ]
-        actions: list[Action] = []
-        for name in hung:
-            actions += [Release(name), *self.lost(name, Loss.HUNG, now)]
-            if any(isinstance(action, Stop) for action in actions):
-                return actions
-        return [*actions, *self._go_on(now)]
+        stops = [stop for name in hung if (stop := self._lose(name, Loss.HUNG))]
+        return [*(Release(name) for name in hung), *(stops[:1] or self._go_on(now))]
 
     # How it decides.
 
@@ -268,16 +268,10 @@ class Queue:
         given: list[tuple[int, Task]] = []
         needed = min(self.least, self.wanted, -(-len(self._left) // self.slots))
         self._gathered = self._gathered or self.ready_workers >= max(1, needed)
-        free = self._free() if self._gathered else []
-        while self._waiting and free:
-            before = len(given)
-            for worker in free:
-                task = self._take_for(worker)
-                if task is not None:
-                    self._give(worker, task, now)
-                    given.append((worker, task))
-            free = self._free() if len(given) > before else []
-        for worker in free if not self._waiting else ():
+        while self._gathered and self._waiting and (taken := self._take()):
+            self._give(*taken, now)
+            given.append(taken)
+        for worker in self._free() if self._gathered and not self._waiting else ():
             slow = self._slowest(worker, now)
             if slow is not None:
                 self._give(worker, slow, now)
@@ -286,9 +280,17 @@ class Queue:
         return [*starts, *self._fit()]
 
     def _free(self) -> list[int]:
-        """Workers that can take a task: of those that have the fewest."""
+        """Workers that can take a task, those with the fewest first."""
         able = [(len(w.tasks), name) for name, w in self._workers.items() if w.able and len(w.tasks) < self.slots]
-        return [name for tasks, name in able if tasks == min(able)[0]]
+        return [name for _, name in sorted(able)]
+
+    def _take(self) -> tuple[int, Task] | None:
+        """A worker and a task for it that was waiting."""
+        for worker in self._free():
+            task = self._take_for(worker)
+            if task is not None:
+                return worker, task
+        return None
 
     def _take_for(self, worker: int) -> Task | None:
         """A waiting task: the one that the worker keeps, else one that nobody keeps, else any.
@@ -333,6 +335,7 @@ class Queue:
             for name, w in self._workers.items()
             for task, since in w.tasks.items()
             if name != worker
+            and task in self._left
             and len(self.workers_on(task)) == 1
             and worker not in self._failed.get(task, [])
             and now - since > self._too_long(task, self.limits.slow_factor, self.limits.slow_seconds)

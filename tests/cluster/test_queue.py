@@ -325,6 +325,24 @@ def test_no_more_workers_are_waited_for_than_there_are_tasks():
     assert len(world.running) == 2
 
 
+def test_a_beaten_worker_with_other_tasks_keeps_them_and_what_is_done_is_not_begun_again():
+    world = World(2, slots=2)
+    world.begin(3)
+    world.all_ready()
+    world.now += 1
+    world.done(1)
+    assert sorted(world.held) == [(0, 0), (0, 1)]
+    world.tick(100)
+    beaten = next(task for w, task in world.held if w == 1)
+    actions = world.done(1)
+    assert actions[0] == Accept(1, beaten, 2)
+    assert not any(isinstance(action, Release) for action in actions)
+    for _ in range(3):
+        world.tick(1)
+    assert world.started.count(beaten) == 2
+    assert sorted(world.held) == [(0, 0), (0, 1), (1, 1 - beaten)]
+
+
 class AnythingHappens(RuleBasedStateMachine):
     """Losses, readiness, results and time in any order."""
 
@@ -370,7 +388,8 @@ class AnythingHappens(RuleBasedStateMachine):
     @rule(worker=st.integers(0, 60), task=st.integers(0, 12))
     def somebody_unknown_speaks(self, worker: int, task: int) -> None:
         if worker not in self.world.alive | self.world.asked:
-            assert not [a for a in self.world.queue.lost(worker, Loss.CRASHED, self.world.now) if isinstance(a, Stop)]
+            self.world.do(self.world.queue.lost(worker, Loss.CRASHED, self.world.now))
+            assert not self.world.stopped
 
     @invariant()
     def nothing_is_lost(self) -> None:
