@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,10 @@ def test_a_recipe_prunes(path: Path, runner: Runner) -> None:
 def test_the_paper_is_the_default(runner: Runner) -> None:
     sides = {"base": "b", "finetuned": "f", "out": "o"}
     assert Recipe.load(CONFIGS / "paper.yaml", **sides) == Recipe(**sides)
+
+
+def test_the_page_on_scale_is_what_the_model_says() -> None:
+    page = (CONFIGS / "scale.md").read_text()
+    command = [sys.executable, str(CONFIGS.parent / "tests" / "benchmarks" / "scale.py")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert page.split("<!-- scale.py -->\n")[1].split("<!-- end -->")[0] == table
