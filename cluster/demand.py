@@ -11,8 +11,8 @@ from pipeline.recipe import Recipe, Workers, binary, format_bytes
 from pipeline.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 
 PROCESS_BYTES = 384 << 20
-"""What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB in
-all under `--memory 64MiB`, and 545 MB under 1GiB, in global scope of a pair of 4.4 GB."""
+"""What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB
+in all under `--memory 64MiB`, and 545 MB under 1GiB, in global scope of a pair of 4.4 GB."""
 
 _LEAST_MEMORY = 64 << 20
 

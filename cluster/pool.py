@@ -65,6 +65,15 @@ class RayPool:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _connect(address, plan.recipe, watch.say)
+        try:
+            self._begin(plan, out)
+        except BaseException:
+            if self._owns_ray:
+                ray.shutdown()
+            raise
+
+    def _begin(self, plan: Plan, out: Folder) -> None:
+        """Ask for workers."""
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._demand = demand(plan.recipe, len(plan.shards), resources)
         self.workers = self._demand.workers.most
@@ -170,7 +179,7 @@ class RayPool:
     def _head_answers(self) -> bool:
         """Whether the cluster's head is there. Workers work without it for a while, but whatever asks it hangs."""
         try:
-            _knock(self._head)
+            _knock(self._head, _TICK_SECONDS)
         except OSError:
             return False
         return True
@@ -302,11 +311,11 @@ def _listen_to_ray(say: Callable[[str], None]) -> None:
 _KNOCK_SECONDS = 10
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
     """Raise an OSError if nothing listens at `HOST:PORT`; Ray itself tries for some five minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), seconds).close()
 
 
 def _absolute(recipe: Recipe) -> Recipe:

@@ -102,6 +102,18 @@ def _refuse(**_: object) -> None:
     raise ConnectionError("could not connect")
 
 
+def test_a_ray_of_its_own_does_not_outlive_a_pool_that_cannot_be_made(
+    pair: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("cluster.pool._connect", lambda *_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(UserError, match="at least 64MiB for each of the 4 CPUs"):
+        prune(pair.recipe(cpus_per_worker=4), pool=ray_pool("local"))
+    assert ended == [True]
+
+
 @pytest.mark.slow
 def test_actors_are_gone_when_the_pool_is_closed(pair: Runner) -> None:
     held: list[Any] = []
