@@ -31,7 +31,7 @@ class Sight:
     run: tuple[str, bytes]
 
 
-class Actor:
+class FapmWorker:
     """Works on as many shards at once as it has slots, each on a thread and with a share of the memory.
 
     Plain: `ray.remote` wraps it where the pool starts it (safetensors#328).

@@ -86,6 +86,7 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
       fapm prune --base llama/ --finetuned llama-math/ --out pruned/ --rule '*norm*=finetuned' --rule 'lm_head.*=base'
       fapm prune --base llama/ --finetuned llama-math/ --out blend/ --method wise-ft --density 0.5
       fapm prune --config recipe.yaml --density 0.2 --ray local --workers 4
+      fapm prune --config recipe.yaml --ray 10.0.0.1:6379 --workers 2-40 --cpus-per-worker 4 --memory 4GiB
     """
     recipe, ray, by = read_choices(config, choices)
     from cluster.progress import Progress

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from cluster.actor import Actor, Sight
+from cluster.actor import FapmWorker, Sight
 from cluster.demand import demand
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
@@ -78,7 +78,7 @@ class RayPool:
         self._demand = demand(plan.recipe, len(plan.shards), resources)
         self.workers = self._demand.workers.most
         try:
-            self._remote: Any = ray.remote(Actor).options(**self._demand.options)
+            self._remote: Any = ray.remote(FapmWorker).options(**self._demand.options)
         except ValueError as error:
             raise UserError(f"Ray does not take what is asked of a worker: {_last_line(error)}") from None
         self._recipe = _absolute(self._demand.recipe(plan.recipe))

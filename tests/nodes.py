@@ -46,7 +46,7 @@ def actors(node: Any) -> list[int]:
 
 
 def workers_of(raylet: int) -> list[int]:
-    return [pid for pid in children(raylet) if _title(pid).startswith((b"ray::Actor", b"ray::fapm"))]
+    return [pid for pid in children(raylet) if _title(pid).startswith((b"ray::FapmWorker", b"ray::fapm"))]
 
 
 def children(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/test_pool.py: tasks are dealt out once, and the next one's reads are under way."""
+"""pytest tests/pipeline/test_dealing.py: tasks are dealt out once, and the next one's reads are under way."""
 
 from __future__ import annotations
 
