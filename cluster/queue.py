@@ -84,7 +84,8 @@ class Limits:
     Attributes:
         failures: of one task, on different workers where there are several.
         crashes_of_a_task: workers that were lost while they had one task, preempted ones apart.
-        crashes: workers that were lost since the last result, preempted ones apart.
+        crashes: workers that were lost since the last result, preempted ones apart; at least three times those that
+            are wanted, since a rack goes at once.
         hung_factor: a worker is given up after so many times what its task should take, and `hung_seconds` at least.
         slow_factor: a task is given to a second worker after so many times that, and `slow_seconds` at least.
         unknown_seconds: after this long where no task has been finished yet to compare with.
@@ -247,7 +248,7 @@ class Queue:
                 self._crashes[task] = self._crashes.get(task, 0) + 1
                 if self._crashes[task] >= self.limits.crashes_of_a_task:
                     return Stop(task, f"{self._crashes[task]} workers were lost while they had it")
-            if self._lost_in_a_row >= self.limits.crashes:
+            if self._lost_in_a_row >= max(self.limits.crashes, 3 * self.wanted):
                 return Stop(None, f"{self._lost_in_a_row} workers were lost one after the other")
         return None
 

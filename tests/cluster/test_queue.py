@@ -169,6 +169,17 @@ def test_workers_that_are_lost_one_after_the_other_end_the_run_and_a_result_in_b
     assert [stop.task for stop in world.stopped] == [None]
 
 
+def test_a_rack_of_workers_may_go_at_once():
+    world = with_workers(40, 200)
+    for worker in range(39):
+        world.lost(worker)
+    assert not world.stopped
+    world.all_ready()
+    while not world.queue.finished:
+        world.done(min(world.running))
+    assert len(world.accepted) == 200
+
+
 def test_a_task_that_fails_three_times_on_different_workers_stops_the_run():
     world = with_workers(3, 9)
     seen = []
