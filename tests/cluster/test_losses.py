@@ -112,15 +112,17 @@ def test_a_node_that_is_killed_costs_time_only(model, undisturbed, nodes, add, s
     assert result.resumed == 0
 
 
-def test_with_no_node_left_the_run_waits_for_one(model, undisturbed, nodes, add):
+def test_with_no_node_left_the_run_waits_for_one_and_says_so(model, undisturbed, nodes, add, monkeypatch):
+    monkeypatch.setattr("cluster.pool._SAY_SECONDS", 0.5)
     only = add()
 
     def lose_and_find(pool: RayPool) -> None:
         nodes.remove_node(only, allow_graceful=False)
         add()
 
-    _, out, _ = run(model, "tensor", 5, lose_and_find, all_ready=False)
+    _, out, said = run(model, "tensor", 5, lose_and_find, all_ready=False)
     assert digests(out) == undisturbed["tensor"]
+    assert any(line.startswith("note: waiting for workers: none yet; 2 of 1 CPU, ") for line in said)
 
 
 def test_a_node_that_joins_in_the_middle_gets_work(model, undisturbed, nodes, add):
