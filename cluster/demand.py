@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, Workers, binary, format_bytes
+from pipeline.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
 from pipeline.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 
 PROCESS_BYTES = 384 << 20
 """What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB
 in all under `--memory 64MiB`, and 545 MB under 1GiB, in global scope of a pair of 4.4 GB."""
-
-_LEAST_MEMORY = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
         gpus = 1.0 if here or (recipe.accelerator and recipe.device != "cpu") else 0.0
     slots = 1 if gpus else cpus
     memory = recipe.memory // slots
-    if memory < _LEAST_MEMORY:
+    if memory < LEAST_MEMORY:
         raise UserError(
-            f"--memory {binary(recipe.memory)}: at least {binary(_LEAST_MEMORY)} for each of the {slots} CPUs of a "
-            f"worker, {binary(_LEAST_MEMORY * slots)}"
+            f"--memory {binary(recipe.memory)}: at least {binary(LEAST_MEMORY)} for each of the {slots} CPUs of a "
+            f"worker, {binary(LEAST_MEMORY * slots)}"
         )
     now = cluster.get("GPU", 0) / gpus if gpus else cluster.get("CPU", 0) / cpus
     wanted = recipe.workers or Workers(1, max(1, int(now)))

@@ -26,7 +26,7 @@ from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
 from pipeline.manifest import RUN
 from pipeline.plan import Plan
-from pipeline.pool import Step
+from pipeline.pool import Step, cores
 from pipeline.recipe import Recipe
 from pipeline.run import MakePool, Watch
 from pipeline.shard.task import Done, Task
@@ -151,13 +151,7 @@ class RayPool:
     def _look_around(self, step: Step, by_index: dict[int, Task]) -> None:
         """Time passes, nodes get notice, and somebody may wonder why nothing happens."""
         now = time.monotonic()
-        hung = self._queue.losses[Loss.HUNG]
-        actions = self._queue.tick(now)
-        if self._queue.losses[Loss.HUNG] > hung:
-            for action in actions:
-                if isinstance(action, Release):
-                    self._say_lost(action.worker, Loss.HUNG)
-        self._do(actions, step, by_index)
+        self._do(self._queue.tick(now), step, by_index)
         if now - self._looked >= _TICK_SECONDS:
             self._looked = now
             if self._head_answers():
@@ -204,7 +198,9 @@ class RayPool:
                     name = f"fapm {step.__name__} shard {task}"
                     tasks = by_index[task], by_index[following] if following is not None else None
                     self._call(worker, task, self._actors[worker].run, name, step, *tasks)
-                case Release(worker):
+                case Release(worker, lost):
+                    if lost:
+                        self._say_lost(worker, lost)
                     self._forget(worker)
                 case Accept():
                     accepted.append(action)
@@ -240,8 +236,8 @@ class RayPool:
             global headless
             headless = True
             return
-        for worker in list(self._actors):
-            self._forget(worker)
+        for actor in self._actors.values():
+            ray.kill(actor)  # as in `_forget`
         if self._owns_ray:
             ray.shutdown()
 
@@ -280,9 +276,8 @@ def _init(address: str, recipe: Recipe) -> None:
     try:
         _knock(address)
         if address == "local":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             wanted = (recipe.cpus_per_worker or 1) * (recipe.workers.most if recipe.workers else 1)
-            ray.init(address="local", num_cpus=max(cores, wanted), **quiet)
+            ray.init(address="local", num_cpus=max(cores(), wanted), **quiet)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:

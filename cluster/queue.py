@@ -48,9 +48,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """End a worker that is not needed, or not to be trusted any more."""
+    """End a worker that is not needed, or not to be trusted any more; `lost` says how, if it counts as lost."""
 
     worker: int
+    lost: Loss | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ class Queue:
             if any(now - since > self._hung_after(task) for task, since in w.tasks.items())
         ]
         stops = [stop for name in hung if (stop := self._lose(name, Loss.HUNG))]
-        return [*(Release(name) for name in hung), *(stops[:1] or self._go_on(now))]
+        return [*(Release(name, Loss.HUNG) for name in hung), *(stops[:1] or self._go_on(now))]
 
     # How it decides.
 

@@ -51,9 +51,13 @@ class Pool(Protocol):
 
 def default_workers(recipe: Recipe, shards: int) -> int:
     """Workers in this process: a worker for every core, as far as there are shards, and one for a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = recipe.workers.most if recipe.workers else (1 if recipe.device.startswith("cuda") else cores)
+    wanted = recipe.workers.most if recipe.workers else (1 if recipe.device.startswith("cuda") else cores())
     return max(1, min(wanted, shards))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Deal:

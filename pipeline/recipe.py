@@ -79,6 +79,9 @@ def format_bytes(n: float) -> str:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
+LEAST_MEMORY = 1 << 26
+"""Bytes, of a worker."""
+
 MOST_WORKERS = 100_000
 
 
@@ -135,7 +138,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"
     shard_size: Annotated[Bytes, Field(ge=2**10)] | None = None
-    memory: Bytes = Field(2**30, ge=2**26)
+    memory: Bytes = Field(2**30, ge=LEAST_MEMORY)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     workers: Annotated[Workers, BeforeValidator(parse_workers), PlainSerializer(Workers.plain)] | None = None
     cpus_per_worker: int | None = Field(None, ge=1, le=1024)

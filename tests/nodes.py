@@ -14,6 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from checkpoints import digests, gaussian
+from conftest import Runner
+
 from pipeline import Recipe
 
 STORE = 80_000_000
@@ -93,6 +97,28 @@ def wait_until(true: Callable[[], Any], seconds: float = 60) -> Any:
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.02)
     return found
+
+
+SCOPES = ("tensor", "layer", "global")
+CHOICES: dict[str, Any] = {"shard_size": "6MB", "workers": 2}
+
+
+def thirty_shards(folder: Path) -> Runner:
+    """A pair that `CHOICES` cut into thirty shards of some 60 ms, two a layer."""
+    runner = Runner(folder)
+    runner.write(*gaussian({f"model.layers.{i // 2}.{'ab'[i % 2]}": (3000, 1000) for i in range(30)}, torch.bfloat16))
+    return runner
+
+
+def undisturbed_runs(model: Runner) -> dict[str, dict[str, str]]:
+    """The digests of what comes out by each scope."""
+    return {scope: digests(model.prune(scope=scope, **CHOICES)[0]) for scope in SCOPES}
+
+
+def finished_shards(out: Path) -> list[dict[str, Any]]:
+    """What the log of an output folder says of each finished shard, and the process that finished it."""
+    events = [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
+    return [{**e, "process": int(e["where"].split(":")[1])} for e in events if e["event"] == "shard"]
 
 
 class Driver:

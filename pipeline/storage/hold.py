@@ -77,7 +77,7 @@ def hold(path: str, say: Callable[[str], None] = lambda line: None) -> Iterator[
         started=_started(os.getpid()),
         token=uuid.uuid4().hex,
     )
-    there = Folder(path)
+    there, held = Folder(path), Folder(path, me.token)
     ended = threading.Event()
     try:
         number = _take(there, me, say)
@@ -85,14 +85,13 @@ def hold(path: str, say: Callable[[str], None] = lambda line: None) -> Iterator[
             beat = threading.Thread(target=_beat, args=(lock.fileno(), ended), name="hold", daemon=True)
             beat.start()
             try:
-                held = Folder(path, me.token)
                 _sweep(held, me, number)
                 yield held
             finally:
                 ended.set()
                 beat.join()
                 with contextlib.suppress(UserError):  # it is the successor's, or cannot be written any more
-                    Folder(path, me.token).remove(_lock(number))
+                    held.remove(_lock(number))
     finally:
         _leave(there, me)
 
@@ -188,7 +187,7 @@ def _look(path: Path) -> tuple[Holder | None, int] | None:
     try:
         return Holder(**json.loads(text)), touched
     except (ValueError, TypeError):
-        return None if not path.exists() else (None, touched)
+        return None, touched
 
 
 def _beat(lock: int, ended: threading.Event) -> None:
@@ -200,7 +199,7 @@ def _beat(lock: int, ended: threading.Event) -> None:
 
 def _sweep(held: Folder, me: Holder, number: int) -> None:
     """Take all other runs their means to change anything, and remove what they left half-written."""
-    with plain_errors(held.path):
+    with held.changing(held.path):
         others = [name for name in os.listdir(held.path / TEMPORARY) if name != me.token]
     for name in others:
         held.remove_folder(f"{TEMPORARY}/{name}")

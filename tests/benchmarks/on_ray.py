@@ -10,7 +10,6 @@ node is killed when a third of the shards are finished, and no other comes in it
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -25,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the packages first: tests/pipeline would pass for one
 
 from llama_pair import make  # noqa: E402
-from nodes import add_node, head_alone  # noqa: E402
+from nodes import add_node, finished_shards, head_alone  # noqa: E402
 
 from cluster.pool import RayPool  # noqa: E402
 from pipeline import Recipe, prune  # noqa: E402
 from pipeline.run import Watch  # noqa: E402
 
 
-def run(folder: Path, workers: int, scope: str, cluster: Any = None, victim: Any = None) -> dict[str, float]:
+def run(folder: Path, workers: int, cluster: Any = None, victim: Any = None) -> dict[str, float]:
     """A run on nodes that are there, of which one is lost if it is named."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
@@ -51,15 +50,14 @@ def run(folder: Path, workers: int, scope: str, cluster: Any = None, victim: Any
             cluster.remove_node(victim, allow_graceful=False)
 
     sides = {side: str(folder / side) for side in ("base", "finetuned", "out")}
-    recipe = Recipe.of(**sides, workers=workers, scope=scope, shard_size="90MB", device="cpu")
+    recipe = Recipe.of(**sides, workers=workers, shard_size="90MB", device="cpu")
     result = prune(recipe, pool=pool, watch=Watch(say=say))
     seconds = time.perf_counter() - ready[0]
-    events = [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
-    done = [event for event in events if event["event"] == "shard"]
+    done = finished_shards(out)
     return {
         "seconds": seconds,
-        "work": sum(event["seconds"] for event in done),
-        "again": sum(event["tries"] - 1 for event in done),
+        "work": sum(shard["seconds"] for shard in done),
+        "again": sum(shard["tries"] - 1 for shard in done),
         "shards": len(result.plan.shards),
     }
 
@@ -77,10 +75,10 @@ def main() -> None:
         first = add_node(cluster)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         for _ in range(chosen.rounds):
-            found["1 worker"].append(run(chosen.folder, 1, "tensor"))
+            found["1 worker"].append(run(chosen.folder, 1))
             second = add_node(cluster)
-            found["2 workers"].append(run(chosen.folder, 2, "tensor"))
-            found["2 workers, a node lost"].append(run(chosen.folder, 2, "tensor", cluster, second))
+            found["2 workers"].append(run(chosen.folder, 2))
+            found["2 workers, a node lost"].append(run(chosen.folder, 2, cluster, second))
         assert first
         ray.shutdown()
     print(

@@ -13,19 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checkpoints import digests, gaussian
+from checkpoints import digests
 from conftest import Runner
-from nodes import Driver, actors, add_node, head_alone, wait_until
+from nodes import CHOICES, SCOPES, Driver, actors, add_node, head_alone, thirty_shards, undisturbed_runs, wait_until
 
 from pipeline.storage.hold import hold
 
 pytest.importorskip("ray")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-SCOPES = ("tensor", "layer", "global")
-CHOICES = {"shard_size": "6MB", "workers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +34,12 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    runner = Runner(tmp_path_factory.mktemp("model"))
-    shapes = {f"model.layers.{i // 2}.{'ab'[i % 2]}": (3000, 1000) for i in range(30)}
-    runner.write(*gaussian(shapes, torch.bfloat16))
-    return runner
+    return thirty_shards(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(model: Runner) -> dict[str, dict[str, str]]:
-    return {scope: digests(model.prune(scope=scope, **CHOICES)[0]) for scope in SCOPES}
+    return undisturbed_runs(model)
 
 
 def kill_something(kind: str, driver: Driver, cluster: Any, chance: random.Random) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -13,10 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checkpoints import digests, gaussian
+from checkpoints import digests
 from conftest import Runner
-from nodes import actors, add_node, head_alone, raylet_of, started_node, wait_until, workers_of
+from nodes import (
+    CHOICES,
+    actors,
+    add_node,
+    finished_shards,
+    head_alone,
+    raylet_of,
+    started_node,
+    thirty_shards,
+    undisturbed_runs,
+    wait_until,
+    workers_of,
+)
 
 from pipeline import UserError, prune
 from pipeline.run import Result, Watch
@@ -54,22 +64,17 @@ def add(nodes: Any) -> Iterator[Callable[[], Any]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """Thirty shards of some 60 ms each."""
-    runner = Runner(tmp_path_factory.mktemp("model"))
-    shapes = {f"model.layers.{i}.w": (3000, 1000) for i in range(30)}
-    runner.write(*gaussian(shapes, torch.bfloat16))
-    return runner
+    return thirty_shards(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(model: Runner) -> dict[str, dict[str, str]]:
-    return {scope: digests(model.prune(scope=scope, shard_size="6MB")[0]) for scope in ("tensor", "layer", "global")}
+    return undisturbed_runs(model)
 
 
 def shards_by(pool: RayPool) -> list[int]:
     """The worker of every finished shard."""
-    log = [json.loads(line) for line in (pool._out.path / "fapm" / "log.jsonl").read_text().splitlines()]
-    return [int(event["where"].split(":")[1]) for event in log if event["event"] == "shard"]
+    return [shard["process"] for shard in finished_shards(pool._out.path)]
 
 
 def run(
@@ -90,7 +95,7 @@ def run(
         if sum(line.startswith("model-") for line in said) == after and line.startswith("model-"):
             disturb(pools[0])
 
-    recipe = model.recipe(scope=scope, shard_size="6MB", workers=2)
+    recipe = model.recipe(scope=scope, **CHOICES)
     return prune(recipe, pool=pool, watch=Watch(say=say)), Path(recipe.out), said
 
 
@@ -113,7 +118,7 @@ def test_a_node_that_is_killed_costs_time_only(model, undisturbed, nodes, add, s
 
 
 def test_with_no_node_left_the_run_waits_for_one_and_says_so(model, undisturbed, nodes, add, monkeypatch):
-    monkeypatch.setattr("cluster.pool._SAY_SECONDS", 0.5)
+    monkeypatch.setattr("cluster.pool._SAY_SECONDS", 0)
     only = add()
 
     def lose_and_find(pool: RayPool) -> None:
@@ -196,8 +201,7 @@ def test_a_straggler_at_the_end_is_overtaken(model, undisturbed, nodes, add, pau
     assert time.monotonic() - began < 60
     assert digests(out) == undisturbed["tensor"]
     assert result.manifest["lost_workers"] == {}
-    events = [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
-    assert [event["tries"] for event in events if event["event"] == "shard"].count(2) == 1
+    assert [shard["tries"] for shard in finished_shards(out)].count(2) == 1
     # Waking up afterwards it can do no harm.
     os.kill(paused[0], signal.SIGCONT)
     time.sleep(1)
@@ -225,8 +229,7 @@ def test_a_node_with_notice_gets_no_new_shard(model, undisturbed, nodes, add):
         result, out, _ = run(model, "tensor", 6, notice)
     assert digests(out) == undisturbed["tensor"]
     (worker,) = there
-    events = [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
-    where = [int(event["where"].split(":")[1]) for event in events if event["event"] == "shard"]
+    where = [shard["process"] for shard in finished_shards(out)]
     assert len(finished) <= 6
     assert worker in finished
     assert where[len(finished) + 1 :].count(worker) <= 2  # what it had, and what it had got before anybody knew

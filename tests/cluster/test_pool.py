@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from checkpoints import digests
 from conftest import Runner
+from nodes import finished_shards
 
 from pipeline import UserError, prune
 
@@ -55,17 +55,10 @@ def test_actors_write_the_bytes_that_threads_write(pair: Runner, scope: str) -> 
 def test_a_worker_with_several_cpus_works_on_as_many_shards(pair: Runner, scope: str) -> None:
     choices = {"scope": scope, "shard_size": "20kB"}
     recipe = pair.recipe(**choices).model_copy(update={"workers": None, "cpus_per_worker": 3, "memory": 3 << 26})
-    pools = []
-
-    def pool(plan, out, watch):  # type: ignore[no-untyped-def]
-        pools.append(RayPool(plan, out, watch, "local"))
-        return pools[0]
-
-    result = prune(recipe, pool=pool)
+    result = prune(recipe, pool=ray_pool("local"))
     assert result.manifest["workers"] == 1
     assert digests(Path(recipe.out)) == digests(pair.prune(**choices)[0])
-    log = [json.loads(line) for line in (Path(recipe.out) / "fapm/log.jsonl").read_text().splitlines()]
-    assert len({event["where"] for event in log if event["event"] == "shard"}) == 1
+    assert len({shard["where"] for shard in finished_shards(Path(recipe.out))}) == 1
 
 
 def test_labels_that_ray_does_not_know_are_one_sentence(pair: Runner) -> None:

@@ -216,7 +216,7 @@ def test_a_worker_that_takes_far_too_long_is_given_up():
     assert world.tick(5) == []
     world.done(1)
     actions = world.tick(15)
-    assert Release(0) in actions
+    assert Release(0, Loss.HUNG) in actions
     assert any(isinstance(a, Ask) for a in actions)
     assert world.queue.losses[Loss.HUNG] == 1
     world.all_ready()

@@ -24,7 +24,7 @@ def test_each_task_is_dealt_once_and_what_follows_is_kept():
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_the_next_shard_is_being_read_when_one_is_made_durable(runner, monkeypatch, scope):
+def test_the_next_shard_is_being_read_when_one_is_made_durable(runner, scope):
     runner.write(*gaussian({f"model.layers.{i}.w": (300, 400) for i in range(6)}, torch.bfloat16))
     expected, result = runner.prune(shard_size="300kB", scope=scope)
     begun: list[bool] = []
