@@ -139,14 +139,12 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
       fapm plan --config recipe.yaml --scope global --shard-size 2GiB --json
     """
     recipe, _, _ = read_choices(config, choices)
-    from pipeline.manifest import check_folder, unfinished_shards
-    from pipeline.plan import make_plan
+    from pipeline.manifest import look, unfinished_shards
     from pipeline.pool import default_workers
     from pipeline.report import plan_facts, plan_text
     from pipeline.run import check_disk
 
-    made = make_plan(recipe)
-    state = check_folder(made, overwrite)
+    made, state = look(recipe, overwrite)
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
     if state != "finished":
         check_disk(made, state)

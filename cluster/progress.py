@@ -46,11 +46,15 @@ class Progress:
     def begin(self, plan: Plan, nbytes: int) -> None:
         """A run begins that will deal with `nbytes` of input."""
         from pipeline.manifest import unfinished_shards
-        from pipeline.recipe import format_bytes
+        from pipeline.recipe import PATHS, format_bytes
 
         count, todo = len(plan.shards), unfinished_shards(plan)
         self._shards = {shard.name for shard in plan.shards}
         self._done = count - len(todo)
+        for side in PATHS:
+            given, found = getattr(plan.given, side), getattr(plan.recipe, side)
+            if given != found:
+                self.say(f"{side}: {given} is {found}")
         for oddity in plan.oddities:
             self.say(f"note: {oddity}")
         if self._done:

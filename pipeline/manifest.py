@@ -9,17 +9,23 @@ fapm/manifest.json       written last: with it, and only with it, the run is fin
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import glob
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from pipeline import fields
 from pipeline.errors import UserError
-from pipeline.plan import Plan, index_json
+from pipeline.plan import Plan, index_json, make_plan
+from pipeline.recipe import PATHS, Recipe
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
@@ -35,6 +41,44 @@ INDEX = "model.safetensors.index.json"
 THRESHOLDS = f"{WORK}/thresholds.json"
 
 State = Literal["new", "unfinished", "finished"]
+
+
+def look(recipe: Recipe, overwrite: bool = False) -> tuple[Plan, State]:
+    """The plan of a run, its output folder settled, and what that folder holds of it.
+
+    Raises:
+        UserError: the inputs or the folder do not allow it.
+    """
+    plan = _settled(make_plan(recipe), overwrite)
+    return plan, check_folder(plan, overwrite)
+
+
+def _settled(plan: Plan, overwrite: bool) -> Plan:
+    """The plan with a path for its output that has no fields any more.
+
+    A path that has the date in it may have meant another folder when this very run, over the same inputs, was begun or
+    finished: then it means that one still.
+    """
+    names = {side: Path(getattr(plan.recipe, side)).absolute().name for side in ("base", "finetuned")}
+    chosen = {"method": plan.recipe.method, "scope": plan.recipe.scope, "density": f"{plan.recipe.density:g}"}
+    template, values = plan.recipe.out, names | chosen
+    out = None
+    if fields.changes(template) and not overwrite:
+        out = _begun_before(plan, fields.as_glob(template, values))
+    out = out or fields.fill(template, values | fields.times())
+    return replace(plan, recipe=plan.recipe.model_copy(update={"out": out}))
+
+
+def _begun_before(plan: Plan, pattern: str) -> str | None:
+    """The folder in which this very run is finished, else the one in which it was begun last, if there is one."""
+    found = []
+    for path in glob.glob(pattern):
+        folder = Folder(path)
+        if folder.has(RUN):
+            with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # it is of somebody else
+                if not _differences(_read_json(folder, RUN), _identity(plan)):
+                    found.append((folder.has(MANIFEST), (folder.path / RUN).stat().st_mtime_ns, path))
+    return max(found)[2] if found else None
 
 
 def version() -> str:
@@ -207,14 +251,16 @@ def finish(plan: Plan, facts: dict[str, Any], out: Folder) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
     records = [_read_json(out, record_name(s.index)) for s in plan.shards]
     measured = np.concatenate([np.frombuffer(out.read(rows_name(s.index)), MEASURED) for s in plan.shards])
-    out.write(RECIPE, plan.recipe.to_yaml().encode())
+    literal = {side: fields.literal(path) for side, path in _paths(plan.recipe).items()}
+    out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
     out.write(TABLE, to_parquet(plan.shards, plan.groups, measured))
     for name, data in _beside(plan):
         out.write(name, data())
     manifest = {
         "fapm": version(),
         **_identity(plan),
-        "paths": {"base": plan.recipe.base, "finetuned": plan.recipe.finetuned},
+        "paths": _paths(plan.recipe),
+        "paths_given": _paths(plan.given),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "shards": records,
         "totals": {
@@ -230,6 +276,10 @@ def finish(plan: Plan, facts: dict[str, Any], out: Folder) -> dict[str, Any]:
     out.write(MANIFEST, json.dumps(manifest, indent=1).encode())
     tidy(plan, out)
     return manifest
+
+
+def _paths(recipe: Recipe) -> dict[str, str]:
+    return {side: getattr(recipe, side) for side in PATHS}
 
 
 def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:

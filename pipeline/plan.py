@@ -13,14 +13,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.formats.header import TensorInfo, build_header
+from pipeline.formats.newest import newest
 from pipeline.formats.vocabulary import moved, tied_to, token_ids, vocabularies
 from pipeline.recipe import Recipe, Rule
 from pipeline.scoring.methods import METHODS
@@ -90,9 +92,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be done. `left_out` are the tensors that only base has."""
+    """Everything that will be done.
+
+    Attributes:
+        recipe: with the paths of the inputs as they were found, and of the output once it is settled.
+        given: the same as it was given.
+        left_out: the tensors that only base has; `added`: those that only finetuned has.
+    """
 
     recipe: Recipe
+    given: Recipe
     base: Checkpoint
     finetuned: Checkpoint
     shards: tuple[Shard, ...]
@@ -120,10 +129,13 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: a checkpoint cannot be read, or the two do not belong together.
     """
+    times = fields.times()
+    base, not_base = newest(fields.fill(recipe.base, times), "base")
+    finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
+    found = recipe.model_copy(update={"base": base, "finetuned": finetuned})
     with without_collection():
-        base = open_checkpoint(recipe.base, "base")
-        finetuned = open_checkpoint(recipe.finetuned, "finetuned")
-        return plan_pair(recipe, base, finetuned)
+        plan = plan_pair(found, open_checkpoint(base, "base"), open_checkpoint(finetuned, "finetuned"))
+        return replace(plan, given=recipe, oddities=(*not_base, *not_finetuned, *plan.oddities))
 
 
 @contextmanager
@@ -167,7 +179,7 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
     oddities += _ignored_settings(recipe, [t.name for t in paired])
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
-    return Plan(recipe, base, finetuned, shards, group(shards), left_out, added, tuple(oddities))
+    return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, tuple(oddities))
 
 
 def _first(names: Iterable[str], count: int = 3) -> str:

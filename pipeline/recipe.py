@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
@@ -114,6 +115,8 @@ def _key_and_value(label: str) -> str:
     return label
 
 
+PATHS = ("base", "finetuned", "out")
+
 ON_RAY_ONLY = ("cpus_per_worker", "gpus_per_worker", "accelerator", "labels")
 """The choices that mean nothing in one process."""
 
@@ -127,9 +130,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(description="folder of the pre-trained checkpoint")
-    finetuned: str = Field(description="folder of the fine-tuned checkpoint")
-    out: str = Field(description="folder for the pruned checkpoint")
+    base: str = Field(description="folder of the pre-trained checkpoint; may hold {date} and end with /latest")
+    finetuned: str = Field(description="folder of the fine-tuned checkpoint; likewise")
+    out: str = Field(description="folder for the pruned checkpoint; may hold {date}, {finetuned}, {method} and others")
     method: str = "fapm"
     density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
@@ -152,6 +155,16 @@ class Recipe(BaseModel):
         if method not in METHODS:
             raise ValueError(f"there is no such method; choose one of {', '.join(METHODS)}")
         return method
+
+    @field_validator("base", "finetuned")
+    @classmethod
+    def _an_input(cls, path: str) -> str:
+        return fields.check(path, fields.TIMES)
+
+    @field_validator("out")
+    @classmethod
+    def _an_output(cls, path: str) -> str:
+        return fields.check(path, fields.TIMES + fields.CHOICES)
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -181,7 +194,7 @@ class Recipe(BaseModel):
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
-        means = {"base", "finetuned", "out", "memory", "device", "workers", *ON_RAY_ONLY}
+        means = {*PATHS, "memory", "device", "workers", *ON_RAY_ONLY}
         return self.model_dump(mode="json", exclude=means)
 
     @property

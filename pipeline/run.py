@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import manifest
 from pipeline.errors import PassingError
 from pipeline.log import Log
-from pipeline.plan import Group, Plan, Shard, make_plan
+from pipeline.plan import Group, Plan, Shard
 from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
 from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
@@ -78,12 +78,11 @@ def prune(
     """
     began = time.perf_counter()
     watch = watch or Watch()
-    plan = make_plan(recipe)
-    state = manifest.check_folder(plan, overwrite)
+    plan, state = manifest.look(recipe, overwrite)
     if state == "finished" and manifest.is_tidy(plan):
         return _nothing_to_do(plan, began)
     check_disk(plan, state)
-    with hold(recipe.out, watch.say) as out:
+    with hold(plan.recipe.out, watch.say) as out:
         state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
         if state == "finished":
             manifest.tidy(plan, out)

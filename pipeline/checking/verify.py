@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from pipeline import fields
 from pipeline.checking.comparing import Budget, Comparison, Progress
 from pipeline.checking.consumers import read_as_consumers_do
 from pipeline.errors import UserError
@@ -74,7 +75,8 @@ def _plan(manifest: dict[str, Any], out: str, base: str | None, finetuned: str |
     for role, path in paths.items():
         if not Folder(path).exists():
             raise UserError(f"the {role} checkpoint of this run, {path}, is not there; say where it is with --{role}")
-    plan = make_plan(Recipe.of(**paths, out=out, **manifest["recipe"]))
+    literal = {side: fields.literal(path) for side, path in (paths | {"out": out}).items()}
+    plan = make_plan(Recipe.of(**literal, **manifest["recipe"]))
     for checkpoint, moved in ((plan.base, base), (plan.finetuned, finetuned)):
         _check_identity(checkpoint, manifest["inputs"][checkpoint.role], moved is not None)
     return plan
