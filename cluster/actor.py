@@ -13,7 +13,7 @@ import ray
 from pipeline.errors import UserError
 from pipeline.pool import Step
 from pipeline.recipe import Recipe
-from pipeline.shard.task import Done, Task
+from pipeline.shard.task import Done, Task, here
 from pipeline.shard.worker import Worker
 from pipeline.storage.local import Folder
 
@@ -45,8 +45,8 @@ class FapmWorker:
     def __repr__(self) -> str:
         return f"fapm worker {self._name}"
 
-    def start(self, recipe: Recipe, out: Folder, sight: Sight, slots: int) -> str:
-        """Make the workers; returns the id of the node.
+    def start(self, recipe: Recipe, out: Folder, sight: Sight, slots: int) -> tuple[str, str]:
+        """Make the workers; returns the id of the node, and the host and the process.
 
         Args:
             recipe: the run's, with the memory of one slot.
@@ -57,7 +57,7 @@ class FapmWorker:
         check_sight(sight)
         self._free = [Worker(recipe, out) for _ in range(slots)]
         node: str = ray.get_runtime_context().get_node_id()
-        return node
+        return node, here()
 
     def run(self, step: Step, task: Task, following: Task | None) -> Done:
         with self._lock:

@@ -194,6 +194,26 @@ def report(out: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("out")
+@json_option
+def status(out: str, as_json: bool) -> None:
+    """Say how far the run in the folder OUT is, while it is at work and after it has ended or died.
+
+    Reads that folder alone, so it can be asked from any machine that sees it.
+
+    \b
+    Examples:
+      fapm status pruned/
+      watch fapm status pruned/
+      fapm status pruned/ --json
+    """
+    from pipeline.status import status_facts, status_text
+
+    facts = status_facts(out)
+    _print(facts, status_text(facts), as_json)
+
+
+@cli.command()
+@click.argument("out")
 @click.option("--base", metavar="FOLDER", help="Where the pre-trained checkpoint is now.  [where prune found it]")
 @click.option("--finetuned", metavar="FOLDER", help="Where the fine-tuned checkpoint is now.  [where prune found it]")
 @json_option

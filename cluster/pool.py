@@ -22,6 +22,7 @@ from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError,
 
 from cluster.actor import FapmWorker, Sight
 from cluster.demand import demand
+from cluster.metrics import Metrics
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
 from pipeline.manifest import RUN
@@ -87,12 +88,15 @@ class RayPool:
         self._queue = Queue(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
+        self._places: dict[int, str] = {}  # host and process
         self._last_loss = ""
         self._leaving: set[str] = set()  # nodes that have got notice
         self._calls: dict[Any, tuple[int, int | None]] = {}  # under way: the worker, and its task or None: it starts
         self._errors: dict[int, Exception] = {}  # the last of each task
         self._head = str(ray.get_runtime_context().gcs_address)
         self._looked = self._said_waiting = self._heard_of_head = time.monotonic()
+        self._metrics = Metrics(str(self._out.path), len(plan.shards))
+        self._watch.note("asked", workers=self.workers, each=str(self._demand))
         self._do(self._queue.prepare(), _nothing, {})
 
     def wait_until_ready(self) -> None:
@@ -107,6 +111,7 @@ class RayPool:
         while not self._queue.finished:
             for done in self._listen(step, by_index):
                 self._watch.advance(done.dealt_bytes)
+                self._metrics.done(done, wrote=step is Worker.write)
                 yield done
 
     def _listen(self, step: Step, by_index: dict[int, Task]) -> list[Done]:
@@ -139,12 +144,13 @@ class RayPool:
                 raise UserError(f"a Ray worker cannot start: {_last_line(error)}") from error
             preempted = isinstance(error, RayActorError) and error.preempted
             how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in self._leaving else Loss.CRASHED
-            self._forget(worker)
             self._last_loss = _first_line(error)
             self._say_lost(worker, how, " (out of memory)" if isinstance(error, OutOfMemoryError) else "")
+            self._forget(worker)
             return self._queue.lost(worker, how, now), None
         if task is None:
-            self._nodes[worker] = outcome
+            self._nodes[worker], self._places[worker] = outcome
+            self._watch.note("ready", worker=worker, where=self._places[worker])
             return self._queue.ready(worker, now), None
         return self._queue.done(worker, task, now), outcome
 
@@ -154,6 +160,7 @@ class RayPool:
         self._do(self._queue.tick(now), step, by_index)
         if now - self._looked >= _TICK_SECONDS:
             self._looked = now
+            self._metrics.workers(self._queue)
             if self._head_answers():
                 self._heard_of_head = now
                 self._leaving |= _draining()
@@ -179,6 +186,7 @@ class RayPool:
         return True
 
     def _say_lost(self, worker: int, how: Loss, why: str = "") -> None:
+        self._watch.note("lost", worker=worker, where=self._places.get(worker, ""), how=how.value)
         self._watch.say(f"note: worker {worker} {_LOST[how]}{why}; what it had is done elsewhere")
 
     @property
@@ -227,6 +235,7 @@ class RayPool:
         """Dropping the handle does not always release a worker (ray#59872)."""
         actor = self._actors.pop(worker, None)
         self._nodes.pop(worker, None)
+        self._places.pop(worker, None)
         self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
         if actor is not None and self._head_answers():
             ray.kill(actor)

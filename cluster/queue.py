@@ -144,6 +144,7 @@ class Queue:
         self._paces: list[float] = []  # seconds a unit of work, in order
         self._lost_in_a_row = 0
         self.losses = dict.fromkeys(Loss, 0)
+        self.lost_tries = 0  # tasks that went with their workers
 
     # What is asked of it.
 
@@ -160,6 +161,11 @@ class Queue:
     @property
     def ready_workers(self) -> int:
         return sum(w.ready for w in self._workers.values())
+
+    @property
+    def pending_workers(self) -> int:
+        """Workers that were asked for and cannot begin yet."""
+        return len(self._workers) - self.ready_workers
 
     def workers_on(self, task: Task) -> list[int]:
         return [name for name, w in self._workers.items() if task in w.tasks]
@@ -241,6 +247,7 @@ class Queue:
             return None
         self.losses[how] += 1
         had = [task for task in gone.tasks if task in self._left]
+        self.lost_tries += len(had)
         for task in had:
             self._put_back(task)
         if how is not Loss.PREEMPTED:

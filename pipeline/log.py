@@ -20,8 +20,23 @@ class Log:
         self._folder = folder
 
     def add(self, event: str, **facts: Any) -> None:
-        """A line with the time (UTC), what happened (`begun`, `shard`, `finished`, `failed`, `stopped`), and more."""
+        """A line with the time (UTC), what happened, and more.
+
+        `begun`, `finished`, `failed` and `stopped` are the run's; `sampled`, `counted` and `shard` (written) those of
+        a shard; `asked`, `ready` and `lost` those of workers in a cluster; `expect` says that more is to be read.
+        """
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": when, "event": event, **facts}, ensure_ascii=False)
         with contextlib.suppress(UserError):
             self._folder.append(LOG, line.encode(errors="replace") + b"\n")
+
+
+def read_log(folder: Folder) -> list[dict[str, Any]]:
+    """The log's events, the oldest first; a line that was not written whole is left out."""
+    events = []
+    for line in folder.read(LOG).splitlines() if folder.has(LOG) else ():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and {"time", "event"} <= event.keys():
+                events.append(event)
+    return events

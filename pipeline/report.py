@@ -34,10 +34,15 @@ def layout(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(map(line, cells))
 
 
-def _fields(heading: str, fields: list[tuple[str, str]], oddities: Sequence[str]) -> str:
-    """A heading, a line a field, and everything odd, a line each."""
+def fields_text(fields: Iterable[tuple[str, str]]) -> str:
+    """A line a field: its name and its value."""
+    return layout([("", *field) for field in fields])
+
+
+def _with_oddities(heading: str, fields: list[tuple[str, str]], oddities: Sequence[str]) -> str:
+    """A heading, the fields, and everything odd, a line each."""
     odd = [("odd" if i == 0 else "", oddity) for i, oddity in enumerate(oddities)] or [("odd", "nothing")]
-    return f"{heading}\n{layout([('', *field) for field in [*fields, *odd]])}"
+    return f"{heading}\n{fields_text([*fields, *odd])}"
 
 
 def _names(names: Sequence[str]) -> str:
@@ -48,14 +53,16 @@ def _share(share: float | None) -> str:
     return "–" if share is None else f"{share:.3%}" if share < 0.1 else f"{share:.1%}"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """`12.3 s`, `4 min 05 s`, `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
@@ -102,9 +109,9 @@ def run_text(facts: dict[str, Any]) -> str:
     if facts.get("nothing_to_do"):
         heading += f"\nalready finished {facts['finished']}; nothing to do"
     elif facts.get("resumed"):
-        heading += f"\nwent on from {facts['resumed']} of {_plural(facts['shards'], 'shard')} that were finished"
+        heading += f"\nwent on from {facts['resumed']} of {plural(facts['shards'], 'shard')} that were finished"
     tensors = f"{totals['tensors']:,}, {totals['pruned_tensors']:,} of them pruned"
-    fields = [("tensors", f"{tensors}, in {_plural(facts['shards'], 'shard')}")]
+    fields = [("tensors", f"{tensors}, in {plural(facts['shards'], 'shard')}")]
     if blends:
         fields.append(("α", f"{facts['density']:g} of Δ in every element"))
     elif totals["density"] is not None:
@@ -117,13 +124,13 @@ def run_text(facts: dict[str, Any]) -> str:
     fields += [
         ("read", format_bytes(totals["read_bytes"]) + (f", {format_bytes(rate)}/s" if rate else "")),
         ("written", format_bytes(totals["written_bytes"])),
-        ("time", f"{_seconds(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
+        ("time", f"{seconds_text(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
-    return _fields(heading, fields, facts["oddities"])
+    return _with_oddities(heading, fields, facts["oddities"])
 
 
 def _workers(count: int, lost: dict[str, int]) -> str:
-    return ", ".join([_plural(count, "worker"), *(f"{number} {how}" for how, number in lost.items())])
+    return ", ".join([plural(count, "worker"), *(f"{number} {how}" for how, number in lost.items())])
 
 
 def _with_density(rules: Iterable[str]) -> bool:
@@ -157,7 +164,7 @@ def extremes_text(facts: dict[str, Any]) -> str:
         return _share(row["kept_share"]), change, f"{row['name']} {row['shape']}"
 
     between = facts["changed_tensors"] - len(lowest) - len(highest)
-    gap = [("…", "", f"({_plural(between, 'tensor')} between)")] if between else []
+    gap = [("…", "", f"({plural(between, 'tensor')} between)")] if between else []
     heading = ("kept ‖Δ‖²", "‖Δ‖ / ‖W‖", "tensor")
     return layout([heading, *map(line, highest), *gap, *map(line, lowest)], right=(0, 1))
 
@@ -266,7 +273,7 @@ def plan_text(facts: dict[str, Any]) -> str:
     ]
     if blends:
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
-    return _fields(heading, fields, facts["oddities"])
+    return _with_oddities(heading, fields, facts["oddities"])
 
 
 # A checkpoint.
@@ -319,4 +326,4 @@ def checkpoint_text(facts: dict[str, Any]) -> str:
         ("dtypes", ", ".join(dtypes)),
         ("other files", _names(facts["side_files"]) if facts["side_files"] else "none"),
     ]
-    return layout(rows, right=(3, 4, 5, 6)) + "\n" + _fields("", fields, facts["oddities"])
+    return layout(rows, right=(3, 4, 5, 6)) + "\n" + _with_oddities("", fields, facts["oddities"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from pipeline.pool import Pool, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
 from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
 from pipeline.shard.sample import Survey
-from pipeline.shard.task import Task, known_threshold, load_arrays, measure_name, sample_name
+from pipeline.shard.task import Done, Task, known_threshold, load_arrays, measure_name, sample_name
 from pipeline.shard.worker import Worker
 from pipeline.storage.hold import hold
 from pipeline.storage.local import Folder
@@ -41,17 +41,23 @@ class Result:
     seconds: float
 
 
+class Note(Protocol):
+    def __call__(self, event: str, **facts: Any) -> None: ...
+
+
 @dataclass
 class Watch:
     """Where a run tells how far it is; every method may be replaced.
 
-    `begin` says how many bytes of input will be dealt with, `expect` that it will be so many more.
+    `begin` says how many bytes of input will be dealt with, `expect` that it will be so many more. What is given to
+    `note` goes into the log beside the output.
     """
 
     begin: Callable[[Plan, int], None] = lambda plan, nbytes: None
     expect: Callable[[int], None] = lambda nbytes: None
     advance: Callable[[int], None] = lambda nbytes: None
     say: Callable[[str], None] = lambda line: None
+    note: Note = lambda event, **facts: None
 
 
 MakePool = Callable[[Plan, Folder, Watch], Pool]
@@ -101,13 +107,15 @@ def _prune(plan: Plan, state: manifest.State, out: Folder, pool: MakePool, watch
     log = Log(out)
     todo = manifest.unfinished_shards(plan)
     facts: dict[str, Any] = {"resumed": len(plan.shards) - len(todo)}
-    log.add("begun", fapm=manifest.version(), shards=len(plan.shards), **facts)
+    to_deal_with = bytes_to_deal_with(plan, todo)
+    log.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_deal_with, **facts)
+    watch = replace(watch, note=log.add)
     try:
         if todo:
-            watch.begin(plan, bytes_to_deal_with(plan, todo))
+            watch.begin(plan, to_deal_with)
             with closing(pool(plan, out, watch)) as workers:
                 thresholds, quotas, rounds = find_thresholds(plan, out, workers, watch)
-                write_shards(plan, workers, todo, thresholds, quotas, watch, log)
+                write_shards(plan, workers, todo, thresholds, quotas, watch)
                 facts |= {"workers": workers.workers, "rounds": rounds, "lost_workers": workers.lost}
         facts["seconds"] = round(time.perf_counter() - began, 3)
         made = manifest.finish(plan, facts, out)
@@ -126,7 +134,6 @@ def write_shards(
     thresholds: dict[str, Threshold],
     quotas: dict[int, dict[str, int]],
     watch: Watch,
-    log: Log,
 ) -> None:
     """Write the shards that are not there yet."""
     tasks = []
@@ -134,11 +141,18 @@ def write_shards(
         shard = plan.shards[index]
         mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
         tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
-    for done in pool.map(Worker.write, tasks):
+    for done in _each(plan, pool.map(Worker.write, tasks), "shard", watch):
         name = plan.shards[done.shard].name
-        facts = {"seconds": round(done.seconds, 3), "read_bytes": done.read_bytes, "written_bytes": done.written_bytes}
-        log.add("shard", shard=name, where=done.where, tries=done.tries, **facts)
         watch.say(f"{name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
+
+
+def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:
+    """Results as they come, each noted in the log."""
+    for done in results:
+        facts = {name: value for name, value in asdict(done).items() if name != "shard"}
+        rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
+        watch.note(event, shard=plan.shards[done.shard].name, **rounded)
+        yield done
 
 
 def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
@@ -202,15 +216,17 @@ def find_thresholds(
         return found
     wide = wide_groups(plan)
     thresholds = {name: known for name, known in wide.items() if known}
-    brackets = first_brackets(plan, out, pool, [name for name in wide if name not in thresholds])
+    brackets = first_brackets(plan, out, pool, [name for name in wide if name not in thresholds], watch)
     rounds = 0
     last_round: dict[str, tuple[int, Bracket]] = {}
     while brackets:
         rounds += 1
         if rounds > 1:
-            watch.expect(bytes_of(plan, brackets))
+            more = bytes_of(plan, brackets)
+            watch.expect(more)
+            watch.note("expect", bytes=more)
         last_round |= {name: (rounds, bracket) for name, bracket in brackets.items()}
-        counted = measured(plan, out, pool, brackets, rounds)
+        counted = measured(plan, out, pool, brackets, rounds, watch)
         for i, name in enumerate(list(brackets)):
             result = counted.narrow(i, plan.groups[name].k)
             if isinstance(result, Threshold):
@@ -230,11 +246,11 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
     return [s for s in plan.shards if any(t.group in wanted for t in s.tensors)]
 
 
-def first_brackets(plan: Plan, out: Folder, pool: Pool, names: Sequence[str]) -> dict[str, Bracket]:
+def first_brackets(plan: Plan, out: Folder, pool: Pool, names: Sequence[str], watch: Watch) -> dict[str, Bracket]:
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
     tasks = [Task(s, groups_of(plan, s)) for s in shards if not out.has(sample_name(s.index))]
-    for _ in pool.map(Worker.sample, tasks):
+    for _ in _each(plan, pool.map(Worker.sample, tasks), "sampled", watch):
         pass
     surveys = {name: Survey() for name in names}
     for shard in shards:
@@ -246,7 +262,9 @@ def first_brackets(plan: Plan, out: Folder, pool: Pool, names: Sequence[str]) ->
     return {name: found.bracket(plan.groups[name]) for name, found in surveys.items()}
 
 
-def measured(plan: Plan, out: Folder, pool: Pool, brackets: dict[str, Bracket], round_: int) -> Histograms:
+def measured(
+    plan: Plan, out: Folder, pool: Pool, brackets: dict[str, Bracket], round_: int, watch: Watch
+) -> Histograms:
     """Count every score of some groups: above the bracket, and inside by bins. The reduction of a distributed run."""
     sums = histograms(list(brackets.values()))
     place = {name: i for i, name in enumerate(brackets)}
@@ -265,7 +283,7 @@ def measured(plan: Plan, out: Folder, pool: Pool, brackets: dict[str, Bracket], 
             groups = groups_of(plan, shard)
             mine = {name: brackets[name] for name in groups if name in brackets}
             tasks.append(Task(shard, groups, brackets=mine, round=round_))
-    for done in pool.map(Worker.measure, tasks):
+    for done in _each(plan, pool.map(Worker.measure, tasks), "counted", watch):
         add(done.shard)
     return sums
 

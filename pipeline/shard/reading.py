@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -61,10 +62,11 @@ class Memory:
 
 @dataclass
 class Loaded:
-    """A piece in memory: for every slice the bytes of its sides, in the order of `Slice.sources`."""
+    """A piece in memory: for every slice the bytes of its sides, in the order of `Slice.sources`; and what it took."""
 
     piece: Piece
     views: list[list[np.ndarray]]
+    seconds: float
 
 
 class Load(NamedTuple):
@@ -77,7 +79,7 @@ class Load(NamedTuple):
 class SectionReader:
     """Reads pieces on threads of its own, ahead of the one that computes.
 
-    `bytes_read` counts what that one has used, or thrown away.
+    `bytes_read` counts what that one has used, or thrown away; `seconds` how long the threads took for it.
 
     Args:
         folders: where the tensors lie: base's, finetuned's.
@@ -90,6 +92,7 @@ class SectionReader:
         self.memory = memory
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.bytes_read = 0
+        self.seconds = 0.0
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -113,7 +116,10 @@ class SectionReader:
         wait([load.future for load in loads])
         for load in loads:
             self.memory.give(load.buffer)
-            self.bytes_read += 0 if load.future.exception() else load.future.result().piece.nbytes
+            if not load.future.exception():
+                loaded = load.future.result()
+                self.bytes_read += loaded.piece.nbytes
+                self.seconds += loaded.seconds
 
     def stream(self, pieces: Sequence[Piece]) -> Iterator[Loaded]:
         """One pass over pieces that do not all fit: the next is read while one is used."""
@@ -130,6 +136,7 @@ class SectionReader:
 
     def _load(self, piece: Piece, buffer: mmap.mmap) -> Loaded:
         """Read a piece, neighbouring bytes of a file in one go."""
+        began = time.perf_counter()
         whole = np.frombuffer(buffer, np.uint8)
         ranges: list[tuple[bool, str, int, int, int]] = []  # finetuned's, file, offset, bytes, number
         for part in piece.slices:
@@ -161,11 +168,11 @@ class SectionReader:
                 spans = [(places[i], ranges[i][3]) for i in range(number, number + len(side))]
                 views[-1].append(_side_by_side(whole, spans))
                 number += len(side)
-        return Loaded(piece, views)
+        return Loaded(piece, views, time.perf_counter() - began)
 
     def read_runs(self, tensor: PairedTensor, starts: np.ndarray, length: int) -> list[np.ndarray]:
         """Bytes of short runs of elements, base's and finetuned's, without loading the tensor."""
-        sides = []
+        sides, began = [], time.perf_counter()
         for source in tensor.sources:
             reader = self._folders[source is not tensor.base].reader(source.file)
             width = itemsize(source.dtype)
@@ -173,6 +180,7 @@ class SectionReader:
             reader.read_rows((source.offset + starts * width).tolist(), target)
             self.bytes_read += target.nbytes
             sides.append(target.reshape(-1))
+        self.seconds += time.perf_counter() - began
         return sides
 
 

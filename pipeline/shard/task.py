@@ -41,6 +41,11 @@ class Task:
         return [t for t in self.shard.tensors if t.group and t.common and self.groups[t.group].wide]
 
 
+def here() -> str:
+    """The host and the process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 @dataclass(frozen=True)
 class Done:
     """What a worker says of a finished task.
@@ -48,7 +53,9 @@ class Done:
     Attributes:
         dealt_bytes: input bytes that the step was about; the progress of the run.
         read_bytes: input bytes that it read; `written_bytes` of the output; `seconds` of the wall.
-        where: the host and the process.
+        reading: seconds of the threads that read, while they did; `writing`: the same, and hashing and making durable;
+            `computing`: CPU seconds of the thread that computes. They pass at the same time.
+        where: `here`, of the worker.
         tries: how often it was begun, this time included.
     """
 
@@ -57,7 +64,10 @@ class Done:
     read_bytes: int
     written_bytes: int
     seconds: float
-    where: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    reading: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+    where: str = field(default_factory=here)
     tries: int = 1
 
 

@@ -88,7 +88,7 @@ class Worker:
         The means of sections that do not fit in memory, which another pass has to find anyway, are found now: the
         better known they are, the surer is what the sample says.
         """
-        began, read = time.perf_counter(), self._reader.bytes_read
+        meter = _Meter(self._reader)
         self._forget_ahead()
         wanted = task.wide()
         place = {t.name: i for i, t in enumerate(task.shard.tensors)}
@@ -109,21 +109,20 @@ class Worker:
             survey(tensors, task.groups[name], wide_size(task.groups[name]), take, self._recipe, known)
             for name, tensors in members.items()
         ]
-        read = self._reader.bytes_read - read
         save_arrays(
             self._out,
             sample_name(task.shard.index),
-            read,
+            meter.read_bytes,
             list(members),
             weights=np.stack([found.weights for found in surveys]),
             variance=np.array([found.variance for found in surveys]),
             means=means,
         )
-        return Done(task.shard.index, dealt, read, 0, time.perf_counter() - began)
+        return meter.done(task, dealt)
 
     def measure(self, task: Task, following: Task | None = None) -> Done:
         """Count all scores of groups over several shards inside their brackets, into `measure_name`."""
-        began, read = time.perf_counter(), self._reader.bytes_read
+        meter = _Meter(self._reader)
         names = list(task.brackets)
         counted = histograms(list(task.brackets.values()), zeros=self._scratch.zeros)
         place = {t.name: i for i, t in enumerate(task.shard.tensors)}
@@ -140,14 +139,13 @@ class Worker:
             dealt += nbytes
             self._progress(nbytes)
         bins = counted.bins if counted.bins.max(initial=0) >= 2**32 else counted.bins.astype(np.uint32)
-        read = self._reader.bytes_read - read
-        name = measure_name(task.shard.index, task.round)
+        name, read = measure_name(task.shard.index, task.round), meter.read_bytes
         save_arrays(self._out, name, read, names, above=counted.above, bins=bins, starts=counted.starts, means=means)
-        return Done(task.shard.index, dealt, read, 0, time.perf_counter() - began)
+        return meter.done(task, dealt)
 
     def write(self, task: Task, following: Task | None = None) -> Done:
         """Write the pruned shard, with `record_name` and `rows_name` about it; the shard appears whole and last."""
-        began, read = time.perf_counter(), self._reader.bytes_read
+        meter = _Meter(self._reader)
         shard = task.shard
         known = load_means(self._out, shard)
         ties: dict[str, int] = {}
@@ -172,13 +170,14 @@ class Worker:
         except BaseException:
             sink.abandon()
             raise
-        seconds, read = time.perf_counter() - began, self._reader.bytes_read - read
         self._out.write(rows_name(shard.index), rows.tobytes())
-        record = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum, "read_bytes": read}
-        record["seconds"] = round(seconds, 3)
+        record = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum, "read_bytes": meter.read_bytes}
+        record["seconds"] = round(meter.seconds, 3)
         self._out.write(record_name(shard.index), json.dumps(record).encode())
+        published = time.perf_counter()
         writer.publish()
-        return Done(shard.index, sum(t.read_bytes for t in shard.tensors), read, shard.nbytes, seconds)
+        writing = sink.seconds + time.perf_counter() - published
+        return meter.done(task, sum(t.read_bytes for t in shard.tensors), shard.nbytes, writing)
 
     def _bench(self, task: Task, pieces: Pieces, progress: Callable[[int], None] = lambda nbytes: None) -> Bench:
         return Bench(self._recipe, self._engine, pieces, task.groups, self._check, self._scratch, progress)
@@ -229,6 +228,27 @@ class Worker:
     def _forget_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
         self._reader.release(ahead.loads if ahead else ())
+
+
+class _Meter:
+    """What a step takes, from now on."""
+
+    def __init__(self, reader: SectionReader):
+        self._reader = reader
+        self._began, self._cpu = time.perf_counter(), time.thread_time()
+        self._read, self._reading = reader.bytes_read, reader.seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def read_bytes(self) -> int:
+        return self._reader.bytes_read - self._read
+
+    def done(self, task: Task, dealt: int, written: int = 0, writing: float = 0.0) -> Done:
+        reading, computing = self._reader.seconds - self._reading, time.thread_time() - self._cpu
+        return Done(task.shard.index, dealt, self.read_bytes, written, self.seconds, reading, computing, writing)
 
 
 Cut = Callable[[Task], list[Section]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 
 import numpy as np
 import xxhash
@@ -18,6 +19,7 @@ class Sink:
     """Takes a file's bytes in order.
 
     `reserve` lends the next bytes to be filled in place. Errors of the writing thread are raised by the next call.
+    `seconds` is how long that thread has hashed and written.
     """
 
     def __init__(self, writer: Writer, size: int):
@@ -32,6 +34,7 @@ class Sink:
         self._used = 0
         self._position = 0
         self._error: BaseException | None = None
+        self.seconds = 0.0
         self._thread = threading.Thread(target=self._write, name="write", daemon=True)
         self._thread.start()
 
@@ -80,6 +83,7 @@ class Sink:
     def _write(self) -> None:
         while item := self._full.get():
             buffer, used = item
+            began = time.perf_counter()
             if self._error is None:
                 try:
                     self._hash.update(buffer[:used].data)
@@ -87,4 +91,5 @@ class Sink:
                     self._position += used
                 except BaseException as error:  # raised again by the thread that computes
                     self._error = error
+            self.seconds += time.perf_counter() - began
             self._free.put(buffer)

@@ -190,6 +190,21 @@ def _look(path: Path) -> tuple[Holder | None, int] | None:
         return None, touched
 
 
+def last_sign_of_life(folder: Folder) -> tuple[str, float] | None:
+    """Who holds a folder, and for how many seconds nothing was heard of it; None if nobody does, or it is gone.
+
+    Only to be shown: it takes this machine's clock for the file system's.
+    """
+    number = max((int(name) for name in _numbers(folder)), default=0)
+    found = _look(folder.path / _lock(number)) if number else None
+    if found is None:
+        return None
+    holder, touched = found
+    if holder and holder.gone:
+        return None
+    return str(holder or "another run"), max(0.0, time.time() - touched / 1e9)
+
+
 def _beat(lock: int, ended: threading.Event) -> None:
     """Touch a lock by its open file: one that has been replaced is not touched."""
     while not ended.wait(BEAT_SECONDS):

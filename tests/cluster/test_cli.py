@@ -35,7 +35,7 @@ from cluster.progress import Progress
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("prune", "plan", "inspect", "report", "verify", "demo")
+COMMANDS = ("prune", "plan", "inspect", "report", "status", "verify", "demo")
 
 
 @pytest.fixture
@@ -529,7 +529,9 @@ def test_the_bar_follows_a_count_that_has_to_be_done_again(pair, monkeypatch):
     from pipeline.scoring.threshold import HIGHEST_KEY, Bracket
 
     wrong = Bracket(HIGHEST_KEY - 5, HIGHEST_KEY)
-    monkeypatch.setattr("pipeline.run.first_brackets", lambda plan, out, pool, names: dict.fromkeys(names, wrong))
+    monkeypatch.setattr(
+        "pipeline.run.first_brackets", lambda plan, out, pool, names, watch: dict.fromkeys(names, wrong)
+    )
     sides = {side: str(pair / side) for side in ("base", "finetuned", "out")}
     terminal = Terminal()
     with Progress(terminal) as progress:
