@@ -7,6 +7,7 @@ imported inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,10 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.options import json_option, read_choices, recipe_options
+from cluster.options import address_option, choice_options, json_option, read_choices, recipe_options
 from pipeline.errors import PassingError, UserError
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ray.job_submission import JobSubmissionClient
+
     from pipeline.plan import Plan
     from pipeline.pool import Pool
     from pipeline.run import MakePool, Watch
@@ -34,10 +39,22 @@ class Commands(click.Group):
         except UserError as error:
             _log(" ".join(str(error).split()))
             ctx.exit(os.EX_TEMPFAIL if isinstance(error, PassingError) else 1)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            if name in ("cluster", "pipeline", "") or name in sys.stdlib_module_names:
+                raise
+            extra = "[ray]" if name in ("ray", "requests", "aiohttp") else ""
+            _log(f"the Python module {name} is not installed; install it with: pip install 'fapm{extra}'")
+            ctx.exit(1)
         except KeyboardInterrupt as stopped:
             goes_on = ctx.invoked_subcommand in ("prune", "demo")
             _log("stopped" + ("; the same command goes on from here" if goes_on else ""))
-            ctx.exit(128 + (signal.SIGTERM if stopped.args == (signal.SIGTERM,) else signal.SIGINT))
+            ctx.exit(_signalled(stopped))
+
+
+def _signalled(stopped: KeyboardInterrupt) -> int:
+    """The exit code of a process that was told to stop."""
+    return 128 + (signal.SIGTERM if stopped.args == (signal.SIGTERM,) else signal.SIGINT)
 
 
 def _log(line: str) -> None:
@@ -113,15 +130,10 @@ def _pool(ray: str, by: str) -> MakePool:
                 watch.say(f"note: {name.replace('_', '-')} means nothing without Ray")
             watch.say(f"running in this process with {threads.workers} worker(s) ({why})")
             return threads
-        try:
-            from cluster.pool import ray_pool
-        except ModuleNotFoundError as error:
-            if error.name != "ray":
-                raise
-            raise UserError(
-                "Ray is not installed; install it with: pip install 'fapm[ray]', or use --ray off"
-            ) from None
-        where = "a Ray of its own on this machine" if ray == "local" else f"the Ray cluster at {ray}"
+        from cluster.pool import ray_pool
+
+        known = {"local": "a Ray of its own on this machine", "auto": "the Ray cluster of this machine"}
+        where = known.get(ray, f"the Ray cluster at {ray}")
         watch.say(f"running on {where} (by {by})")
         return ray_pool(ray)(plan, out, watch)
 
@@ -150,6 +162,163 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
         check_disk(made, state)
     facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)))
     _print(facts, plan_text(facts), as_json)
+
+
+@cli.command()
+@click.argument("recipe", required=False, metavar="[RECIPE]")
+@choice_options
+@address_option
+@click.option("--no-wait", is_flag=True, help="Return as soon as the cluster has it.")
+@click.option("--install", is_flag=True, help="Have the cluster's nodes install what fapm needs, by pip.")
+@click.option("--runtime-env", metavar="FILE", help="YAML with Ray's runtime environment for the job.")
+def submit(
+    recipe: str | None,
+    overwrite: bool,
+    as_json: bool,
+    address: str,
+    no_wait: bool,
+    install: bool,
+    runtime_env: str | None,
+    **choices: Any,
+) -> None:
+    """Send a prune to a Ray cluster as a job, show how far it is, and end with its exit code.
+
+    RECIPE is a YAML file with the options of prune; those given here override it. fapm ships itself: the cluster needs
+    Python 3.11 and what fapm depends on, or --install. The same recipe over the same inputs is the same job: one that
+    has ended well or is at work is not sent again. Ctrl-C leaves the job alone.
+
+    \b
+    Examples:
+      fapm submit recipe.yaml --address http://10.0.0.1:8265
+      fapm submit recipe.yaml --address http://10.0.0.1:8265 --workers 2-40 --density 0.2 --no-wait
+      fapm submit --base /nfs/llama --finetuned /nfs/runs/latest --out '/nfs/pruned/{date}'
+    """
+    choice, ray, _ = read_choices(recipe, choices, ray="auto")
+    job = _jobs()
+    env = job.runtime_env(runtime_env, install)
+    submission = job.make_submission(choice, ray, overwrite, _log)
+    client = job.connect(address)
+    sent = job.send(client, submission, env)
+    facts = {"id": sent.id, "how": sent.how, "out": submission.out, "address": address}
+    come_back = f"`fapm logs {sent.id} --follow` shows how far it is, `fapm stop {sent.id}` ends it"
+    if sent.how == "nothing to do":
+        again = "remove the folder to do it again"
+        _print(facts, f"{submission.out}: this run is finished over the same inputs; nothing to do ({again})", as_json)
+    elif sent.how == "already running":
+        _print(facts, f"{sent.id} is at work on the same already; {come_back}", as_json)
+    elif no_wait:
+        _print(facts, f"{sent.id} is submitted; {come_back}", as_json)
+    else:
+        assert sent.id
+        _log(f"{sent.id} is submitted; Ctrl-C leaves it alone")
+        try:
+            sys.exit(_follow(client, sent.id, as_json))
+        except KeyboardInterrupt as stopped:
+            _log(f"detached, the job goes on: {come_back}")
+            sys.exit(_signalled(stopped))
+
+
+def _jobs() -> ModuleType:
+    """`cluster.job`, with Ray told to use a token if there is one: it asks for that once, when it is loaded."""
+    own = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(own)):
+        os.environ["RAY_AUTH_MODE"] = "token"
+    return importlib.import_module("cluster.job")
+
+
+def _follow(client: JobSubmissionClient, id: str, as_json: bool) -> int:
+    """Show a job until it has ended; returns its exit code."""
+    from cluster.progress import Progress, Retold
+
+    job = _jobs()
+    with Progress() as progress:
+        retold = Retold(progress)
+        ended = job.follow(client, id, retold.hear)
+    if retold.result is not None:
+        from pipeline.report import run_text
+
+        _print(retold.result, run_text(retold.result), as_json)
+    if ended.message:
+        _log(" ".join(ended.message.split()))
+    if ended.code:
+        _log(f"{id} has {ended.state}; submit it again to go on from here" if ended.code != 1 else f"{id} has failed")
+    return ended.code or 0
+
+
+@cli.command()
+@address_option
+@json_option
+def jobs(address: str, as_json: bool) -> None:
+    """List the prunes that a Ray cluster has had as jobs, the newest first.
+
+    \b
+    Examples:
+      fapm jobs --address http://10.0.0.1:8265
+    """
+    from dataclasses import asdict
+
+    job = _jobs()
+    found = job.jobs(job.connect(address))
+    _print({"jobs": [asdict(one) for one in found]}, job.table(found), as_json)
+
+
+@cli.command()
+@click.argument("id")
+@address_option
+@click.option("--follow", "-f", is_flag=True, help="Show how far it is until it ends, and end with its exit code.")
+@json_option
+def logs(id: str, address: str, follow: bool, as_json: bool) -> None:
+    """Show what the job ID has said, or follow it. The beginning of an ID is enough.
+
+    \b
+    Examples:
+      fapm logs fapm-3f2a9c01d4e5-1 --address http://10.0.0.1:8265
+      fapm logs fapm-3f2a --follow
+    """
+    from cluster.progress import Progress, Retold
+
+    job = _jobs()
+    client = job.connect(address)
+    found = job.find(client, id)
+    if follow:
+        try:
+            sys.exit(_follow(client, found.id, as_json))
+        except KeyboardInterrupt as stopped:
+            _log("detached, the job goes on")
+            sys.exit(_signalled(stopped))
+    lines = job.logs(client, found.id)
+    if as_json:
+        _print({"id": found.id, "lines": lines}, "", as_json)
+        return
+    with Progress(sys.stdout, bar=False) as progress:
+        retold = Retold(progress)
+        for line in lines:
+            retold.hear(line)
+    if retold.result is not None:
+        from pipeline.report import run_text
+
+        click.echo(run_text(retold.result))
+
+
+@cli.command()
+@click.argument("id")
+@address_option
+@json_option
+def stop(id: str, address: str, as_json: bool) -> None:
+    """End the job ID. What it has finished stays: submitted again, it goes on from there.
+
+    \b
+    Examples:
+      fapm stop fapm-3f2a9c01d4e5-1 --address http://10.0.0.1:8265
+    """
+    from dataclasses import asdict
+
+    job = _jobs()
+    client = job.connect(address)
+    found = job.find(client, id)
+    ended = job.stop(client, found)
+    now = f"{ended.id} has {ended.state}" + (" before" if found.is_over else "; submitted again, it goes on from here")
+    _print(asdict(ended), now, as_json)
 
 
 @cli.command()

@@ -22,8 +22,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 _RECIPE_OPTIONS = (
     click.option("--base", metavar="FOLDER", help="Folder of the pre-trained checkpoint."),
-    click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint."),
-    click.option("--out", metavar="FOLDER", help="Folder for the pruned checkpoint."),
+    click.option(
+        "--finetuned", metavar="FOLDER",
+        help="Folder of the fine-tuned checkpoint; runs/latest is the newest in runs/ where nothing has that name.",
+    ),
+    click.option(
+        "--out", metavar="FOLDER",
+        help="Folder for the pruned checkpoint; may hold {date}, {time}, {base}, {finetuned}, {method}, {scope} and "
+        "{density}.",
+    ),
     click.option(
         "--density", metavar="SHARE",
         help="Share of the elements that stay fine-tuned, 0 to 1; for wise-ft it is α.  [0.1]",
@@ -63,23 +70,51 @@ _RECIPE_OPTIONS = (
         "--label", "labels", metavar="KEY=VALUE", multiple=True,
         help="On Ray: only nodes with this label, as market-type=!spot. Repeatable.",
     ),
-    click.option("--config", metavar="FILE", help="A recipe in YAML with these options; those given here override it."),
     click.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),
     json_option,
 )  # fmt: skip
 
 
-def recipe_options(command: Command) -> Command:
+_config_option = click.option(
+    "--config", metavar="FILE", help="A recipe in YAML with these options; those given here override it."
+)
+address_option = click.option(
+    "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265",
+    help="The cluster's Jobs API, as http://HEAD:8265.  [RAY_API_SERVER_ADDRESS if it is set, else this machine]",
+)  # fmt: skip
+
+
+def choice_options(command: Command) -> Command:
+    """Every option of a prune but the recipe's file."""
     for option in reversed(_RECIPE_OPTIONS):
         command = option(command)
     return command
 
 
-def read_choices(config: str | None, choices: dict[str, Any]) -> tuple[Recipe, str, str]:
-    """The recipe, where to run it (`off`, `local` or a Ray address), and who said so."""
+def recipe_options(command: Command) -> Command:
+    return _config_option(choice_options(command))
+
+
+def as_arguments(recipe: Recipe) -> list[str]:
+    """The options with which `fapm prune` makes this recipe again."""
+    names = {"rules": "rule", "labels": "label"}
+    arguments = []
+    for field, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
+        for one in value if isinstance(value, list) else [value]:
+            arguments += [f"--{names.get(field, field.replace('_', '-'))}", str(one)]
+    return arguments
+
+
+def read_choices(config: str | None, choices: dict[str, Any], ray: str | None = None) -> tuple[Recipe, str, str]:
+    """The recipe, where to run it (`off`, `local` or a Ray address), and who said so.
+
+    Args:
+        ray: where, unless an option says otherwise; what the file and the environment say is for this machine.
+    """
     from pipeline.recipe import Recipe, read_yaml
 
-    ray, by = choices.pop("ray"), "--ray"
+    given, by = choices.pop("ray"), "--ray"
+    ray = ray if given is None else given
     choices = {name: value for name, value in choices.items() if value not in (None, ())}
     if config:
         from_file = read_yaml(config)

@@ -76,7 +76,7 @@ def _begun_before(plan: Plan, pattern: str) -> str | None:
         folder = Folder(path)
         if folder.has(RUN):
             with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # it is of somebody else
-                if not _differences(_read_json(folder, RUN), _identity(plan)):
+                if not _differences(_read_json(folder, RUN), identity(plan)):
                     found.append((folder.has(MANIFEST), (folder.path / RUN).stat().st_mtime_ns, path))
     return max(found)[2] if found else None
 
@@ -89,7 +89,7 @@ def version() -> str:
         return "unknown"
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: Plan) -> dict[str, Any]:
     return {
         "format": 1,
         "recipe": plan.recipe.decides(),
@@ -123,7 +123,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
         )
     before = _read_json(out, RUN)
     try:
-        differences = _differences(before, _identity(plan))
+        differences = _differences(before, identity(plan))
     except (AttributeError, KeyError, TypeError):
         raise _damaged(out, RUN) from None
     if differences and not any(name.endswith(".safetensors") for name in out.files()):
@@ -182,7 +182,7 @@ def begin(plan: Plan, state: State, out: Folder) -> None:
     """Make the held folder ready: a new run removes what an earlier one left."""
     if state == "new":
         _clear(out)
-        out.write(RUN, json.dumps(_identity(plan), indent=1).encode())
+        out.write(RUN, json.dumps(identity(plan), indent=1).encode())
     else:
         out.remove(MANIFEST)
 
@@ -258,7 +258,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Folder) -> dict[str, Any]:
         out.write(name, data())
     manifest = {
         "fapm": version(),
-        **_identity(plan),
+        **identity(plan),
         "paths": _paths(plan.recipe),
         "paths_given": _paths(plan.given),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -18,6 +18,7 @@ import torch
 from checkpoints import digests, gaussian
 from conftest import Runner
 
+from cluster.options import as_arguments
 from pipeline import Recipe
 
 STORE = 80_000_000
@@ -50,7 +51,16 @@ def actors(node: Any) -> list[int]:
 
 
 def workers_of(raylet: int) -> list[int]:
-    return [pid for pid in children(raylet) if _title(pid).startswith((b"ray::FapmWorker", b"ray::fapm"))]
+    return [pid for pid in children(raylet) if is_worker(pid)]
+
+
+def is_worker(pid: int) -> bool:
+    return _title(pid).startswith((b"ray::FapmWorker", b"ray::fapm"))
+
+
+def descendants(pid: int) -> list[int]:
+    found = children(pid)
+    return [*found, *(inner for child in found for inner in descendants(child))]
 
 
 def children(pid: int) -> list[int]:
@@ -125,12 +135,9 @@ class Driver:
     """`fapm prune` in a process of its own."""
 
     def __init__(self, recipe: Recipe, address: str, **environment: str):
-        options: list[str] = []
-        for name, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
-            options += [f"--{name.replace('_', '-')}", str(value)]
         self.out, self.lines = Path(recipe.out), list[str]()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster", "prune", *options, "--ray", address],
+            [sys.executable, "-m", "cluster", "prune", *as_arguments(recipe), "--ray", address],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)

@@ -35,7 +35,7 @@ from cluster.progress import Progress
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("prune", "plan", "inspect", "report", "status", "verify", "demo")
+COMMANDS = ("prune", "plan", "inspect", "report", "status", "verify", "demo", "submit", "jobs", "logs", "stop")
 
 
 @pytest.fixture

@@ -1,0 +1,411 @@
+"""Prunes as Ray jobs: sent to a cluster by its Jobs API, followed, looked up and stopped.
+
+The id of a job is made of its recipe and the identity of its inputs, and ends with the number of the try: a schedule
+that fires again over the same inputs finds the job of last time. What is shipped is fapm itself, never the folder from
+which somebody sends it; the recipe goes as options, so that what is shipped stays the same and is kept by the cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+import cluster
+import pipeline
+from cluster.options import as_arguments
+from cluster.progress import TELL
+from pipeline import fields
+from pipeline.errors import PassingError, UserError
+from pipeline.formats.newest import LATEST
+from pipeline.manifest import State, identity, look, version
+from pipeline.recipe import PATHS, Recipe, read_yaml
+from pipeline.report import layout, seconds_text
+
+NAME = "fapm"
+_POLL_SECONDS = 1.0
+_ANSWER_SECONDS = 60.0
+"""For one answer of the cluster; and in all without an answer, before a follower gives up."""
+
+
+# What is submitted.
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A prune that is ready to be sent.
+
+    Attributes:
+        recipe: its paths are absolute, without fields where they could be settled.
+        digest: of the recipe as it was given and of the inputs.
+        state: of the output folder, None where the inputs are not seen from here.
+        ray: where the job runs: `auto` for the cluster's workers.
+    """
+
+    recipe: Recipe
+    digest: str
+    state: State | None
+    ray: str
+    overwrite: bool
+
+    @property
+    def out(self) -> str:
+        return self.recipe.out
+
+    def id(self, attempt: int) -> str:
+        return f"{NAME}-{self.digest}-{attempt}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of `fapm`."""
+        return ["prune", *as_arguments(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
+
+
+def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[str], None]) -> Submission:
+    """Check a prune as far as that is possible from here, and settle its paths.
+
+    Raises:
+        UserError: what `fapm prune` would raise before it begins.
+    """
+    given = recipe.model_copy(update={side: os.path.abspath(getattr(recipe, side)) for side in PATHS})
+    if not _is_seen(given):
+        say(f"note: {given.base} and {given.finetuned} are not seen from here; the cluster will look")
+        return Submission(given, _digest(given, None), None, ray, overwrite)
+    try:
+        plan, state = look(given)
+        overwrite = overwrite and state == "new"
+    except UserError:
+        if not overwrite:
+            raise
+        plan, state = look(given, overwrite)
+    for side in PATHS:
+        if getattr(plan.recipe, side) != getattr(given, side):
+            say(f"{side}: {getattr(recipe, side)} is {getattr(plan.recipe, side)}")
+    for oddity in plan.oddities:
+        say(f"note: {oddity}")
+    literal = {side: fields.literal(getattr(plan.recipe, side)) for side in PATHS}
+    settled = plan.recipe.model_copy(update=literal)
+    return Submission(settled, _digest(given, identity(plan)), state, ray, overwrite)
+
+
+def _is_seen(recipe: Recipe) -> bool:
+    """Whether either input is on this machine: if only one is, the other is missing."""
+    paths = [Path(fields.fill(path, fields.times())) for path in (recipe.base, recipe.finetuned)]
+    return any(path.exists() or (path.name == LATEST and path.parent.exists()) for path in paths)
+
+
+def _digest(given: Recipe, inputs: dict[str, Any] | None) -> str:
+    what = [given.decides(), {side: getattr(given, side) for side in PATHS}, inputs]
+    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Ray logs of its uploads."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _staged() -> Iterator[str]:
+    """A folder with what is shipped: the two packages, and what says their version."""
+    with tempfile.TemporaryDirectory(prefix="fapm-") as folder:
+        for package in (pipeline, cluster):
+            source = Path(package.__path__[0])
+            shutil.copytree(source, Path(folder, source.name), ignore=shutil.ignore_patterns("__pycache__"))
+        if version() != "unknown":
+            about = Path(folder, f"{NAME}-{version()}.dist-info", "METADATA")
+            about.parent.mkdir()
+            about.write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {version()}\n")
+        yield folder
+
+
+def requirements() -> list[str]:
+    """What fapm needs beside Ray, for pip."""
+    return [text for text in importlib.metadata.requires(NAME) or [] if "extra ==" not in text]
+
+
+def runtime_env(path: str | None, install: bool) -> dict[str, Any]:
+    """Ray's runtime environment of a job, without what is shipped.
+
+    Args:
+        path: of a YAML or JSON file with one.
+        install: add a pip that installs what fapm needs.
+
+    Raises:
+        UserError: the file is not one, or sets what only fapm can set.
+    """
+    env = read_yaml(path) if path else {}
+    taken = [key for key in ("working_dir", "py_modules") if key in env]
+    if taken:
+        raise UserError(f"--runtime-env {path}: leave {taken[0]} out; fapm ships itself")
+    if install:
+        installers = [key for key in ("pip", "uv", "conda") if key in env]
+        if installers:
+            raise UserError(f"--install does nothing beside {installers[0]} in {path}; list there what fapm needs")
+        env["pip"] = requirements()
+    return env
+
+
+# The cluster.
+
+
+class _Client(JobSubmissionClient):
+    """Waits for an answer for a minute; Ray's own waits forever."""
+
+    def _do_request(self, method: str, endpoint: str, **how: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, **{"timeout": _ANSWER_SECONDS, **how})
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """The Jobs API at `http://HEAD:8265`.
+
+    Raises:
+        PassingError: nothing answers there.
+        UserError: it wants a token that it does not get, or is something else.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"--address {address}: give the cluster's Jobs API, as http://HEAD:8265")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray heeds that and RAY_ADDRESS more than what it is told
+    with _plain_errors(address):
+        return _Client(address)
+
+
+@contextlib.contextmanager
+def _plain_errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except AuthenticationError:
+        raise UserError(
+            f"--address {address}: the cluster wants a token that was not given; set RAY_AUTH_TOKEN, or "
+            "RAY_AUTH_TOKEN_PATH to the file that holds it"
+        ) from None
+    except (OSError, requests.RequestException) as error:
+        raise PassingError(f"--address {address}: no Ray cluster answers there ({_short(error)})") from None
+    except (RuntimeError, ValueError) as error:
+        kind = PassingError if _may_pass(error) else UserError
+        raise kind(f"--address {address}: {_short(error)}") from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the cluster says that it cannot answer now, as one that has just begun does."""
+    return "status code 5" in str(error)
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()[:300]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cluster knows of a prune.
+
+    Attributes:
+        state: pending, running, stopped, succeeded or failed.
+        code: that with which it ended, None as long as it has not; as `fapm prune` would end, 128 + N after signal N.
+        begun, ended: seconds since 1970.
+        message: the cluster's own about a job that never began.
+    """
+
+    id: str
+    state: str
+    code: int | None
+    out: str
+    begun: float | None
+    ended: float | None
+    message: str
+
+    @property
+    def is_over(self) -> bool:
+        return self.state not in ("pending", "running")
+
+    @property
+    def attempt(self) -> int:
+        return int(self.id.rpartition("-")[2])
+
+
+# Of a failure without a driver's code: the cluster's trouble, which may pass. The environment's will not.
+_PASSING = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
+
+
+def _job(details: JobDetails) -> Job:
+    code = details.driver_exit_code
+    if details.status is JobStatus.SUCCEEDED:
+        code = 0
+    elif details.status is JobStatus.STOPPED:
+        code = 128 + signal.SIGTERM
+    elif details.status is JobStatus.FAILED:
+        if code is None:
+            code = os.EX_TEMPFAIL if details.error_type in _PASSING else 1
+        code = 128 - code if code < 0 else code
+    began = details.driver_exit_code is not None or details.status is not JobStatus.FAILED
+    return Job(
+        id=str(details.submission_id),
+        state=details.status.value.lower(),
+        code=code,
+        out=(details.metadata or {}).get("out", ""),
+        begun=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        message="" if began else (details.message or ""),
+    )
+
+
+def jobs(client: JobSubmissionClient) -> list[Job]:
+    """The prunes that the cluster knows, the newest first."""
+    with _plain_errors(client.get_address()):
+        known = client.list_jobs()
+    ours = [_job(details) for details in known if NAME in (details.metadata or {}) and details.submission_id]
+    return sorted(ours, key=lambda job: -(job.begun or 0))
+
+
+def table(found: Sequence[Job]) -> str:
+    """Jobs, a line each."""
+    if not found:
+        return "no job of fapm is known there"
+    rows = [("job", "state", "exit", "begun", "took", "out")]
+    for job in found:
+        begun = datetime.datetime.fromtimestamp(job.begun).isoformat(" ", "seconds") if job.begun else ""
+        took = seconds_text((job.ended or time.time()) - job.begun) if job.begun else ""
+        rows.append((job.id, job.state, "" if job.code is None else str(job.code), begun, took, job.out))
+    return layout(rows, right=(2, 4))
+
+
+def find(client: JobSubmissionClient, id: str) -> Job:
+    """A job by its id, or the newest whose id begins so.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = jobs(client)
+    found = [job for job in known if job.id == id] or [job for job in known if job.id.startswith(id)]
+    if not found:
+        there = f"it has {', '.join(job.id for job in known[:3])}" if known else "it has none of fapm"
+        raise UserError(f"the cluster has no job {id}; {there}")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a submission: `nothing to do`, `already running`, or `submitted`; and the job, if there is one."""
+
+    how: str
+    id: str | None
+
+
+def send(client: JobSubmissionClient, submission: Submission, env: dict[str, Any]) -> Sent:
+    """Submit, unless the same has been done or is being done.
+
+    Raises:
+        UserError: the cluster does not take the job.
+    """
+    earlier = [job for job in jobs(client) if job.id.startswith(submission.id(0)[:-1])]
+    ended = decide(earlier, submission.state)
+    if ended:
+        return ended
+    id = submission.id(1 + max((job.attempt for job in earlier), default=0))
+    # A shell that stays would be what Ray's signals reach first.
+    command = f"exec env {TELL}=json python3 -m cluster {shlex.join(submission.arguments)} --json"
+    about = {NAME: version(), "out": submission.out}
+    began = time.monotonic()
+    with _staged() as folder, _plain_errors(client.get_address()), _quiet():
+        for again in itertools.count():
+            try:
+                client.submit_job(
+                    entrypoint=command, submission_id=id, runtime_env={**env, "working_dir": folder}, metadata=about
+                )
+                break
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    if again:
+                        break  # its answer was lost
+                    return Sent("already running", id)  # somebody was faster
+                if not _may_pass(error) or time.monotonic() - began > _ANSWER_SECONDS:
+                    raise
+                time.sleep(_POLL_SECONDS)
+    return Sent("submitted", id)
+
+
+def decide(earlier: Sequence[Job], state: State | None) -> Sent | None:
+    """What to do instead of submitting, if anything.
+
+    Args:
+        earlier: the jobs of the same submission.
+        state: of the output folder, None where it is not seen: then a new job finds out what there is to do.
+    """
+    at_work = next((job for job in earlier if not job.is_over), None)
+    if at_work:
+        return Sent("already running", at_work.id)
+    if state == "finished":
+        return Sent("nothing to do", next((job.id for job in earlier if job.code == 0), None))
+    return None
+
+
+# Following.
+
+
+def follow(client: JobSubmissionClient, id: str, hear: Callable[[str], None]) -> Job:
+    """Give every line that a job says to `hear`, until it has ended.
+
+    Raises:
+        PassingError: the cluster does not answer any more.
+    """
+    heard, answered = 0, time.monotonic()
+    while True:
+        try:
+            job = _job(client.get_job_info(id))
+            text = client.get_job_logs(id) if job.state != "pending" else ""
+            answered = time.monotonic()
+        except (OSError, RuntimeError, requests.RequestException) as error:
+            if time.monotonic() - answered > _ANSWER_SECONDS:
+                gone = f"the Ray cluster at {client.get_address()} does not answer any more ({_short(error)})"
+                raise PassingError(f"{gone}; the job may go on: fapm logs {id} --follow") from None
+            time.sleep(_POLL_SECONDS)
+            continue
+        whole = text if job.is_over else text[: text.rfind("\n") + 1]
+        for line in whole[heard:].split("\n"):
+            if line:
+                hear(line)
+        heard = max(heard, len(whole))
+        if job.is_over:
+            return job
+        time.sleep(_POLL_SECONDS)
+
+
+def logs(client: JobSubmissionClient, id: str) -> list[str]:
+    """The lines that a job has said until now."""
+    with _plain_errors(client.get_address()):
+        text: str = client.get_job_logs(id)
+    return text.splitlines()
+
+
+def stop(client: JobSubmissionClient, job: Job) -> Job:
+    """End a job, and wait until it has ended."""
+    with _plain_errors(client.get_address()):
+        if not job.is_over:
+            client.stop_job(job.id)
+        while not job.is_over:
+            time.sleep(_POLL_SECONDS / 5)
+            job = _job(client.get_job_info(job.id))
+    return job
