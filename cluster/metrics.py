@@ -1,7 +1,7 @@
 """What a run tells Ray's metrics, which Prometheus collects; `configs/grafana.json` shows it.
 
-Ray calls each `ray_NAME`, and has it from the driver alone, which hears of everything that a worker has done. Every one
-has the label `out`, the output's folder.
+Prometheus knows a gauge as `ray_NAME` and a counter as `ray_NAME_total`. They come from the driver alone, which hears
+of everything that a worker has done. Every one has the label `out`, the output's folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from cluster.queue import Loss, Queue
 from pipeline.shard.task import Done
 
 GAUGES = {
-    "fapm_shards": "Shards of the run.",
+    "fapm_shards": "Shards that the run has to write.",
     "fapm_workers_ready": "Workers that work or wait for work.",
     "fapm_workers_pending": "Workers that the cluster was asked for and that cannot begin yet.",
 }
@@ -34,7 +34,7 @@ class Metrics:
 
     Args:
         out: the output's folder.
-        shards: how many there are.
+        shards: how many there are to write.
     """
 
     def __init__(self, out: str, shards: int):
@@ -48,7 +48,7 @@ class Metrics:
             metric.set_default_tags(tags)
         self._lost = dict.fromkeys(Loss, 0)
         self._lost_tries = 0
-        self._gauges["fapm_shards"].set(shards)
+        self._shards = shards
 
     def done(self, done: Done, wrote: bool) -> None:
         """A worker has done a step of a shard.
@@ -65,7 +65,8 @@ class Metrics:
         self._add("fapm_writing_seconds", done.writing)
 
     def workers(self, queue: Queue) -> None:
-        """What is known of workers now."""
+        """What is known of workers now. To be called often: Ray forgets a gauge that is not set again."""
+        self._gauges["fapm_shards"].set(self._shards)
         self._gauges["fapm_workers_ready"].set(queue.ready_workers)
         self._gauges["fapm_workers_pending"].set(queue.pending_workers)
         for how, lost in queue.losses.items():

@@ -25,7 +25,7 @@ from cluster.demand import demand
 from cluster.metrics import Metrics
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import PassingError, UserError
-from pipeline.manifest import RUN
+from pipeline.manifest import RUN, unfinished_shards
 from pipeline.plan import Plan
 from pipeline.pool import Step, cores
 from pipeline.recipe import Recipe
@@ -95,7 +95,7 @@ class RayPool:
         self._errors: dict[int, Exception] = {}  # the last of each task
         self._head = str(ray.get_runtime_context().gcs_address)
         self._looked = self._said_waiting = self._heard_of_head = time.monotonic()
-        self._metrics = Metrics(str(self._out.path), len(plan.shards))
+        self._metrics = Metrics(str(self._out.path), len(unfinished_shards(plan)))
         self._watch.note("asked", workers=self.workers, each=str(self._demand))
         self._do(self._queue.prepare(), _nothing, {})
 

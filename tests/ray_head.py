@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import signal
 import site
@@ -36,11 +37,11 @@ class Head:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return {**clean, "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
-    def freeze_workers(self) -> None:
-        """Whatever works on shards stands still; only killing it ends it."""
+    def signal_workers(self, number: signal.Signals) -> None:
+        """Signal whatever works on shards. By SIGSTOP they stand still until they are killed."""
         for pid in descendants(self.process):
             if is_worker(pid):
-                os.kill(pid, signal.SIGSTOP)
+                os.kill(pid, number)
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def started_head(folder: Path, with_fapm: bool, cpus: int = 2) -> Iterator[Head]
         with_fapm: whether its environment has fapm installed, or only what fapm depends on.
     """
     python = Path(sys.executable) if with_fapm else _environment_without_fapm(folder / "environment")
-    gcs, jobs, metrics = _free_ports(3)
+    gcs, jobs, metrics, agent, agent_grpc = free_ports(5)
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -65,6 +66,7 @@ def started_head(folder: Path, with_fapm: bool, cpus: int = 2) -> Iterator[Head]
         str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
         f"--port={gcs}", f"--dashboard-port={jobs}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
         f"--temp-dir={temporary}", f"--object-store-memory={STORE}",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
@@ -94,12 +96,14 @@ def _environment_without_fapm(path: Path) -> Path:
     return python
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listening.getsockname()[1] for listening in sockets]
-    for listening in sockets:
-        listening.close()
-    return ports
+def free_ports(count: int) -> list[int]:
+    """Ports below those that the system hands out to others: nobody takes them before they are used."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found += [port] if port not in found else []
+    return found
 
 
 def _wait_until_it_answers(head: subprocess.Popen[bytes], address: str, token: Path, log: Path) -> None:

@@ -161,7 +161,7 @@ def test_an_output_that_was_removed_is_made_again(model, fapm, tmp_path):
 def test_ctrl_c_detaches_stop_ends_the_job_and_the_next_one_goes_on(slow, fapm, head, tmp_path):
     following = fapm("submit", "recipe.yaml")
     wait_until(lambda: finished(tmp_path) >= 3)
-    head.freeze_workers()
+    head.signal_workers(signal.SIGSTOP)
     wait_until(lambda: following.has_said("[3/30]"))
     following.process.send_signal(signal.SIGINT)
     following.ended(130)
