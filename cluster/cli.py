@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ray.job_submission import JobSubmissionClient
 
+    from cluster.submission import Job
     from pipeline.plan import Plan
     from pipeline.pool import Pool
     from pipeline.run import MakePool, Watch
@@ -43,7 +44,8 @@ class Commands(click.Group):
             name = (error.name or "").partition(".")[0]
             if name in ("cluster", "pipeline", "") or name in sys.stdlib_module_names:
                 raise
-            extra = "[ray]" if name in ("ray", "requests", "aiohttp") else ""
+            extras = {"ray": "[ray]", "requests": "[ray]", "aiohttp": "[ray]", "lightkube": "[kubernetes]"}
+            extra = extras.get(name, "")
             _log(f"the Python module {name} is not installed; install it with: pip install 'fapm{extra}'")
             ctx.exit(1)
         except KeyboardInterrupt as stopped:
@@ -168,6 +170,9 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
 @click.argument("recipe", required=False, metavar="[RECIPE]")
 @choice_options
 @address_option
+@click.option(
+    "--kubernetes", metavar="FILE", help="Make a RayJob like that in this manifest, instead of a job of --address."
+)
 @click.option("--no-wait", is_flag=True, help="Return as soon as the cluster has it.")
 @click.option("--install", is_flag=True, help="Have the cluster's nodes install what fapm needs, by pip.")
 @click.option("--runtime-env", metavar="FILE", help="YAML with Ray's runtime environment for the job.")
@@ -176,6 +181,7 @@ def submit(
     overwrite: bool,
     as_json: bool,
     address: str,
+    kubernetes: str | None,
     no_wait: bool,
     install: bool,
     runtime_env: str | None,
@@ -193,14 +199,29 @@ def submit(
       fapm submit recipe.yaml --address http://10.0.0.1:8265 --workers 2-40 --density 0.2 --no-wait
       fapm submit --base /nfs/llama --finetuned /nfs/runs/latest --out '/nfs/pruned/{date}'
     """
+    from cluster.submission import make_submission, send
+
     choice, ray, _ = read_choices(recipe, choices, ray="auto")
-    job = _jobs()
-    env = job.runtime_env(runtime_env, install)
-    submission = job.make_submission(choice, ray, overwrite, _log)
-    client = job.connect(address)
-    sent = job.send(client, submission, env)
-    facts = {"id": sent.id, "how": sent.how, "out": submission.out, "address": address}
-    come_back = f"`fapm logs {sent.id} --follow` shows how far it is, `fapm stop {sent.id}` ends it"
+    if kubernetes:
+        if install or runtime_env:
+            raise UserError("--install and --runtime-env are not for --kubernetes; its manifest names an image")
+        from cluster.kubernetes import Cluster
+
+        there = Cluster(kubernetes)
+        submission = make_submission(choice, ray, overwrite, _log)
+        sent = send(submission, there.jobs(), lambda id: there.submit(submission, id))
+        facts = {"namespace": there.namespace}
+        look, end = (f"kubectl -n {there.namespace} {verb} rayjob {sent.id}" for verb in ("get", "delete"))
+    else:
+        job = _jobs()
+        env = job.runtime_env(runtime_env, install)
+        submission = make_submission(choice, ray, overwrite, _log)
+        client = job.connect(address)
+        sent = send(submission, job.jobs(client), lambda id: job.submit(client, submission, env, id))
+        facts = {"address": address}
+        look, end = f"fapm logs {sent.id} --follow", f"fapm stop {sent.id}"
+    come_back = f"`{look}` shows how far it is, `{end}` ends it"
+    facts = {"id": sent.id, "how": sent.how, "out": submission.out, **facts}
     if sent.how == "nothing to do":
         again = "remove the folder to do it again"
         _print(facts, f"{submission.out}: this run is finished over the same inputs; nothing to do ({again})", as_json)
@@ -212,6 +233,10 @@ def submit(
         assert sent.id
         _log(f"{sent.id} is submitted; Ctrl-C leaves it alone")
         try:
+            if kubernetes:
+                ended = there.follow(sent.id, _log)
+                _print({**facts, "state": ended.state, "code": ended.code}, "", as_json) if as_json else None
+                sys.exit(_ended(ended))
             sys.exit(_follow(client, sent.id, as_json))
         except KeyboardInterrupt as stopped:
             _log(f"detached, the job goes on: {come_back}")
@@ -238,11 +263,16 @@ def _follow(client: JobSubmissionClient, id: str, as_json: bool) -> int:
         from pipeline.report import run_text
 
         _print(retold.result, run_text(retold.result), as_json)
-    if ended.message:
-        _log(" ".join(ended.message.split()))
-    if ended.code:
-        _log(f"{id} has {ended.state}; submit it again to go on from here" if ended.code != 1 else f"{id} has failed")
-    return ended.code or 0
+    return _ended(ended)
+
+
+def _ended(job: Job) -> int:
+    """Say how a job has ended, if not well; returns its exit code."""
+    if job.message:
+        _log(" ".join(job.message.removeprefix("fapm: ").split()))
+    if job.code:
+        _log(f"{job.id} has {job.state}" + ("; submit it again to go on from here" if job.code != 1 else ""))
+    return job.code or 0
 
 
 @cli.command()

@@ -1,18 +1,15 @@
 """Prunes as Ray jobs: sent to a cluster by its Jobs API, followed, looked up and stopped.
 
-The id of a job is made of its recipe and the identity of its inputs, and ends with the number of the try: a schedule
-that fires again over the same inputs finds the job of last time. What is shipped is fapm itself, never the folder from
-which somebody sends it; the recipe goes as options, so that what is shipped stays the same and is kept by the cluster.
+What is shipped is fapm itself, never the folder from which somebody sends it. The recipe goes as options, so that what
+is shipped stays the same and is kept by the cluster.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import itertools
-import json
 import logging
 import os
 import shlex
@@ -21,7 +18,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,90 +27,16 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import cluster
 import pipeline
-from cluster.options import as_arguments
 from cluster.progress import TELL
-from pipeline import fields
+from cluster.submission import NAME, Job, Submission, exit_code
 from pipeline.errors import PassingError, UserError
-from pipeline.formats.newest import LATEST
-from pipeline.manifest import State, identity, look, version
-from pipeline.recipe import PATHS, Recipe, read_yaml
+from pipeline.manifest import version
+from pipeline.recipe import read_yaml
 from pipeline.report import layout, seconds_text
 
-NAME = "fapm"
 _POLL_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0
 """For one answer of the cluster; and in all without an answer, before a follower gives up."""
-
-
-# What is submitted.
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A prune that is ready to be sent.
-
-    Attributes:
-        recipe: its paths are absolute, without fields where they could be settled.
-        digest: of the recipe as it was given and of the inputs.
-        state: of the output folder, None where the inputs are not seen from here.
-        ray: where the job runs: `auto` for the cluster's workers.
-    """
-
-    recipe: Recipe
-    digest: str
-    state: State | None
-    ray: str
-    overwrite: bool
-
-    @property
-    def out(self) -> str:
-        return self.recipe.out
-
-    def id(self, attempt: int) -> str:
-        return f"{NAME}-{self.digest}-{attempt}"
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of `fapm`."""
-        return ["prune", *as_arguments(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
-
-
-def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[str], None]) -> Submission:
-    """Check a prune as far as that is possible from here, and settle its paths.
-
-    Raises:
-        UserError: what `fapm prune` would raise before it begins.
-    """
-    given = recipe.model_copy(update={side: os.path.abspath(getattr(recipe, side)) for side in PATHS})
-    if not _is_seen(given):
-        say(f"note: {given.base} and {given.finetuned} are not seen from here; the cluster will look")
-        return Submission(given, _digest(given, None), None, ray, overwrite)
-    try:
-        plan, state = look(given)
-        overwrite = overwrite and state == "new"
-    except UserError:
-        if not overwrite:
-            raise
-        plan, state = look(given, overwrite)
-    for side in PATHS:
-        if getattr(plan.recipe, side) != getattr(given, side):
-            say(f"{side}: {getattr(recipe, side)} is {getattr(plan.recipe, side)}")
-    for oddity in plan.oddities:
-        say(f"note: {oddity}")
-    literal = {side: fields.literal(getattr(plan.recipe, side)) for side in PATHS}
-    settled = plan.recipe.model_copy(update=literal)
-    return Submission(settled, _digest(given, identity(plan)), state, ray, overwrite)
-
-
-def _is_seen(recipe: Recipe) -> bool:
-    """Whether either input is on this machine: if only one is, the other is missing."""
-    paths = [Path(fields.fill(path, fields.times())) for path in (recipe.base, recipe.finetuned)]
-    return any(path.exists() or (path.name == LATEST and path.parent.exists()) for path in paths)
-
-
-def _digest(given: Recipe, inputs: dict[str, Any] | None) -> str:
-    what = [given.decides(), {side: getattr(given, side) for side in PATHS}, inputs]
-    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 @contextlib.contextmanager
@@ -218,34 +140,6 @@ def _short(error: BaseException) -> str:
     return lines[-1].strip()[:300]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a cluster knows of a prune.
-
-    Attributes:
-        state: pending, running, stopped, succeeded or failed.
-        code: that with which it ended, None as long as it has not; as `fapm prune` would end, 128 + N after signal N.
-        begun, ended: seconds since 1970.
-        message: the cluster's own about a job that never began.
-    """
-
-    id: str
-    state: str
-    code: int | None
-    out: str
-    begun: float | None
-    ended: float | None
-    message: str
-
-    @property
-    def is_over(self) -> bool:
-        return self.state not in ("pending", "running")
-
-    @property
-    def attempt(self) -> int:
-        return int(self.id.rpartition("-")[2])
-
-
 # Of a failure without a driver's code: the cluster's trouble, which may pass. The environment's will not.
 _PASSING = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
 
@@ -259,7 +153,7 @@ def _job(details: JobDetails) -> Job:
     elif details.status is JobStatus.FAILED:
         if code is None:
             code = os.EX_TEMPFAIL if details.error_type in _PASSING else 1
-        code = 128 - code if code < 0 else code
+        code = exit_code(code)
     began = details.driver_exit_code is not None or details.status is not JobStatus.FAILED
     return Job(
         id=str(details.submission_id),
@@ -306,25 +200,13 @@ def find(client: JobSubmissionClient, id: str) -> Job:
     return found[0]
 
 
-@dataclass(frozen=True)
-class Sent:
-    """What became of a submission: `nothing to do`, `already running`, or `submitted`; and the job, if there is one."""
-
-    how: str
-    id: str | None
-
-
-def send(client: JobSubmissionClient, submission: Submission, env: dict[str, Any]) -> Sent:
-    """Submit, unless the same has been done or is being done.
+def submit(client: JobSubmissionClient, submission: Submission, env: dict[str, Any], id: str) -> bool:
+    """Submit under an id, or say False if there is such a job.
 
     Raises:
         UserError: the cluster does not take the job.
+        PassingError: it does not now.
     """
-    earlier = [job for job in jobs(client) if job.id.startswith(submission.id(0)[:-1])]
-    ended = decide(earlier, submission.state)
-    if ended:
-        return ended
-    id = submission.id(1 + max((job.attempt for job in earlier), default=0))
     # A shell that stays would be what Ray's signals reach first.
     command = f"exec env {TELL}=json python3 -m cluster {shlex.join(submission.arguments)} --json"
     about = {NAME: version(), "out": submission.out}
@@ -335,31 +217,14 @@ def send(client: JobSubmissionClient, submission: Submission, env: dict[str, Any
                 client.submit_job(
                     entrypoint=command, submission_id=id, runtime_env={**env, "working_dir": folder}, metadata=about
                 )
-                break
+                return True
             except RuntimeError as error:
                 if "already exists" in str(error):
-                    if again:
-                        break  # its answer was lost
-                    return Sent("already running", id)  # somebody was faster
+                    return again > 0  # then it is ours, and the answer was lost
                 if not _may_pass(error) or time.monotonic() - began > _ANSWER_SECONDS:
                     raise
                 time.sleep(_POLL_SECONDS)
-    return Sent("submitted", id)
-
-
-def decide(earlier: Sequence[Job], state: State | None) -> Sent | None:
-    """What to do instead of submitting, if anything.
-
-    Args:
-        earlier: the jobs of the same submission.
-        state: of the output folder, None where it is not seen: then a new job finds out what there is to do.
-    """
-    at_work = next((job for job in earlier if not job.is_over), None)
-    if at_work:
-        return Sent("already running", at_work.id)
-    if state == "finished":
-        return Sent("nothing to do", next((job.id for job in earlier if job.code == 0), None))
-    return None
+    raise AssertionError("not reached")
 
 
 # Following.

@@ -227,7 +227,7 @@ def test_two_that_submit_the_same_at_once_make_one_job(model, fapm):
 
 def test_inputs_that_are_not_seen_from_here_are_left_to_the_cluster(model, fapm, head, tmp_path):
     # The command runs on this machine too, so it is made to look elsewhere.
-    script = "import cluster.job, cluster.cli\ncluster.job._is_seen = lambda recipe: False\ncluster.cli.main()\n"
+    script = "from cluster import cli, submission\nsubmission._is_seen = lambda recipe: False\ncli.main()\n"
     command = [sys.executable, "-c", script, "submit", "recipe.yaml", "--out", "out/{date}", "--json"]
     environment = {**head.environment, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
 

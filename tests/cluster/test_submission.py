@@ -29,7 +29,8 @@ pytest.importorskip("ray")
 from ray.job_submission import JobDetails
 
 from cluster import job
-from cluster.job import Job, _job, decide, make_submission, runtime_env
+from cluster.job import _job, runtime_env
+from cluster.submission import Job, Submission, decide, make_submission, send
 
 
 class Cluster:
@@ -130,7 +131,7 @@ def test_the_options_of_a_recipe_make_it_again(choices):
 # Identity.
 
 
-def made(runner: Runner, overwrite: bool = False, **choices: Any) -> job.Submission:
+def made(runner: Runner, overwrite: bool = False, **choices: Any) -> Submission:
     recipe = runner.recipe("out", **choices)
     return make_submission(recipe, "auto", overwrite, lambda line: None)
 
@@ -138,7 +139,7 @@ def made(runner: Runner, overwrite: bool = False, **choices: Any) -> job.Submiss
 def test_a_submission_is_its_recipe_and_its_inputs(pair):
     first = made(pair)
     assert made(pair) == first
-    assert first.id(1) == f"fapm-{first.digest}-1"
+    assert send(first, [], lambda id: True).id == f"fapm-{first.digest}-1"
     assert len({first.digest, made(pair, density=0.2).digest, made(pair, rules=["*norm*=base"]).digest}) == 3
     assert made(pair, workers=7, memory="2GiB").digest == first.digest  # other means, the same bytes
     os.utime(pair.folder / "finetuned/model.safetensors", (5, 5))

@@ -1,0 +1,161 @@
+"""What is sent to a cluster to be pruned there: a recipe whose paths are settled, under an id of its own.
+
+The id is made of the recipe and the identity of its inputs, and ends with the number of the try: a schedule that fires
+again over the same inputs finds the job of last time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.options import as_arguments
+from pipeline import fields
+from pipeline.errors import UserError
+from pipeline.formats.newest import LATEST
+from pipeline.manifest import State, identity, look
+from pipeline.recipe import PATHS, Recipe
+
+NAME = "fapm"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A prune that is ready to be sent.
+
+    Attributes:
+        recipe: its paths are absolute, without fields where they could be settled.
+        digest: of the recipe as it was given and of the inputs.
+        state: of the output folder, None where the inputs are not seen from here.
+        ray: where the job runs: `auto` for the cluster's workers.
+    """
+
+    recipe: Recipe
+    digest: str
+    state: State | None
+    ray: str
+    overwrite: bool
+
+    @property
+    def out(self) -> str:
+        return self.recipe.out
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of `fapm`."""
+        return ["prune", *as_arguments(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
+
+
+def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[str], None]) -> Submission:
+    """Check a prune as far as that is possible from here, and settle its paths.
+
+    Raises:
+        UserError: what `fapm prune` would raise before it begins.
+    """
+    given = recipe.model_copy(update={side: os.path.abspath(getattr(recipe, side)) for side in PATHS})
+    if not _is_seen(given):
+        say(f"note: {given.base} and {given.finetuned} are not seen from here; the cluster will look")
+        return Submission(given, _digest(given, None), None, ray, overwrite)
+    try:
+        plan, state = look(given)
+        overwrite = overwrite and state == "new"
+    except UserError:
+        if not overwrite:
+            raise
+        plan, state = look(given, overwrite)
+    for side in PATHS:
+        if getattr(plan.recipe, side) != getattr(given, side):
+            say(f"{side}: {getattr(recipe, side)} is {getattr(plan.recipe, side)}")
+    for oddity in plan.oddities:
+        say(f"note: {oddity}")
+    literal = {side: fields.literal(getattr(plan.recipe, side)) for side in PATHS}
+    settled = plan.recipe.model_copy(update=literal)
+    return Submission(settled, _digest(given, identity(plan)), state, ray, overwrite)
+
+
+def _is_seen(recipe: Recipe) -> bool:
+    """Whether either input is on this machine: if only one is, the other is missing."""
+    paths = [Path(fields.fill(path, fields.times())) for path in (recipe.base, recipe.finetuned)]
+    return any(path.exists() or (path.name == LATEST and path.parent.exists()) for path in paths)
+
+
+def _digest(given: Recipe, inputs: dict[str, Any] | None) -> str:
+    what = [given.decides(), {side: getattr(given, side) for side in PATHS}, inputs]
+    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cluster knows of a prune.
+
+    Attributes:
+        state: pending, running, stopped, succeeded or failed.
+        code: that with which it ended, None as long as it has not; as `fapm prune` would end, 128 + N after signal N.
+        begun, ended: seconds since 1970.
+        message: the cluster's own about a job that never began.
+    """
+
+    id: str
+    state: str
+    code: int | None
+    out: str
+    begun: float | None
+    ended: float | None
+    message: str
+
+    @property
+    def is_over(self) -> bool:
+        return self.state not in ("pending", "running")
+
+    @property
+    def attempt(self) -> int:
+        number = self.id.rpartition("-")[2]
+        return int(number) if number.isdecimal() else 0
+
+
+def exit_code(returned: int) -> int:
+    """What a shell would say of a process: 128 + N where signal N has ended it, which others write as -N."""
+    return 128 - returned if returned < 0 else returned
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a submission: `nothing to do`, `already running`, or `submitted`; and the job, if there is one."""
+
+    how: str
+    id: str | None
+
+
+def send(submission: Submission, known: Sequence[Job], submit: Callable[[str], bool]) -> Sent:
+    """Submit, unless the same has been done or is being done.
+
+    Args:
+        known: the jobs that the cluster knows.
+        submit: does it under an id, or returns False if there is such a job already.
+    """
+    earlier = [job for job in known if job.id.startswith(f"{NAME}-{submission.digest}-")]
+    instead = decide(earlier, submission.state)
+    if instead:
+        return instead
+    id = f"{NAME}-{submission.digest}-{1 + max((job.attempt for job in earlier), default=0)}"
+    return Sent("submitted" if submit(id) else "already running", id)  # else somebody was faster
+
+
+def decide(earlier: Sequence[Job], state: State | None) -> Sent | None:
+    """What to do instead of submitting, if anything.
+
+    Args:
+        earlier: the jobs of the same submission.
+        state: of the output folder, None where it is not seen: then a new job finds out what there is to do.
+    """
+    at_work = next((job for job in earlier if not job.is_over), None)
+    if at_work:
+        return Sent("already running", at_work.id)
+    if state == "finished":
+        return Sent("nothing to do", next((job.id for job in earlier if job.code == 0), None))
+    return None
