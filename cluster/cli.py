@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -22,9 +22,7 @@ from pipeline.errors import PassingError, UserError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from ray.job_submission import JobSubmissionClient
-
-    from cluster.submission import Job
+    from cluster.submission import Place
     from pipeline.plan import Plan
     from pipeline.pool import Pool
     from pipeline.run import MakePool, Watch
@@ -109,13 +107,12 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
     """
     recipe, ray, by = read_choices(config, choices)
     from cluster.progress import Progress
-    from pipeline.report import prune_facts, run_text
+    from pipeline.report import prune_facts
     from pipeline.run import prune
 
     with Progress() as progress:
         result = prune(recipe, overwrite=overwrite, pool=_pool(ray, by), watch=progress.watch())
-    facts = prune_facts(result)
-    _print(facts, run_text(facts), as_json)
+    _print_result(prune_facts(result), as_json)
 
 
 def _pool(ray: str, by: str) -> MakePool:
@@ -202,77 +199,69 @@ def submit(
     from cluster.submission import make_submission, send
 
     choice, ray, _ = read_choices(recipe, choices, ray="auto")
+    place: Place
     if kubernetes:
         if install or runtime_env:
             raise UserError("--install and --runtime-env are not for --kubernetes; its manifest names an image")
-        from cluster.kubernetes import Cluster
+        from cluster.kubernetes import RayJobObjects
 
-        there = Cluster(kubernetes)
-        submission = make_submission(choice, ray, overwrite, _log)
-        sent = send(submission, there.jobs(), lambda id: there.submit(submission, id))
-        facts = {"namespace": there.namespace}
-        look, end = (f"kubectl -n {there.namespace} {verb} rayjob {sent.id}" for verb in ("get", "delete"))
+        place = RayJobObjects(kubernetes)
     else:
-        job = _jobs()
-        env = job.runtime_env(runtime_env, install)
-        submission = make_submission(choice, ray, overwrite, _log)
-        client = job.connect(address)
-        sent = send(submission, job.jobs(client), lambda id: job.submit(client, submission, env, id))
-        facts = {"address": address}
-        look, end = f"fapm logs {sent.id} --follow", f"fapm stop {sent.id}"
-    come_back = f"`{look}` shows how far it is, `{end}` ends it"
-    facts = {"id": sent.id, "how": sent.how, "out": submission.out, **facts}
+        job = _job_module()
+        place = job.RayJobs(address, job.runtime_env(runtime_env, install))
+    submission = make_submission(choice, ray, overwrite, _log)
+    sent = send(submission, place)
+    facts = {"id": sent.id, "how": sent.how, "out": submission.out, **place.where}
     if sent.how == "nothing to do":
         again = "remove the folder to do it again"
         _print(facts, f"{submission.out}: this run is finished over the same inputs; nothing to do ({again})", as_json)
-    elif sent.how == "already running":
-        _print(facts, f"{sent.id} is at work on the same already; {come_back}", as_json)
+        return
+    assert sent.id
+    if sent.how == "already running":
+        _print(facts, f"{sent.id} is at work on the same already; {place.come_back(sent.id)}", as_json)
     elif no_wait:
-        _print(facts, f"{sent.id} is submitted; {come_back}", as_json)
+        _print(facts, f"{sent.id} is submitted; {place.come_back(sent.id)}", as_json)
     else:
-        assert sent.id
         _log(f"{sent.id} is submitted; Ctrl-C leaves it alone")
-        try:
-            if kubernetes:
-                ended = there.follow(sent.id, _log)
-                _print({**facts, "state": ended.state, "code": ended.code}, "", as_json) if as_json else None
-                sys.exit(_ended(ended))
-            sys.exit(_follow(client, sent.id, as_json))
-        except KeyboardInterrupt as stopped:
-            _log(f"detached, the job goes on: {come_back}")
-            sys.exit(_signalled(stopped))
+        _follow(place, sent.id, as_json)
 
 
-def _jobs() -> ModuleType:
+def _follow(place: Place, id: str, as_json: bool) -> NoReturn:
+    """Show a job until it has ended, and end with its exit code."""
+    from dataclasses import asdict
+
+    from cluster.progress import Progress, Retold
+
+    try:
+        with Progress() as progress:
+            retold = Retold(progress)
+            job = place.follow(id, retold.hear)
+    except KeyboardInterrupt as stopped:
+        _log(f"detached, the job goes on: {place.come_back(id)}")
+        sys.exit(_signalled(stopped))
+    if retold.result is not None:
+        _print_result(retold.result, as_json)
+    elif as_json and job.code == 0:
+        _print(asdict(job), "", as_json)
+    if job.message:
+        _log(" ".join(job.message.removeprefix("fapm: ").split()))
+    if job.code:
+        _log(f"{job.id} has {job.state}" + ("; submit it again to go on from here" if job.code != 1 else ""))
+    sys.exit(job.code or 0)
+
+
+def _print_result(facts: dict[str, Any], as_json: bool) -> None:
+    from pipeline.report import run_text
+
+    _print(facts, run_text(facts), as_json)
+
+
+def _job_module() -> ModuleType:
     """`cluster.job`, with Ray told to use a token if there is one: it asks for that once, when it is loaded."""
     own = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(own)):
         os.environ["RAY_AUTH_MODE"] = "token"
     return importlib.import_module("cluster.job")
-
-
-def _follow(client: JobSubmissionClient, id: str, as_json: bool) -> int:
-    """Show a job until it has ended; returns its exit code."""
-    from cluster.progress import Progress, Retold
-
-    job = _jobs()
-    with Progress() as progress:
-        retold = Retold(progress)
-        ended = job.follow(client, id, retold.hear)
-    if retold.result is not None:
-        from pipeline.report import run_text
-
-        _print(retold.result, run_text(retold.result), as_json)
-    return _ended(ended)
-
-
-def _ended(job: Job) -> int:
-    """Say how a job has ended, if not well; returns its exit code."""
-    if job.message:
-        _log(" ".join(job.message.removeprefix("fapm: ").split()))
-    if job.code:
-        _log(f"{job.id} has {job.state}" + ("; submit it again to go on from here" if job.code != 1 else ""))
-    return job.code or 0
 
 
 @cli.command()
@@ -287,8 +276,8 @@ def jobs(address: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    job = _jobs()
-    found = job.jobs(job.connect(address))
+    job = _job_module()
+    found = job.RayJobs(address).jobs()
     _print({"jobs": [asdict(one) for one in found]}, job.table(found), as_json)
 
 
@@ -307,16 +296,11 @@ def logs(id: str, address: str, follow: bool, as_json: bool) -> None:
     """
     from cluster.progress import Progress, Retold
 
-    job = _jobs()
-    client = job.connect(address)
-    found = job.find(client, id)
+    place = _job_module().RayJobs(address)
+    found = place.find(id)
     if follow:
-        try:
-            sys.exit(_follow(client, found.id, as_json))
-        except KeyboardInterrupt as stopped:
-            _log("detached, the job goes on")
-            sys.exit(_signalled(stopped))
-    lines = job.logs(client, found.id)
+        _follow(place, found.id, as_json)
+    lines = place.logs(found)
     if as_json:
         _print({"id": found.id, "lines": lines}, "", as_json)
         return
@@ -325,9 +309,7 @@ def logs(id: str, address: str, follow: bool, as_json: bool) -> None:
         for line in lines:
             retold.hear(line)
     if retold.result is not None:
-        from pipeline.report import run_text
-
-        click.echo(run_text(retold.result))
+        _print_result(retold.result, as_json)
 
 
 @cli.command()
@@ -343,10 +325,9 @@ def stop(id: str, address: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    job = _jobs()
-    client = job.connect(address)
-    found = job.find(client, id)
-    ended = job.stop(client, found)
+    place = _job_module().RayJobs(address)
+    found = place.find(id)
+    ended = place.stop(found)
     now = f"{ended.id} has {ended.state}" + (" before" if found.is_over else "; submitted again, it goes on from here")
     _print(asdict(ended), now, as_json)
 

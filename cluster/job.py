@@ -12,6 +12,7 @@ import importlib.metadata
 import itertools
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -100,34 +101,134 @@ class _Client(JobSubmissionClient):
         return super()._do_request(method, endpoint, **{"timeout": _ANSWER_SECONDS, **how})
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """The Jobs API at `http://HEAD:8265`.
+class RayJobs:
+    """The prunes among the jobs of a Ray cluster, and how to add one.
+
+    Args:
+        address: of its Jobs API, as `http://HEAD:8265`.
+        env: Ray's runtime environment of new jobs, without what is shipped.
 
     Raises:
-        PassingError: nothing answers there.
+        PassingError: nothing answers there; so by every method.
         UserError: it wants a token that it does not get, or is something else.
     """
-    if not address.startswith(("http://", "https://")):
-        raise UserError(f"--address {address}: give the cluster's Jobs API, as http://HEAD:8265")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray heeds that and RAY_ADDRESS more than what it is told
-    with _plain_errors(address):
-        return _Client(address)
 
+    def __init__(self, address: str, env: dict[str, Any] | None = None):
+        if not address.startswith(("http://", "https://")):
+            raise UserError(f"--address {address}: give the cluster's Jobs API, as http://HEAD:8265")
+        self.where = {"address": address}
+        self._address, self._env = address, env or {}
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray heeds that and RAY_ADDRESS more than what it is told
+        with self._plain_errors():
+            self._client = _Client(address)
 
-@contextlib.contextmanager
-def _plain_errors(address: str) -> Iterator[None]:
-    try:
-        yield
-    except AuthenticationError:
-        raise UserError(
-            f"--address {address}: the cluster wants a token that was not given; set RAY_AUTH_TOKEN, or "
-            "RAY_AUTH_TOKEN_PATH to the file that holds it"
-        ) from None
-    except (OSError, requests.RequestException) as error:
-        raise PassingError(f"--address {address}: no Ray cluster answers there ({_short(error)})") from None
-    except (RuntimeError, ValueError) as error:
-        kind = PassingError if _may_pass(error) else UserError
-        raise kind(f"--address {address}: {_short(error)}") from None
+    def jobs(self) -> list[Job]:
+        """What the cluster knows, the newest first."""
+        with self._plain_errors():
+            known = self._client.list_jobs()
+        ours = [_job(details) for details in known if NAME in (details.metadata or {}) and details.submission_id]
+        return sorted(ours, key=lambda job: -(job.begun or 0))
+
+    def find(self, id: str) -> Job:
+        """A job by its id, or the newest whose id begins so.
+
+        Raises:
+            UserError: there is none.
+        """
+        known = self.jobs()
+        found = [job for job in known if job.id == id] or [job for job in known if job.id.startswith(id)]
+        if not found:
+            there = f"it has {', '.join(job.id for job in known[:3])}" if known else "it has none of fapm"
+            raise UserError(f"the cluster has no job {id}; {there}")
+        return found[0]
+
+    def submit(self, submission: Submission, id: str) -> bool:
+        """Submit under an id, or say False if there is such a job.
+
+        Raises:
+            UserError: the cluster does not take it.
+        """
+        # A shell that stays would be what Ray's signals reach first.
+        command = f"exec env {TELL}=json python3 -m cluster {shlex.join(submission.arguments)} --json"
+        about = {NAME: version(), "out": submission.out}
+        began = time.monotonic()
+        with _staged() as folder, self._plain_errors(), _quiet():
+            env = {**self._env, "working_dir": folder}
+            for again in itertools.count():
+                try:
+                    self._client.submit_job(entrypoint=command, submission_id=id, runtime_env=env, metadata=about)
+                    return True
+                except RuntimeError as error:
+                    if "already exists" in str(error):
+                        return again > 0  # then it is ours, and the answer was lost
+                    if not _may_pass(error) or time.monotonic() - began > _ANSWER_SECONDS:
+                        raise
+                    time.sleep(_POLL_SECONDS)
+        raise AssertionError("not reached")
+
+    def come_back(self, id: str) -> str:
+        """How to see what a job does, and how to end it."""
+        there = f"{id} --address {self._address}"
+        return f"`fapm logs --follow {there}` shows how far it is, `fapm stop {there}` ends it"
+
+    def follow(self, id: str, hear: Callable[[str], None]) -> Job:
+        """Give every line that a job says to `hear`, until it has ended."""
+        heard, answered = 0, time.monotonic()
+        while True:
+            try:
+                job = _job(self._client.get_job_info(id))
+                text = self._said(job)
+                answered = time.monotonic()
+            except (OSError, RuntimeError, requests.RequestException) as error:
+                if time.monotonic() - answered > _ANSWER_SECONDS:
+                    gone = f"the Ray cluster at {self._address} does not answer any more ({_short(error)})"
+                    raise PassingError(f"{gone}; the job may go on") from None
+                time.sleep(_POLL_SECONDS)
+                continue
+            whole = text if job.is_over else text[: text.rfind("\n") + 1]
+            for line in whole[heard:].split("\n"):
+                if line:
+                    hear(line)
+            heard = max(heard, len(whole))
+            if job.is_over:
+                return job
+            time.sleep(_POLL_SECONDS)
+
+    def logs(self, job: Job) -> list[str]:
+        """The lines that a job has said until now."""
+        with self._plain_errors():
+            return self._said(job).splitlines()
+
+    def _said(self, job: Job) -> str:
+        if job.state == "pending" or job.message:  # it has not begun, or never did
+            return ""
+        text: str = self._client.get_job_logs(job.id)
+        return text
+
+    def stop(self, job: Job) -> Job:
+        """End a job, and wait until it has ended."""
+        with self._plain_errors():
+            if not job.is_over:
+                self._client.stop_job(job.id)
+            while not job.is_over:
+                time.sleep(_POLL_SECONDS / 5)
+                job = _job(self._client.get_job_info(job.id))
+        return job
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError:
+            raise UserError(
+                f"--address {self._address}: the cluster wants a token that was not given; set RAY_AUTH_TOKEN, or "
+                "RAY_AUTH_TOKEN_PATH to the file that holds it"
+            ) from None
+        except (OSError, requests.RequestException) as error:
+            raise PassingError(f"--address {self._address}: no Ray cluster answers there ({_short(error)})") from None
+        except (RuntimeError, ValueError) as error:
+            kind = PassingError if _may_pass(error) else UserError
+            raise kind(f"--address {self._address}: {_short(error)}") from None
 
 
 def _may_pass(error: Exception) -> bool:
@@ -136,8 +237,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _short(error: BaseException) -> str:
+    """What an error says in its last line; of what requests wraps, only what the system said."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()[:300]
+    of_the_system = re.search(r"\[Errno -?\d+\] ([^'\")]+)", lines[-1])
+    return of_the_system[1] if of_the_system else lines[-1].strip()[:300]
 
 
 # Of a failure without a driver's code: the cluster's trouble, which may pass. The environment's will not.
@@ -166,14 +269,6 @@ def _job(details: JobDetails) -> Job:
     )
 
 
-def jobs(client: JobSubmissionClient) -> list[Job]:
-    """The prunes that the cluster knows, the newest first."""
-    with _plain_errors(client.get_address()):
-        known = client.list_jobs()
-    ours = [_job(details) for details in known if NAME in (details.metadata or {}) and details.submission_id]
-    return sorted(ours, key=lambda job: -(job.begun or 0))
-
-
 def table(found: Sequence[Job]) -> str:
     """Jobs, a line each."""
     if not found:
@@ -184,93 +279,3 @@ def table(found: Sequence[Job]) -> str:
         took = seconds_text((job.ended or time.time()) - job.begun) if job.begun else ""
         rows.append((job.id, job.state, "" if job.code is None else str(job.code), begun, took, job.out))
     return layout(rows, right=(2, 4))
-
-
-def find(client: JobSubmissionClient, id: str) -> Job:
-    """A job by its id, or the newest whose id begins so.
-
-    Raises:
-        UserError: there is none.
-    """
-    known = jobs(client)
-    found = [job for job in known if job.id == id] or [job for job in known if job.id.startswith(id)]
-    if not found:
-        there = f"it has {', '.join(job.id for job in known[:3])}" if known else "it has none of fapm"
-        raise UserError(f"the cluster has no job {id}; {there}")
-    return found[0]
-
-
-def submit(client: JobSubmissionClient, submission: Submission, env: dict[str, Any], id: str) -> bool:
-    """Submit under an id, or say False if there is such a job.
-
-    Raises:
-        UserError: the cluster does not take the job.
-        PassingError: it does not now.
-    """
-    # A shell that stays would be what Ray's signals reach first.
-    command = f"exec env {TELL}=json python3 -m cluster {shlex.join(submission.arguments)} --json"
-    about = {NAME: version(), "out": submission.out}
-    began = time.monotonic()
-    with _staged() as folder, _plain_errors(client.get_address()), _quiet():
-        for again in itertools.count():
-            try:
-                client.submit_job(
-                    entrypoint=command, submission_id=id, runtime_env={**env, "working_dir": folder}, metadata=about
-                )
-                return True
-            except RuntimeError as error:
-                if "already exists" in str(error):
-                    return again > 0  # then it is ours, and the answer was lost
-                if not _may_pass(error) or time.monotonic() - began > _ANSWER_SECONDS:
-                    raise
-                time.sleep(_POLL_SECONDS)
-    raise AssertionError("not reached")
-
-
-# Following.
-
-
-def follow(client: JobSubmissionClient, id: str, hear: Callable[[str], None]) -> Job:
-    """Give every line that a job says to `hear`, until it has ended.
-
-    Raises:
-        PassingError: the cluster does not answer any more.
-    """
-    heard, answered = 0, time.monotonic()
-    while True:
-        try:
-            job = _job(client.get_job_info(id))
-            text = client.get_job_logs(id) if job.state != "pending" else ""
-            answered = time.monotonic()
-        except (OSError, RuntimeError, requests.RequestException) as error:
-            if time.monotonic() - answered > _ANSWER_SECONDS:
-                gone = f"the Ray cluster at {client.get_address()} does not answer any more ({_short(error)})"
-                raise PassingError(f"{gone}; the job may go on: fapm logs {id} --follow") from None
-            time.sleep(_POLL_SECONDS)
-            continue
-        whole = text if job.is_over else text[: text.rfind("\n") + 1]
-        for line in whole[heard:].split("\n"):
-            if line:
-                hear(line)
-        heard = max(heard, len(whole))
-        if job.is_over:
-            return job
-        time.sleep(_POLL_SECONDS)
-
-
-def logs(client: JobSubmissionClient, id: str) -> list[str]:
-    """The lines that a job has said until now."""
-    with _plain_errors(client.get_address()):
-        text: str = client.get_job_logs(id)
-    return text.splitlines()
-
-
-def stop(client: JobSubmissionClient, job: Job) -> Job:
-    """End a job, and wait until it has ended."""
-    with _plain_errors(client.get_address()):
-        if not job.is_over:
-            client.stop_job(job.id)
-        while not job.is_over:
-            time.sleep(_POLL_SECONDS / 5)
-            job = _job(client.get_job_info(job.id))
-    return job

@@ -32,8 +32,8 @@ _POLL_SECONDS = 5.0
 _SILENT_SECONDS = 120.0
 
 
-class Cluster:
-    """The RayJobs of one namespace.
+class RayJobObjects:
+    """The prunes among the RayJobs of a namespace, and how to add one.
 
     Args:
         manifest: a YAML file with the RayJob that every prune becomes.
@@ -49,7 +49,7 @@ class Cluster:
             self._client = Client(namespace=namespace)
         except ConfigError as error:
             raise UserError(f"nothing says where Kubernetes is ({error}); set KUBECONFIG, or run in a pod") from None
-        self.namespace = self._client.namespace
+        self.where = {"namespace": self._client.namespace}
 
     def jobs(self) -> list[Job]:
         """The prunes among them."""
@@ -76,7 +76,11 @@ class Cluster:
                 return False
         return True
 
-    def follow(self, id: str, say: Callable[[str], None]) -> Job:
+    def come_back(self, id: str) -> str:
+        look, end = (f"kubectl -n {self._client.namespace} {verb} rayjob {id}" for verb in ("get", "delete"))
+        return f"`{look}` shows how far it is, `{end}` ends it"
+
+    def follow(self, id: str, hear: Callable[[str], None]) -> Job:
         """Say what becomes of a RayJob, until it has ended.
 
         Raises:
@@ -99,7 +103,7 @@ class Cluster:
             if now != said:
                 said = now
                 where = f" on the Ray cluster {status['rayClusterName']}" if status.get("rayClusterName") else ""
-                say(f"RayJob {id}: {now}{where}")
+                hear(f"RayJob {id}: {now}{where}")
             job = _job(found)
             if job.is_over:
                 return job

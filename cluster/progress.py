@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.run import Watch
 
 _REDRAW_SECONDS = 0.2
-_TELL_SECONDS = 2.0
+_TELL_SECONDS = 1.0
 TELL = "FAPM_PROGRESS"
 """Set to `json` in the environment, it makes a run tell how far it is in lines for `Retold`."""
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.options import as_arguments
 from pipeline import fields
@@ -44,6 +44,10 @@ class Submission:
     @property
     def out(self) -> str:
         return self.recipe.out
+
+    def id(self, attempt: int) -> str:
+        """Of the job that it becomes at its first, second, … try."""
+        return f"{NAME}-{self.digest}-{attempt}"
 
     @property
     def arguments(self) -> list[str]:
@@ -131,19 +135,40 @@ class Sent:
     id: str | None
 
 
-def send(submission: Submission, known: Sequence[Job], submit: Callable[[str], bool]) -> Sent:
-    """Submit, unless the same has been done or is being done.
+class Place(Protocol):
+    """Where jobs go to: `cluster.job` and `cluster.kubernetes` have one each.
 
-    Args:
-        known: the jobs that the cluster knows.
-        submit: does it under an id, or returns False if there is such a job already.
+    Attributes:
+        where: says which, in the facts of a submission.
     """
-    earlier = [job for job in known if job.id.startswith(f"{NAME}-{submission.digest}-")]
+
+    where: dict[str, str]
+
+    def jobs(self) -> list[Job]:
+        """The prunes that are known there."""
+        ...
+
+    def submit(self, submission: Submission, id: str) -> bool:
+        """Submit under an id, or say False if there is such a job."""
+        ...
+
+    def come_back(self, id: str) -> str:
+        """How to see what a job does, and how to end it."""
+        ...
+
+    def follow(self, id: str, hear: Callable[[str], None]) -> Job:
+        """Give what there is to hear of a job to `hear`, a line at a time, until it has ended."""
+        ...
+
+
+def send(submission: Submission, place: Place) -> Sent:
+    """Submit, unless the same has been done or is being done."""
+    earlier = [job for job in place.jobs() if job.id == submission.id(job.attempt)]
     instead = decide(earlier, submission.state)
     if instead:
         return instead
-    id = f"{NAME}-{submission.digest}-{1 + max((job.attempt for job in earlier), default=0)}"
-    return Sent("submitted" if submit(id) else "already running", id)  # else somebody was faster
+    id = submission.id(1 + max((job.attempt for job in earlier), default=0))
+    return Sent("submitted" if place.submit(submission, id) else "already running", id)  # else somebody was faster
 
 
 def decide(earlier: Sequence[Job], state: State | None) -> Sent | None:

@@ -613,6 +613,26 @@ def test_exit_codes_say_whether_another_try_is_worth_it(pair, monkeypatch):
     assert "no Ray cluster answers" in refused(on_pair("prune", "--ray", "127.0.0.1:1"), code=75)
 
 
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("ray", "[ray]", ("prune", "--ray", "local")),
+        ("ray", "[ray]", ("submit",)),
+        ("lightkube", "[kubernetes]", ("submit", "--kubernetes", "m.yaml")),
+        ("numba", "", ("prune",)),
+    ],
+)
+def test_what_is_not_installed_is_named(pair, module, extra, arguments):
+    sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out"]
+    code = f"import sys\nsys.modules[{module!r}] = None\nfrom cluster.cli import main\nmain()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments, *sides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    wanted = f"fapm: the Python module {module} is not installed; install it with: pip install 'fapm{extra}'"
+    assert done.stderr.splitlines()[-1] == wanted
+
+
 def log_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "fapm" / "log.jsonl").read_text().splitlines()]
 

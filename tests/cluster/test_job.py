@@ -165,7 +165,7 @@ def test_ctrl_c_detaches_stop_ends_the_job_and_the_next_one_goes_on(slow, fapm, 
     wait_until(lambda: following.has_said("[3/30]"))
     following.process.send_signal(signal.SIGINT)
     following.ended(130)
-    assert following.has_said("detached, the job goes on: `fapm logs fapm-")
+    assert following.has_said("detached, the job goes on: `fapm logs --follow fapm-")
     assert [(job["id"], job["state"]) for job in known(fapm)][:1] == [(following.id, "running")]
     assert "is at work on the same already" in fapm("submit", "recipe.yaml").ended()
     come_back = fapm("logs", following.id[:12], "--follow")
@@ -204,6 +204,15 @@ def test_a_job_that_fails_ends_with_its_code_and_its_sentence(model, fapm, tmp_p
     assert any(line.startswith("fapm: ") and "model.layers.2.w" in line for line in sent.said), sent.said
     assert not sent.has_said("Traceback")
     assert known(fapm)[0]["code"] == 1
+
+
+def test_a_job_that_cannot_begin_says_why(model, fapm, tmp_path):
+    (tmp_path / "environment.yaml").write_text("env_vars: {A: b}\npip: [no-such-package-of-fapm==9]\n")
+    sent = fapm("submit", "recipe.yaml", "--runtime-env", "environment.yaml")
+    assert sent.ended(1) == ""
+    assert sent.has_said("no-such-package-of-fapm")
+    assert fapm("logs", sent.id).ended() == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_work_is_refused_before_it_is_sent(model, fapm, tmp_path):

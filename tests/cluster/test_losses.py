@@ -30,6 +30,7 @@ from nodes import (
 
 from pipeline import UserError, prune
 from pipeline.run import Result, Watch
+from pipeline.status import status_facts
 
 ray = pytest.importorskip("ray")
 
@@ -149,6 +150,10 @@ def test_workers_that_are_killed_cost_time_only(model, undisturbed, nodes, add, 
     _, out, said = run(model, scope, 2 + 3 * seed, kill)
     assert digests(out) == undisturbed[scope]
     assert sum("done elsewhere" in line for line in said) == 1
+    status = status_facts(str(out))
+    assert (status["state"], status["asked_workers"]) == ("finished", 2)
+    assert [loss["how"] for loss in status["lost"]] == ["crashed"]
+    assert status["lost"][0]["where"] in [worker["where"] for worker in status["workers"] if worker["lost"]]
 
 
 def test_a_node_that_does_not_see_the_files_is_named_at_once(model, nodes, add, monkeypatch):

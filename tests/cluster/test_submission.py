@@ -30,7 +30,7 @@ from ray.job_submission import JobDetails
 
 from cluster import job
 from cluster.job import _job, runtime_env
-from cluster.submission import Job, Submission, decide, make_submission, send
+from cluster.submission import Job, Submission, decide, make_submission
 
 
 class Cluster:
@@ -39,9 +39,6 @@ class Cluster:
     def __init__(self) -> None:
         self.submitted: list[dict[str, Any]] = []
         self.shipped: set[str] = set()
-
-    def get_address(self) -> str:
-        return "http://head:8265"
 
     def list_jobs(self) -> list[JobDetails]:
         return []
@@ -55,7 +52,7 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
-    monkeypatch.setattr(job, "connect", lambda address: found)
+    monkeypatch.setattr(job, "_Client", lambda address: found)
     return found
 
 
@@ -139,7 +136,7 @@ def made(runner: Runner, overwrite: bool = False, **choices: Any) -> Submission:
 def test_a_submission_is_its_recipe_and_its_inputs(pair):
     first = made(pair)
     assert made(pair) == first
-    assert send(first, [], lambda id: True).id == f"fapm-{first.digest}-1"
+    assert first.id(1) == f"fapm-{first.digest}-1"
     assert len({first.digest, made(pair, density=0.2).digest, made(pair, rules=["*norm*=base"]).digest}) == 3
     assert made(pair, workers=7, memory="2GiB").digest == first.digest  # other means, the same bytes
     os.utime(pair.folder / "finetuned/model.safetensors", (5, 5))
