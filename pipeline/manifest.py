@@ -90,6 +90,7 @@ def version() -> str:
 
 
 def identity(plan: Plan) -> dict[str, Any]:
+    """What makes a run this one and no other: its choices and its inputs."""
     return {
         "format": 1,
         "recipe": plan.recipe.decides(),

@@ -51,12 +51,16 @@ class Kubernetes:
         threading.Thread(target=self._play, args=(name,), daemon=True).start()
 
     def _play(self, name: str) -> None:
-        self._tell(name, jobDeploymentStatus="Initializing", rayClusterName=f"{name}-x7k2p", startTime=_now())
-        self._tell(name, jobDeploymentStatus="Running", jobStatus="RUNNING")
-        code = self.run(self.rayjobs[name]["spec"]["entrypoint"])
-        if code == 0:
-            self._tell(name, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", endTime=_now())
-            return
+        spec = self.rayjobs[name]["spec"]
+        for attempt in range(1 + spec.get("backoffLimit", 0)):
+            cluster = f"{name}-x7k2{attempt}"
+            self._tell(name, jobDeploymentStatus="Initializing", rayClusterName=cluster, startTime=_now())
+            self._tell(name, jobDeploymentStatus="Running", jobStatus="RUNNING")
+            code = self.run(spec["entrypoint"])
+            if code == 0:
+                self._tell(name, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", endTime=_now())
+                return
+            self._tell(name, jobDeploymentStatus="Retrying", jobStatus="FAILED")
         message = f"Job entrypoint command failed with exit code {code}, last available logs:\nnoise\nfapm: so it is\n"
         ended = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "endTime": _now()}
         self._tell(name, message=message, **ended)

@@ -165,6 +165,31 @@ def test_the_pod_ends_as_the_run_and_the_next_one_is_another_try(night, ended, c
     assert [name[-2:] for name in night.api.rayjobs] == ["-1", "-2"]
 
 
+def test_a_driver_that_is_killed_is_tried_again_on_a_new_cluster_and_goes_on(night):
+    out = night.folder / "models" / "pruned" / "checkpoint-900"
+    codes = []
+
+    def killed_once(entrypoint: str) -> int:
+        words = shlex.split(entrypoint.replace("--ray auto", "--ray off"))
+        driver = subprocess.Popen([sys.executable, "-m", "cluster", *words[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+        if not codes:
+            wait_until(lambda: len(list(out.glob("model-*.safetensors"))) >= 3)
+            driver.kill()
+        codes.append(driver.wait(60))
+        return codes[-1]
+
+    night.api.run = killed_once
+    shapes = {f"model.layers.{i}.w": (3000, 1000) for i in range(30)}
+    base, finetuned = gaussian(shapes, torch.bfloat16)
+    save(night.folder / "models" / "base", base)
+    save(night.folder / "models" / "runs" / "checkpoint-900", finetuned)
+    code, _, said = night.comes("--shard-size", "6MB")
+    assert (code, codes) == (0, [-9, 0]), said
+    assert len(night.api.rayjobs) == 1
+    begun = [json.loads(line) for line in (out / "fapm/log.jsonl").read_text().splitlines() if '"begun"' in line]
+    assert [event["resumed"] >= 3 for event in begun] == [False, True]
+
+
 def test_without_waiting_it_says_how_to_come_back(night):
     code, printed, _ = night.comes("--no-wait", "--json")
     facts = json.loads(printed)
