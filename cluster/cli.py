@@ -341,12 +341,16 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     \b
     Examples:
       fapm inspect llama/
+      fapm inspect runs/latest
       fapm inspect pruned/ --json
     """
     from pipeline.formats.checkpoint import open_checkpoint
+    from pipeline.formats.newest import newest
     from pipeline.report import checkpoint_facts, checkpoint_text
 
-    facts = checkpoint_facts(open_checkpoint(checkpoint, "checkpoint"))
+    path, passed = newest(checkpoint, "checkpoint")
+    facts = checkpoint_facts(open_checkpoint(path, "checkpoint"))
+    facts["oddities"] = [*passed, *facts["oddities"]]
     _print(facts, checkpoint_text(facts), as_json)
 
 

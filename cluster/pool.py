@@ -245,6 +245,7 @@ class RayPool:
             global headless
             headless = True
             return
+        self._metrics.workers(self._queue)
         for actor in self._actors.values():
             ray.kill(actor)  # as in `_forget`
         if self._owns_ray:

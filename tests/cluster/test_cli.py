@@ -339,6 +339,13 @@ def test_inspect_counts_what_is_in_a_checkpoint(pair):
     assert "3 in model.layers" in text
 
 
+def test_inspect_finds_the_newest_checkpoint(pair):
+    for step in (9, 10):
+        save(pair / "runs" / f"checkpoint-{step}", {"w": torch.zeros(step)})
+    facts = json.loads(fapm("inspect", "runs/latest", "--json").stdout)
+    assert (facts["path"], facts["parameters"]) == ("runs/checkpoint-10", 10)
+
+
 def test_report_ranks_tensors_by_what_they_keep(pair):
     on_pair("prune")
     base, finetuned, out = (load(pair / name) for name in ("base", "finetuned", "out"))
