@@ -84,10 +84,17 @@ def started_node(address: str, **environment: str) -> Iterator[subprocess.Popen[
         [*command, f"--object-store-memory={STORE}", "--disable-usage-stats"], env={**os.environ, **environment},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    try:
+    with ended(process):
         yield process
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """At the end, end a process gently, and what it has started by force."""
+    try:
+        yield
     finally:
-        left = children(process.pid)
+        left = descendants(process.pid)
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nodes import STORE, descendants, is_worker
+from nodes import STORE, descendants, ended, is_worker
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,10 @@ def started_head(folder: Path, with_fapm: bool, cpus: int = 2) -> Iterator[Head]
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-    try:
+    with ended(head):
         address = f"http://127.0.0.1:{jobs}"
         _wait_until_it_answers(head, address, token, folder / "head.log")
         yield Head(head.pid, address, f"127.0.0.1:{gcs}", token, metrics, temporary)
-    finally:
-        left = descendants(head.pid)
-        head.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            head.wait(20)
-        for pid in [head.pid, *left]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 def _environment_without_fapm(path: Path) -> Path:
