@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import shutil
 import signal
 import site
 import socket
@@ -70,10 +71,16 @@ def started_head(folder: Path, with_fapm: bool, cpus: int = 2) -> Iterator[Head]
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-    with ended(head):
+    with _removed(temporary), ended(head):
         address = f"http://127.0.0.1:{jobs}"
         _wait_until_it_answers(head, address, token, folder / "head.log")
         yield Head(head.pid, address, f"127.0.0.1:{gcs}", token, metrics, temporary)
+
+
+@contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _environment_without_fapm(path: Path) -> Path:
