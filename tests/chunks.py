@@ -6,10 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.scoring.engine import Chunk, Engine
-from pipeline.scoring.threshold import KEEP_ALL, Bracket, Threshold, float_thresholds, histograms
+from pipeline.scoring.accelerator import Accelerator
+from pipeline.scoring.engine import Applied, Chunk, Engine, Pass
+from pipeline.scoring.threshold import KEEP_ALL, Bracket, Histograms, Threshold, float_thresholds, histograms
+from pipeline.scoring.torch_engine import TorchEngine
 
 GROUP = np.zeros(1, np.int64)
+
+
+def torch_engine(method: str, device: str = "cpu") -> TorchEngine:
+    return TorchEngine(method, Accelerator(device))
 
 
 def one_run(p, f, pruned, kept, start: int = 0, stream: int = 0) -> Chunk:
@@ -23,8 +29,31 @@ def several_runs(p, f, pruned, kept, starts, streams) -> Chunk:
 def count(engine: Engine, chunk: Chunk, m, bracket: Bracket, max_bins: int = 1 << 16) -> tuple[int, np.ndarray, bool]:
     """Keys above the bracket, keys inside by bins, and whether all d are finite."""
     counted = histograms([bracket], [max_bins])
-    finite = engine.count(chunk, np.array([m], np.float32), GROUP, counted)
+    finite = count_runs(engine, chunk, np.array([m], np.float32), GROUP, counted)
     return int(counted.above[0]), counted.of(0), finite
+
+
+def sums(engine: Engine, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    return only(engine.sums(), chunk)
+
+
+def select(engine: Engine, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return only(engine.selection(), chunk, m, k)
+
+
+def count_runs(engine: Engine, chunk: Chunk, m: np.ndarray, groups: np.ndarray, counted: Histograms) -> bool:
+    return only(engine.counting(counted), chunk, m, groups)
+
+
+def apply_runs(engine: Engine, chunk: Chunk, m, thresholds, groups, ties, out) -> Applied:
+    return only(engine.application(ties), chunk, m, thresholds, groups, out)
+
+
+def only(passed: Pass, *operands):
+    """What a pass over one chunk finds."""
+    passed.add(*operands)
+    [found] = passed.result()
+    return found
 
 
 @dataclass
@@ -42,6 +71,6 @@ def apply(engine: Engine, chunk: Chunk, m, threshold: Threshold, ties: int, out:
     had = 1 << 62 if threshold == KEEP_ALL else ties
     left = np.array([had])
     scores = float_thresholds(np.array([threshold.key]))
-    done = engine.apply(chunk, np.array([m], np.float32), scores, GROUP, left, out)
+    done = apply_runs(engine, chunk, np.array([m], np.float32), scores, GROUP, left, out)
     counts = (int(x[0]) for x in (done.kept, done.changed, done.kept_changed))
     return OneApplied(*counts, had - int(left[0]), done.squares, done.kept_squares)

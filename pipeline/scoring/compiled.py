@@ -28,14 +28,15 @@ from numba.core import event
 from numba.extending import overload, register_jitable
 
 from pipeline.scoring import methods as formulas
-from pipeline.scoring.engine import Applied, Chunk
+from pipeline.scoring.engine import Applied, AtOnce, Chunk
 from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, mix
 from pipeline.scoring.threshold import Histograms
 
 TILE = 1024
 """Elements handled while in the first-level cache."""
 
-_LANES = 256  # a tile is four rows of lanes
+LANES = 256
+"""Sums of a block that run side by side: a tile is four rows of them."""
 
 # numba keeps a compiled kernel until its own file changes; the formulas are in another one.
 _VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(formulas).encode(), digest_size=4).digest(), "little")
@@ -128,8 +129,8 @@ def _value_overload(x):  # type: ignore[no-untyped-def]
 @_jit
 def abs_sums(p, starts, sums, squares):  # type: ignore[no-untyped-def]
     """Σ|p| and Σp² of each block of a chunk, in float64."""
-    lanes = np.empty(_LANES)
-    lanes2 = np.empty(_LANES)
+    lanes = np.empty(LANES)
+    lanes2 = np.empty(LANES)
     tile = np.empty(TILE, p.dtype)
     block = 0
     for r in range(starts.size - 1):
@@ -143,11 +144,11 @@ def abs_sums(p, starts, sums, squares):  # type: ignore[no-untyped-def]
                     tile[:] = 0
                     tile[: row.size] = row
                     row = tile
-                for i in range(_LANES):
+                for i in range(LANES):
                     a = np.float64(abs(_value(row[i])))
-                    b = np.float64(abs(_value(row[i + _LANES])))
-                    c = np.float64(abs(_value(row[i + 2 * _LANES])))
-                    d = np.float64(abs(_value(row[i + 3 * _LANES])))
+                    b = np.float64(abs(_value(row[i + LANES])))
+                    c = np.float64(abs(_value(row[i + 2 * LANES])))
+                    d = np.float64(abs(_value(row[i + 3 * LANES])))
                     lanes[i] += (a + b) + (c + d)
                     lanes2[i] += (a * a + b * b) + (c * c + d * d)
             sums[block] = _total(lanes)
@@ -307,8 +308,8 @@ def kernels(name: str) -> Kernels:
         scores = np.empty(TILE, np.float32)
         sizes = np.empty(TILE, m.dtype)
         keep = np.empty(TILE, out.dtype)
-        lanes = np.empty(_LANES)
-        lanes2 = np.empty(_LANES)
+        lanes = np.empty(LANES)
+        lanes2 = np.empty(LANES)
         block = 0
         for r in range(starts.size - 1):
             threshold, left = thresholds[r], ties[groups[r]]
@@ -343,22 +344,22 @@ def kernels(name: str) -> Kernels:
                                     left -= 1
                                     n_kept += 1
                                     n_both += sizes[i] != 0
-                                    lanes2[i % _LANES] += np.float64(sizes[i]) * np.float64(sizes[i])
+                                    lanes2[i % LANES] += np.float64(sizes[i]) * np.float64(sizes[i])
                     a = pruned[t : t + size]
                     b = kept[t : t + size]
                     o = out[t : t + size]
                     for i in range(size):
                         o[i] = a[i] ^ ((a[i] ^ b[i]) & keep[i])
-                    for i in range(_LANES):
+                    for i in range(LANES):
                         x0 = np.float64(sizes[i])
-                        x1 = np.float64(sizes[i + _LANES])
-                        x2 = np.float64(sizes[i + 2 * _LANES])
-                        x3 = np.float64(sizes[i + 3 * _LANES])
+                        x1 = np.float64(sizes[i + LANES])
+                        x2 = np.float64(sizes[i + 2 * LANES])
+                        x3 = np.float64(sizes[i + 3 * LANES])
                         lanes[i] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
                         y0 = x0 if scores[i] > threshold else 0.0
-                        y1 = x1 if scores[i + _LANES] > threshold else 0.0
-                        y2 = x2 if scores[i + 2 * _LANES] > threshold else 0.0
-                        y3 = x3 if scores[i + 3 * _LANES] > threshold else 0.0
+                        y1 = x1 if scores[i + LANES] > threshold else 0.0
+                        y2 = x2 if scores[i + 2 * LANES] > threshold else 0.0
+                        y3 = x3 if scores[i + 3 * LANES] > threshold else 0.0
                         lanes2[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3)
                 sums[block] = _total(lanes)
                 kept_sums[block] = _total(lanes2)
@@ -386,29 +387,40 @@ class CpuEngine:
     def __init__(self, method: str):
         self._kernels = kernels(method)
 
-    def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def sums(self) -> AtOnce[[Chunk], tuple[np.ndarray, np.ndarray]]:
+        return AtOnce(self._sums)
+
+    def selection(self) -> AtOnce[[Chunk, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        return AtOnce(self._select)
+
+    def counting(self, histograms: Histograms) -> AtOnce[[Chunk, np.ndarray, np.ndarray], bool]:
+        h = histograms
+        layout = h.lo, h.hi, h.base, h.shift, h.tables, h.cells, h.masks, h.starts
+
+        def count(chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> bool:
+            return bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above))
+
+        return AtOnce(count)
+
+    def application(self, ties: np.ndarray) -> AtOnce[[Chunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Applied]:
+        def apply(chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, out: np.ndarray) -> Applied:
+            counts = np.empty((3, chunk.runs), np.int64)
+            squares, kept_squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
+            given = chunk.pruned, chunk.kept, out, counts, squares, kept_squares
+            _call(self._kernels.apply, *_operands(chunk, m), thresholds, groups, ties, *given)
+            return Applied(counts[0], counts[1], counts[2], squares, kept_squares)
+
+        return AtOnce(apply)
+
+    def _sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         sums, squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
         _call(abs_sums, chunk.p, chunk.starts, sums, squares)
         return sums, squares
 
-    def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keys, ties = np.zeros((2, chunk.runs), np.int64)
         _call(self._kernels.select, *_operands(chunk, m), k, keys, ties)
         return keys, ties
-
-    def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
-        h = histograms
-        layout = h.lo, h.hi, h.base, h.shift, h.tables, h.cells, h.masks, h.starts
-        return bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above))
-
-    def apply(
-        self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
-    ) -> Applied:
-        counts = np.empty((3, chunk.runs), np.int64)
-        squares, kept_squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
-        given = chunk.pruned, chunk.kept, out, counts, squares, kept_squares
-        _call(self._kernels.apply, *_operands(chunk, m), thresholds, groups, ties, *given)
-        return Applied(counts[0], counts[1], counts[2], squares, kept_squares)
 
 
 def _operands(chunk: Chunk, m: np.ndarray) -> tuple[Any, ...]:

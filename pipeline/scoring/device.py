@@ -21,11 +21,12 @@ def make_engine(method: str, device: str) -> Engine:
         from pipeline.scoring.compiled import CpuEngine
 
         return CpuEngine(method)
+    from pipeline.scoring.accelerator import Accelerator
     from pipeline.scoring.torch_engine import TorchEngine
 
     if not _has_cuda():
         raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
-    return TorchEngine(method, "cuda" if device == "auto" else device)
+    return TorchEngine(method, Accelerator("cuda" if device == "auto" else device))
 
 
 def announce(device: str, say: Callable[[str], None]) -> Callable[[], None]:

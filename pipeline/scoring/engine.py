@@ -1,12 +1,13 @@
-"""What is asked of an engine: everything that is done to a chunk's elements.
+"""What is asked of an engine: everything that is done to elements, in passes over chunks.
 
 Two answer it: `compiled`, loops for a CPU, and `torch_engine`, for any other device. Both return the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -62,26 +63,52 @@ class Applied:
     kept_squares: np.ndarray
 
 
+Operands = ParamSpec("Operands")
+Found = TypeVar("Found")
+
+
+class Pass(Protocol[Operands, Found]):
+    """One pass over chunks: they are added in the order of their positions, and what was found is asked for once."""
+
+    def add(self, *operands: Operands.args, **named: Operands.kwargs) -> None: ...
+
+    def result(self) -> list[Found]:
+        """What was found in each chunk, in the order in which they were added."""
+        ...
+
+
+class AtOnce(Generic[Operands, Found]):
+    """A pass that does its work as chunks are added."""
+
+    def __init__(self, work: Callable[Operands, Found]):
+        self._work = work
+        self._found: list[Found] = []
+
+    def add(self, *operands: Operands.args, **named: Operands.kwargs) -> None:
+        self._found.append(self._work(*operands, **named))
+
+    def result(self) -> list[Found]:
+        return self._found
+
+
 class Engine(Protocol):
     """Everything that is done to elements. `m` is mean|p| of each run's tensor, (r,) float32."""
 
-    def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def sums(self) -> Pass[[Chunk], tuple[np.ndarray, np.ndarray]]:
         """Σ|p| and Σp² of each block, float64."""
         ...
 
-    def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The k-th highest key of every run of at most BLOCK elements (k: (r,) int64, from 1; 0 for none), and how many
-        elements equal to it belong to the k highest; (r,) int64 both."""
+    def selection(self) -> Pass[[Chunk, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Of chunk, m, k: the k-th highest key of every run of at most BLOCK elements (k: (r,) int64, from 1; 0 for
+        none), and how many elements equal to it belong to the k highest; (r,) int64 both."""
         ...
 
-    def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
-        """Add the keys of each run to the histogram of its group ((r,) int64, −1 for none); says whether all d are
-        finite."""
+    def counting(self, histograms: Histograms) -> Pass[[Chunk, np.ndarray, np.ndarray], bool]:
+        """Of chunk, m, groups: the keys of each run are added to the histogram of its group ((r,) int64, −1 for none),
+        which is complete once the result was asked for; it says whether all d are finite."""
         ...
 
-    def apply(
-        self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
-    ) -> Applied:
-        """Write the output's bits to `out`: kept are the scores above the run's threshold ((r,) float32), and of those
-        equal to it the first `ties[group]`, which are used up."""
+    def application(self, ties: np.ndarray) -> Pass[[Chunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Applied]:
+        """Of chunk, m, thresholds, groups, out: the output's bits are written to `out`. Kept are the scores above the
+        run's threshold ((r,) float32), and of those equal to it the first `ties[group]`, which are used up."""
         ...

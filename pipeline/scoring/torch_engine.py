@@ -1,13 +1,21 @@
-"""The engine in torch operations, for GPUs; the same code runs on a CPU, where the tests hold it to the same bits."""
+"""The engine in torch operations, for GPUs; the same code runs on a CPU, where the tests hold it to the same bits.
+
+Nothing waits for the device while chunks are added: counts, sums and ties stay there until a pass is asked for its
+result, which is one copy. Tensors so small that they come several in a chunk are the compiled loops' work: on a device
+each would cost more to start than to compute.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline.scoring.accelerator import Accelerator
+from pipeline.scoring.compiled import LANES, TILE, CpuEngine
 from pipeline.scoring.engine import Applied, Chunk
 from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
 from pipeline.scoring.threshold import ZERO_KEY, Histograms
@@ -16,94 +24,197 @@ from pipeline.scoring.threshold import ZERO_KEY, Histograms
 class TorchEngine:
     """Every operation is a kernel of its own, so that each rounds once: nothing is fused or approximated."""
 
-    def __init__(self, method: str, device: str):
+    def __init__(self, method: str, accelerator: Accelerator):
         self._method = METHODS[method]
-        self._device = torch.device(device)
+        self._accelerator = accelerator
+        self._host = CpuEngine(method)
 
-    def _put(self, array: np.ndarray) -> torch.Tensor:
-        if array.dtype.kind == "u" and array.itemsize > 1:
-            array = array.view(f"i{array.itemsize}")
-        return torch.from_numpy(array).to(self._device)
+    def sums(self) -> _Sums:
+        return _Sums(self, self._host.sums())
 
-    def _values(self, array: np.ndarray) -> torch.Tensor:
-        put = self._put(array)
+    def selection(self) -> Any:
+        return self._host.selection()  # of small tensors
+
+    def counting(self, histograms: Histograms) -> _Counting:
+        return _Counting(self, self._host.counting(histograms), histograms)
+
+    def application(self, ties: np.ndarray) -> _Application:
+        return _Application(self, self._host.application(ties), ties)
+
+    def up(self, array: np.ndarray) -> torch.Tensor:
+        return self._accelerator.up(array)
+
+    def down(self, tensor: torch.Tensor, target: np.ndarray) -> None:
+        self._accelerator.down(tensor, target)
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        return self._accelerator.fetch(tensors)
+
+    def zeros(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int64, device=self._accelerator.device)
+
+    def values(self, array: np.ndarray) -> torch.Tensor:
+        put = self.up(array)
         return put.view(torch.bfloat16).to(torch.float32) if array.dtype == np.uint16 else put
 
-    def _scores(self, chunk: Chunk, run: int, m: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """d in the type of the arithmetic, and S in float32, of one run."""
-        p, f = (self._values(side[_range(chunk, run)]) for side in (chunk.p, chunk.f))
+    def scores(self, chunk: Chunk, m: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """d in the type of the arithmetic, and S in float32, of a single run."""
+        p, f = self.values(chunk.p), self.values(chunk.f)
         d = (f - p).abs()
         u: Any = None
         if self._method.hashed:
-            counter = torch.arange(chunk.start + 1, chunk.start + 1 + p.numel(), device=self._device)
-            u = mix(counter * GAMMA + int(chunk.streams[run])).to(torch.float32) * UNIT
-        mean = torch.tensor(m, dtype=d.dtype, device=self._device)
+            counter = torch.arange(chunk.start + 1, chunk.start + 1 + p.numel(), device=p.device)
+            u = mix(counter * GAMMA + int(chunk.streams[0])).to(torch.float32) * UNIT
+        mean = torch.full((), m, dtype=d.dtype, device=p.device)
         s = (self._method.score or magnitude)(d, p.abs(), mean, u).to(torch.float32) + 0.0
         undefined = torch.where(d == 0, 0.0, -torch.inf).to(torch.float32)
         return d, torch.where(s.isnan(), undefined, s)
 
-    def _all_scores(self, chunk: Chunk, m: np.ndarray) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        for run in range(chunk.runs):
-            yield run, *self._scores(chunk, run, float(m[run]))
 
-    def abs_sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        sums = []
-        for run in range(chunk.runs):
-            p = self._values(chunk.p[_range(chunk, run)]).to(torch.float64).abs()
-            sums.append((_block_sums(p), _block_sums(p.square())))
-        one, two = zip(*sums, strict=True)
-        return np.concatenate(one), np.concatenate(two)
+@dataclass
+class _Later:
+    """What was found in a chunk, still on the device: int64 and float64 tensors, and what becomes of them."""
 
-    def select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        keys, ties = np.zeros((2, chunk.runs), np.int64)
-        for run in np.flatnonzero(k > 0).tolist():
-            _, s = self._scores(chunk, run, float(m[run]))
-            score = s.sort(descending=True).values[int(k[run]) - 1]
-            keys[run], ties[run] = int(_keys(score.view(1))), int(k[run]) - int((s > score).sum())
-        return keys, ties
-
-    def count(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray, histograms: Histograms) -> bool:
-        finite = True
-        for run in np.flatnonzero(groups >= 0).tolist():
-            d, s = self._scores(chunk, run, float(m[run]))
-            group = int(groups[run])
-            lo, hi = float(histograms.lo[group]), float(histograms.hi[group])
-            inside = _keys(s[(s >= lo) & (s <= hi)]) - int(histograms.base[group])
-            bins, places = histograms.of(group), inside >> int(histograms.shift[group])
-            table = int(histograms.tables[group])
-            if table >= 0:
-                first, mask = (
-                    self._put(side[table:].astype(np.int64)) for side in (histograms.cells, histograms.masks)
-                )
-                places = first[places] + (inside & mask[places])
-            bins += torch.bincount(places, minlength=bins.size).cpu().numpy()
-            histograms.above[group] += int((s > hi).sum())
-            finite &= bool(d.isfinite().all())
-        return finite
-
-    def apply(
-        self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, ties: np.ndarray, out: np.ndarray
-    ) -> Applied:
-        signed = out.view(f"i{out.itemsize}") if out.itemsize > 1 else out
-        counts, sums = [], []
-        for run, d, s in self._all_scores(chunk, m):
-            threshold, here = float(thresholds[run]), _range(chunk, run)
-            equal = s == threshold
-            keep = (s > threshold) | (equal & (equal.cumsum(0) <= int(ties[groups[run]])))
-            ties[groups[run]] -= min(int(equal.sum()), int(ties[groups[run]]))
-            chosen = torch.where(keep, self._put(chunk.kept[here]), self._put(chunk.pruned[here]))
-            torch.from_numpy(signed[here]).copy_(chosen)
-            changed = d != 0
-            squares = d.to(torch.float64).square()
-            counts.append([int(x.sum()) for x in (keep, changed, keep & changed)])
-            sums.append((_block_sums(squares), _block_sums(torch.where(keep, squares, 0.0))))
-        kept, changed_, both = np.array(counts, np.int64).T
-        one, two = zip(*sums, strict=True)
-        return Applied(kept, changed_, both, np.concatenate(one), np.concatenate(two))
+    tensors: Sequence[torch.Tensor]
+    finish: Callable[[list[np.ndarray]], Any]
 
 
-def _range(chunk: Chunk, run: int) -> slice:
-    return slice(int(chunk.starts[run]), int(chunk.starts[run + 1]))
+class _Pass:
+    """Keeps what was found in the order of the chunks, and brings it from the device all at once."""
+
+    def __init__(self, engine: TorchEngine, host: Any):
+        self._engine = engine
+        self._host = host
+        self._found: list[_Later | None] = []  # None: the host's next
+
+    def _state(self) -> list[_Later]:
+        """What the pass as a whole has on the device."""
+        return []
+
+    def result(self) -> list[Any]:
+        later = [*self._state(), *(found for found in self._found if found)]
+        fetched = self._engine.fetch([tensor for found in later for tensor in found.tensors])
+        results, begin = [], 0
+        for found in later:
+            end = begin + len(found.tensors)
+            results.append(found.finish(fetched[begin:end]))
+            begin = end
+        of_device, of_host = iter(results[len(self._state()) :]), iter(self._host.result())
+        return [next(of_device if found else of_host) for found in self._found]
+
+
+class _Sums(_Pass):
+    def add(self, chunk: Chunk) -> None:
+        if chunk.runs > 1:
+            self._host.add(chunk)
+            self._found.append(None)
+            return
+        x = self._engine.values(chunk.p).to(torch.float64).abs()
+        self._found.append(_Later([block_sums(x), block_sums(x.square())], tuple))
+
+
+_SPREAD = 1 << 12
+"""Places for what is not counted: thousands of threads that add to a single one would wait for each other."""
+
+
+class _Counting(_Pass):
+    def __init__(self, engine: TorchEngine, host: Any, histograms: Histograms):
+        super().__init__(engine, host)
+        self._histograms = histograms
+        self._tallies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by group: bins, and above
+
+    def add(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> None:
+        if chunk.runs > 1:
+            self._host.add(chunk, m, groups)
+            self._found.append(None)
+            return
+        group, h = int(groups[0]), self._histograms
+        if group < 0:
+            self._found.append(_Later([], lambda _: True))
+            return
+        size = h.of(group).size
+        if group not in self._tallies:
+            self._tallies[group] = self._engine.zeros(size + _SPREAD), self._engine.zeros(1)
+        bins, above = self._tallies[group]
+        d, s = self._engine.scores(chunk, float(m[0]))
+        lo, hi, base = float(h.lo[group]), float(h.hi[group]), int(h.base[group])
+        zero = s == 0
+        counted = (s >= lo) & (s <= hi) & ~zero
+        inside = torch.where(counted, _keys(s) - base, 0)
+        places = self._places(group, inside)
+        elsewhere = torch.arange(s.numel(), device=s.device) % _SPREAD + size
+        bins.scatter_add_(0, torch.where(counted, places, elsewhere), torch.ones_like(places))
+        if lo <= 0 <= hi:  # often most of them: added up apart
+            place = self._places(group, torch.full((1,), ZERO_KEY - base, device=s.device))
+            bins.scatter_add_(0, place, zero.sum().view(1))
+        above += (s > hi).sum()
+        self._found.append(_Later([d.isfinite().all().to(torch.int64)], lambda found: bool(found[0][0])))
+
+    def _places(self, group: int, inside: torch.Tensor) -> torch.Tensor:
+        """The bins of keys, less the lowest, inside the group's bracket."""
+        h = self._histograms
+        cells, table = inside >> int(h.shift[group]), int(h.tables[group])
+        if table < 0:
+            return cells
+        first, masks = (self._engine.up(side[table:].astype(np.int64)) for side in (h.cells, h.masks))
+        return first[cells] + (inside & masks[cells])
+
+    def _state(self) -> list[_Later]:
+        return [_Later(tensors, self._adder(group)) for group, tensors in self._tallies.items()]
+
+    def _adder(self, group: int) -> Callable[[list[np.ndarray]], None]:
+        def add(fetched: list[np.ndarray]) -> None:
+            self._histograms.of(group)[:] += fetched[0][:-_SPREAD]
+            self._histograms.above[group] += fetched[1][0]
+
+        return add
+
+
+class _Application(_Pass):
+    def __init__(self, engine: TorchEngine, host: Any, ties: np.ndarray):
+        super().__init__(engine, host)
+        self._ties = ties
+        self._left: dict[int, torch.Tensor] = {}  # by group, where the device has used some
+
+    def add(self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, out: np.ndarray) -> None:
+        if chunk.runs > 1:
+            self._settle(set(groups.tolist()))
+            self._host.add(chunk, m, thresholds, groups, out)
+            self._found.append(None)
+            return
+        group, threshold = int(groups[0]), float(thresholds[0])
+        d, s = self._engine.scores(chunk, float(m[0]))
+        equal, higher = s == threshold, s > threshold
+        left = self._left.get(group, self._engine.zeros(1) + int(self._ties[group]))
+        taken = torch.minimum(equal.sum(), left)
+        keep = higher | (equal & (equal.cumsum(0, dtype=torch.int32) <= taken.to(torch.int32)))
+        self._left[group] = left - taken
+        kept, pruned = self._engine.up(chunk.kept), self._engine.up(chunk.pruned)
+        self._engine.down(torch.where(keep, kept, pruned), out)
+        changed, squares = d != 0, d.to(torch.float64).square()
+        counts = torch.stack([x.sum() for x in (keep, changed, keep & changed)])
+        sums = [block_sums(squares), block_sums(torch.where(keep, squares, 0.0))]
+        self._found.append(_Later([counts, *sums], _applied))
+
+    def _settle(self, groups: set[int]) -> None:
+        """Bring what is left of the ties of some groups to the host."""
+        wanted = [group for group in self._left if group in groups]
+        for group, left in zip(wanted, self._engine.fetch([self._left.pop(g) for g in wanted]), strict=True):
+            self._ties[group] = left[0]
+
+    def _state(self) -> list[_Later]:
+        return [_Later([left], self._setter(group)) for group, left in self._left.items()]
+
+    def _setter(self, group: int) -> Callable[[list[np.ndarray]], None]:
+        def put(fetched: list[np.ndarray]) -> None:
+            self._ties[group] = fetched[0][0]
+
+        return put
+
+
+def _applied(fetched: list[np.ndarray]) -> Applied:
+    counts, squares, kept_squares = fetched
+    return Applied(counts[:1], counts[1:2], counts[2:], squares, kept_squares)
 
 
 def _keys(scores: torch.Tensor) -> torch.Tensor:
@@ -112,7 +223,17 @@ def _keys(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(codes < 0, ~codes, codes | ZERO_KEY) & 0xFFFFFFFF
 
 
-def _block_sums(x: torch.Tensor) -> np.ndarray:
-    whole = x.numel() // BLOCK * BLOCK
-    parts = [x[:whole].view(-1, BLOCK).sum(1), x[whole:].sum().view(1)]
-    return torch.cat(parts if whole < x.numel() else parts[:1]).cpu().numpy()
+def block_sums(x: torch.Tensor) -> torch.Tensor:
+    """The sum of each block of x (float64, not negative), added up in the order of the compiled loops: to the bit."""
+    blocks = max(1, -(-x.numel() // BLOCK))
+    tiles = BLOCK // TILE if blocks > 1 else max(1, -(-x.numel() // TILE))
+    x = torch.nn.functional.pad(x, (0, blocks * tiles * TILE - x.numel()))  # zeros change no sum
+    rows = x.view(blocks, tiles, TILE // LANES, LANES)
+    sums = (rows[:, :, 0] + rows[:, :, 1]) + (rows[:, :, 2] + rows[:, :, 3])
+    lanes = sums[:, 0]
+    for tile in range(1, tiles):
+        lanes = lanes + sums[:, tile]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes.reshape(-1)

@@ -155,10 +155,13 @@ def find_means(bench: Bench, known: np.ndarray | None = None) -> None:
     if not wanted.any():
         return
     sums, squares = BlockSums(wanted.size), BlockSums(wanted.size)
+    passed, added = bench.engine.sums(), []
     for here, chunk in bench.chunks(wanted):
-        one, two = bench.engine.abs_sums(chunk)
-        sums.add(here.start, chunk.runs, one)
-        squares.add(here.start, chunk.runs, two)
+        passed.add(chunk)
+        added.append((here.start, chunk.runs))
+    for (at, runs), (one, two) in zip(added, passed.result(), strict=True):
+        sums.add(at, runs, one)
+        squares.add(at, runs, two)
     bench.mean[wanted] = sums.sums()[wanted] / bench.common[wanted]
     bench.base_squares[wanted] = squares.sums()[wanted]
     if not np.isfinite(bench.mean[wanted]).all():
@@ -178,10 +181,10 @@ def count(bench: Bench, counted: Histograms, names: Sequence[str]) -> None:
     by_group = np.array([place.get(name, -1) for name in bench.names] + [-1], np.int64)
     into = by_group[bench.group_of]  # the last, for −1
     means = bench.mean.astype(np.float32)
-    all_finite = True
+    passed = bench.engine.counting(counted)
     for here, chunk in bench.chunks(into >= 0):
-        all_finite &= bench.engine.count(chunk, means[here], into[here], counted)
-    if not all_finite:
+        passed.add(chunk, means[here], into[here])
+    if not all(passed.result()):
         refuse_nonfinite(bench)
 
 
@@ -236,8 +239,11 @@ def _select(bench: Bench, singles: np.ndarray) -> None:
     k[singles] = [bench.groups[bench.names[g]].k for g in singles]
     per_tensor = k[bench.group_of]
     means = bench.mean.astype(np.float32)
+    passed, added = bench.engine.selection(), []
     for here, chunk in bench.chunks(per_tensor > 0):
-        keys, ties = bench.engine.select(chunk, means[here], per_tensor[here])
+        passed.add(chunk, means[here], per_tensor[here])
+        added.append(here)
+    for here, (keys, ties) in zip(added, passed.result(), strict=True):
         chosen = per_tensor[here] > 0
         where = bench.group_of[here][chosen]
         bench.keys[where], bench.quotas[where], bench.ties[where] = keys[chosen], ties[chosen], ties[chosen]
@@ -271,6 +277,7 @@ def apply(bench: Bench, sink: Sink) -> np.ndarray:
     means = bench.mean.astype(np.float32)
     squares, kept_squares = BlockSums(rows.size), BlockSums(rows.size)
     described, overflowed = ~pruned, np.zeros(rows.size, np.int64)
+    passed, added = bench.engine.application(bench.ties), []
     for part, views in bench.slices():
         here = places(part)
         if part.raw:
@@ -279,18 +286,20 @@ def apply(bench: Bench, sink: Sink) -> np.ndarray:
             chunk, dtype = make_chunk(part, views, bench.recipe), part.tensors[0].dtype
             width = itemsize(dtype)
             out = sink.reserve(chunk.p.size * width, width).view(f"u{width}")
-            done = bench.engine.apply(chunk, means[here], thresholds[here], bench.group_of[here], bench.ties, out)
+            passed.add(chunk, means[here], thresholds[here], bench.group_of[here], out)
+            added.append((here, chunk.runs))
             if chunk.rounded:
                 overflowed[here] += _overflows(part, chunk, out)
-            rows["kept"][here] += done.kept
-            rows["changed"][here] += done.changed
-            rows["kept_changed"][here] += done.kept_changed
-            squares.add(here.start, chunk.runs, done.squares)
-            kept_squares.add(here.start, chunk.runs, done.kept_squares)
             if chunk.runs > 1:
                 _describe_many(bench, here, chunk, thresholds[here], rows)
                 described[here] = True
         bench.progress(part.nbytes)
+    for (here, runs), done in zip(added, passed.result(), strict=True):
+        rows["kept"][here] += done.kept
+        rows["changed"][here] += done.changed
+        rows["kept_changed"][here] += done.kept_changed
+        squares.add(here.start, runs, done.squares)
+        kept_squares.add(here.start, runs, done.kept_squares)
     one, two = squares.sums(), kept_squares.sums()
     if not np.isfinite(one).all():
         refuse_nonfinite(bench)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pipeline.scoring.accelerator import Accelerator
 from pipeline.scoring.compiled import CpuEngine
 from pipeline.scoring.engine import Chunk, Engine
 from pipeline.scoring.methods import METHODS, evaluate
@@ -38,7 +39,10 @@ def prune(engine: Engine, p: np.ndarray, f: np.ndarray, out: np.ndarray, size: i
     spans = [slice(i, min(i + size, p.size)) for i in range(0, p.size, size)]
     zero = np.zeros(1, np.int64)
     chunks = [Chunk(np.array([0, s.stop - s.start]), s.start, zero, p[s], f[s], p[s], f[s]) for s in spans]
-    m = np.float32(sum(float(engine.abs_sums(chunk)[0].sum()) for chunk in chunks) / p.size)
+    sums = engine.sums()
+    for chunk in chunks:
+        sums.add(chunk)
+    m = np.float32(sum(float(one.sum()) for one, _ in sums.result()) / p.size)
     rows = np.arange(0, p.size // 256, p.size // 256 // 512)
     few_p, few_f = ((x.reshape(-1, 256)[rows].reshape(-1).astype(np.uint32) << 16).view(np.float32) for x in (p, f))
     scores = evaluate(METHODS["fapm"], few_p, few_f, m, 0, np.zeros(0, np.int64))
@@ -46,12 +50,16 @@ def prune(engine: Engine, p: np.ndarray, f: np.ndarray, out: np.ndarray, size: i
     found = bracket_from_scores(scores, DENSITY)
     while not isinstance(found, Threshold):
         counted = histograms([found])
+        counting = engine.counting(counted)
         for chunk in chunks:
-            engine.count(chunk, m.reshape(1), zero, counted)
+            counting.add(chunk, m.reshape(1), zero)
+        counting.result()
         found = counted.narrow(0, k)
     ties, threshold = np.array([found.ties]), float_thresholds(np.array([found.key]))
+    application = engine.application(ties)
     for span, chunk in zip(spans, chunks, strict=True):
-        engine.apply(chunk, m.reshape(1), threshold, zero, ties, out[span])
+        application.add(chunk, m.reshape(1), threshold, zero, out[span])
+    application.result()
     return found
 
 
@@ -72,7 +80,7 @@ def main() -> None:
     ways: dict[str, Callable[[], object]] = {
         "copy (read both, write one)": lambda: np.bitwise_xor(p, f, out=out),
         "compiled loops": lambda: prune(CpuEngine("fapm"), p, f, out),
-        "torch operations": lambda: prune(TorchEngine("fapm", "cpu"), p, f, out),
+        "torch operations": lambda: prune(TorchEngine("fapm", Accelerator("cpu")), p, f, out),
         "argsort of the whole": lambda: by_sorting(p, f),
     }
     best = dict.fromkeys(ways, float("inf"))

@@ -28,7 +28,9 @@ chunk = Chunk(np.array([0, 5000]), 0, np.array([1]), p, f, p.view(np.uint32), f.
 m, threshold, zero = np.abs(p).mean().reshape(1), np.array([0.05], np.float32), np.zeros(1, np.int64)
 for name in sys.argv[1:]:
     out = np.empty(5000, np.uint32)
-    print(name, CpuEngine(name).apply(chunk, m, threshold, zero, zero.copy(), out).kept[0])
+    applied = CpuEngine(name).application(zero.copy())
+    applied.add(chunk, m, threshold, zero, out)
+    print(name, applied.result()[0].kept[0])
 """
 
 

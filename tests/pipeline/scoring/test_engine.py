@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import upcast
+from pipeline.scoring.accelerator import Accelerator
 from pipeline.scoring.compiled import BLOCK, TILE, CpuEngine
 from pipeline.scoring.device import make_engine
 from pipeline.scoring.engine import Chunk
@@ -68,7 +69,7 @@ def chunk_of(p: np.ndarray, f: np.ndarray, start: int = 0) -> Chunk:
 
 
 def engines(method: str) -> list:
-    return [CpuEngine(method), TorchEngine(method, "cpu")]
+    return [CpuEngine(method), chunks.torch_engine(method)]
 
 
 def expected_scores(method: str, p: np.ndarray, f: np.ndarray) -> np.ndarray:
@@ -214,19 +215,19 @@ def test_small_tensors_side_by_side_are_each_what_it_is_alone(method, kind, spec
     k = np.array([max(1, size // 3) for size in MANY])
     k[5] = 0  # not asked for
     for engine in engines(method):
-        keys, ties = engine.select(chunk, means, k)
+        keys, ties = chunks.select(engine, chunk, means, k)
         for s, rank, key, tied in zip(scores, k, keys, ties, strict=True):
             if rank:
                 kth = np.sort(s)[::-1][rank - 1]
                 assert (key, tied) == (int(key_of(kth.reshape(1))[0]), rank - int((s > kth).sum()))
         left, out = ties.copy(), np.zeros_like(chunk.kept)
         keys[5] = MAX_KEY
-        done = engine.apply(chunk, means, float_thresholds(keys), runs, left, out)
+        done = chunks.apply_runs(engine, chunk, means, float_thresholds(keys), runs, left, out)
         masks = [oracle.kept_mask(s, rank) for s, rank in zip(scores, k, strict=True)]
         assert np.array_equal(out, np.where(np.concatenate(masks), chunk.kept, chunk.pruned))
         assert done.kept.tolist() == k.tolist()
         assert not left.any()
-        sums, squares = engine.abs_sums(chunk)
+        sums, squares = chunks.sums(engine, chunk)
         alone = np.split(np.abs(upcast(chunk.p).astype(np.float64)), chunk.starts[1:-1])
         assert np.allclose(sums, [x.sum() for x in alone], rtol=1e-12)
         assert np.allclose(squares, [(x**2).sum() for x in alone], rtol=1e-12)
@@ -240,7 +241,7 @@ def test_runs_are_counted_for_their_groups(method):
     groups = np.array([1, 0, -1, 1, 1, 0, 1, -1])
     for engine in engines(method):
         counted = histograms([Bracket(), Bracket(ZERO_KEY, ZERO_KEY + (1 << 30))], [1 << 12, 1 << 10])
-        assert engine.count(chunk, means, groups, counted)
+        assert chunks.count_runs(engine, chunk, means, groups, counted)
         for i, layout in enumerate(counted.layouts):
             bracket = layout.bracket
             keys = np.concatenate([key_of(s) for s, g in zip(scores, groups, strict=True) if g == i]).astype(np.int64)
@@ -259,7 +260,8 @@ def test_ties_of_one_group_are_used_up_over_several_runs(method):
     score = np.float32(2 - 2 if method == "fapm" else 2)
     for engine in engines(method):
         left, out = np.array([70]), np.zeros_like(kept)
-        done = engine.apply(chunk, np.ones(3, np.float32), np.full(3, score), np.zeros(3, np.int64), left, out)
+        thresholds, groups = np.full(3, score), np.zeros(3, np.int64)
+        done = chunks.apply_runs(engine, chunk, np.ones(3, np.float32), thresholds, groups, left, out)
         assert done.kept.tolist() == [50, 20, 0]
         assert out.tolist() == [1] * 70 + [0] * 80
         assert left[0] == 0
@@ -271,7 +273,7 @@ def test_sums_of_blocks(kind):
         p, f = pair(kind, size)
         x = np.abs(upcast(p).astype(np.float64))
         for engine in engines("fapm"):
-            sums, squares = engine.abs_sums(chunk_of(p, f))
+            sums, squares = chunks.sums(engine, chunk_of(p, f))
             for i in range(-(-size // BLOCK)):
                 block = x[i * BLOCK : (i + 1) * BLOCK]
                 assert math.isclose(sums[i], math.fsum(block), rel_tol=1e-13)
@@ -279,15 +281,63 @@ def test_sums_of_blocks(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_device_adds_up_in_the_order_of_the_compiled_loops(kind):
+    for size in (1, TILE - 1, TILE, 3 * TILE + 5, BLOCK, 3 * BLOCK + 100):
+        p = values(kind, size, size)
+        compiled, torch_ = (chunks.sums(engine, chunk_of(p, p)) for engine in engines("fapm"))
+        assert np.array_equal(compiled, torch_), size
+
+
+class Counted(Accelerator):
+    """A device of which it is counted what goes there and how often something is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.up_bytes = self.waits = 0
+
+    def up(self, array: np.ndarray) -> torch.Tensor:
+        self.up_bytes += array.nbytes
+        return super().up(array)
+
+    def fetch(self, tensors):
+        self.waits += bool(tensors)
+        return super().fetch(tensors)
+
+
+@pytest.mark.parametrize("method", SCORED)
+def test_a_pass_waits_once_for_all_its_chunks(method):
+    device = Counted()
+    engine, size = TorchEngine(method, device), 4 * BLOCK
+    p, f = pair("bfloat16", size)
+    parts = [slice(begin, begin + BLOCK) for begin in range(0, size, BLOCK)]
+    several = [chunks.one_run(p[s], f[s], p[s], f[s], s.start) for s in parts]
+    m, zero, out = np.array([0.7], np.float32), np.zeros(1, np.int64), np.empty_like(p)
+    counted, left = histograms([Bracket()]), np.array([5])
+    limit = np.array([0.1], np.float32)
+    passes = [
+        (engine.sums(), [(chunk,) for chunk in several]),
+        (engine.counting(counted), [(chunk, m, zero) for chunk in several]),
+        (engine.application(left), [(c, m, limit, zero, out[s]) for c, s in zip(several, parts, strict=True)]),
+    ]
+    for i, (passed, added) in enumerate(passes):
+        for operands in added:
+            passed.add(*operands)
+        assert device.waits == i
+        assert len(passed.result()) == len(several)
+        assert device.waits == i + 1
+    assert counted.bins.sum() + counted.above[0] == size
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_is_right_to_the_bit(kind):
     for seed in range(20):
         p = values(kind, 3 * BLOCK + 5, seed)
-        sums, _ = CpuEngine("fapm").abs_sums(chunk_of(p, p))
+        sums, _ = chunks.sums(CpuEngine("fapm"), chunk_of(p, p))
         assert np.float32(math.fsum(sums) / p.size) == oracle.mean_of(upcast(p))
 
 
 @pytest.mark.parametrize("method", SCORED)
-@pytest.mark.parametrize("make", [CpuEngine, lambda method: TorchEngine(method, "cpu")], ids=["compiled", "torch"])
+@pytest.mark.parametrize("make", [CpuEngine, chunks.torch_engine], ids=["compiled", "torch"])
 def test_nothing_depends_on_where_a_tensor_is_cut(method, make):
     assert CHUNK % BLOCK == 0
     engine, size = make(method), 3 * BLOCK + 100
@@ -308,7 +358,7 @@ def test_nothing_depends_on_where_a_tensor_is_cut(method, make):
             applied = chunks.apply(engine, chunk, m, limit, left, out[part])
             left -= applied.ties
             counts += (applied.kept, applied.changed, applied.kept_changed)
-            parts = (*engine.abs_sums(chunk), applied.squares, applied.kept_squares)
+            parts = (*chunks.sums(engine, chunk), applied.squares, applied.kept_squares)
             for found, block in zip(lists, parts, strict=True):
                 found += block.tolist()
         return (above, bins.tolist(), out.tolist(), left, counts.tolist()), np.array(lists)
@@ -317,8 +367,7 @@ def test_nothing_depends_on_where_a_tensor_is_cut(method, make):
     for step in (BLOCK, 2 * BLOCK):
         other_counts, other_sums = in_steps(step)
         assert counts == other_counts
-        # A device may add up a block in another order (SEMANTICS.md, 2); the compiled loops never do.
-        assert np.array_equal(sums, other_sums) if make is CpuEngine else np.allclose(sums, other_sums, rtol=1e-14)
+        assert np.array_equal(sums, other_sums)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,7 +378,7 @@ def test_the_inputs_are_left_as_they_are(method, kind):
     for engine in engines(method):
         chunk = chunk_of(p, f)
         before = [side.tobytes() for side in (chunk.p, chunk.f, chunk.pruned, chunk.kept)]
-        engine.abs_sums(chunk)
+        chunks.sums(engine, chunk)
         chunks.count(engine, chunk, 1, Bracket())
         chunks.apply(engine, chunk, 1, Threshold(ZERO_KEY, 5), 5, np.empty_like(chunk.kept))
         assert [side.tobytes() for side in (chunk.p, chunk.f, chunk.pruned, chunk.kept)] == before
@@ -376,7 +425,7 @@ def test_a_device_that_is_not_there_is_refused():
 @pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_gives_the_bits_of_the_cpu(method, kind):
-    engine = TorchEngine(method, "cuda")
+    engine = chunks.torch_engine(method, "cuda")
     for special in (False, True):
         for size in SIZES:
             p, f = pair(kind, size, special)

@@ -20,7 +20,6 @@ from pipeline.scoring import methods as score
 from pipeline.scoring.compiled import CpuEngine
 from pipeline.scoring.methods import METHODS, Method, evaluate, stream_of, uniform
 from pipeline.scoring.threshold import KEEP_ALL, MAX_KEY, Bracket
-from pipeline.scoring.torch_engine import TorchEngine
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 DEFINED_BY_DELTA = ["fapm", "magnitude", "relative"]
@@ -85,9 +84,9 @@ def test_numpy_torch_and_compiled_agree_bit_for_bit(p, f):
     for method in DEFINED_BY_DELTA:
         s, m = numpy_scores(method, p, f), oracle.mean_of(p)
         assert np.array_equal(s, oracle.scores(method, p, f))
-        torch_engine = TorchEngine(method, "cpu")
+        torch_engine = chunks.torch_engine(method)
         chunk = chunks.one_run(p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32))
-        assert np.array_equal(torch_engine._scores(chunk, 0, float(m))[1].numpy(), s)
+        assert np.array_equal(torch_engine.scores(chunk, float(m))[1].numpy(), s)
         for i in range(0, 64, 9):
             key = int(score_key(s[i]))
             one = chunks.one_run(p[i : i + 1], f[i : i + 1], *[np.zeros(1, np.uint32)] * 2)
@@ -103,11 +102,11 @@ def score_key(s: np.float32) -> int:
 def test_a_tiny_double_score_counts_as_zero():
     """A float64 score below the smallest float32 rounds to −0 or to 0: one value, whose ties go by position."""
     p, f = np.array([1.0, 1e-60, 1.0]), np.array([1.0, 1.5e-60, 1.0 + 1e-15])
-    for engine in (CpuEngine("magnitude"), TorchEngine("magnitude", "cpu")):
+    for engine in (CpuEngine("magnitude"), chunks.torch_engine("magnitude")):
         chunk = chunks.one_run(p.copy(), f.copy(), *[np.zeros(3, np.uint64)] * 2)
         _, bins, _ = chunks.count(engine, chunk, 0.5, Bracket(0, MAX_KEY))
         assert bins[1 << 15] == 3 - int(np.float32(1e-15) > 0)
-    for engine in (CpuEngine("relative"), TorchEngine("relative", "cpu")):
+    for engine in (CpuEngine("relative"), chunks.torch_engine("relative")):
         q, g = np.array([1e50, 1.0, 1e50]), np.array([np.nextafter(1e50, 2e50), 1.0, 1e50])
         assert np.float32(-(g[0] - q[0]) / q[0]) != 0  # an honest check that this one does not vanish
         chunk = chunks.one_run(q.copy(), g.copy(), *[np.zeros(3, np.uint64)] * 2)
@@ -161,7 +160,7 @@ def test_uniform_is_the_same_in_both_engines():
     for seed in range(3):
         u = uniform(stream_of(seed, "w"), np.arange(start, start + n))
         limit = np.float32(np.sort(u)[::-1][n // 3])
-        for engine in (CpuEngine("random"), TorchEngine("random", "cpu")):
+        for engine in (CpuEngine("random"), chunks.torch_engine("random")):
             chunk = chunks.one_run(zeros, zeros, *[np.zeros(n, np.uint32)] * 2, start, stream_of(seed, "w"))
             assert chunks.count(engine, chunk, 0, Bracket(0, score_key(limit)))[0] == int((u > limit).sum())
 
@@ -193,7 +192,7 @@ class OnTorch(Threads):
     def __init__(self, recipe, out, workers):
         super().__init__(recipe, out, workers)
         for worker in self._workers:
-            worker._engine = TorchEngine(recipe.method, "cpu")
+            worker._engine = chunks.torch_engine(recipe.method)
 
 
 @pytest.mark.parametrize("engine", ["compiled", "torch"])
@@ -226,7 +225,7 @@ def test_all_methods_run_on_torch_with_the_same_bytes(runner):
 def test_keep_all_is_every_element():
     p = np.array([0, 1, -1, 0], np.float32)
     f = np.array([1, 1, -2, 0], np.float32)
-    for engine in (CpuEngine("fapm"), TorchEngine("fapm", "cpu")):
+    for engine in (CpuEngine("fapm"), chunks.torch_engine("fapm")):
         out = np.zeros(4, np.uint32)
         chunk = chunks.one_run(p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32))
         chunks.apply(engine, chunk, 0.5, KEEP_ALL, 0, out)
