@@ -107,7 +107,7 @@ class Threads:
         self.workers = workers
         self.lost: dict[str, int] = {}
         self._cancelled = threading.Event()
-        self._end_announcing = announce(recipe.device, say)
+        self._end_announcing = announce(say)
         self._workers = [Worker(recipe, out, progress, self._cancelled) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.pool import Threads
 from pipeline.scoring.accelerator import Accelerator
 from pipeline.scoring.engine import Applied, Chunk, Engine, Pass
 from pipeline.scoring.threshold import KEEP_ALL, Bracket, Histograms, Threshold, float_thresholds, histograms
@@ -16,6 +17,15 @@ GROUP = np.zeros(1, np.int64)
 
 def torch_engine(method: str, device: str = "cpu") -> TorchEngine:
     return TorchEngine(method, Accelerator(device))
+
+
+class OnTorch(Threads):
+    """The pool of this process with torch's engine in place of the compiled one."""
+
+    def __init__(self, recipe, out, workers, accelerator=None):
+        super().__init__(recipe, out, workers)
+        for worker in self._workers:
+            worker._engine = TorchEngine(recipe.method, accelerator or Accelerator("cpu"))
 
 
 def one_run(p, f, pruned, kept, start: int = 0, stream: int = 0) -> Chunk:

@@ -384,6 +384,8 @@ def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
 class CpuEngine:
     """The compiled loops, on the calling thread, without the GIL."""
 
+    converts = False
+
     def __init__(self, method: str):
         self._kernels = kernels(method)
 

@@ -29,10 +29,9 @@ def make_engine(method: str, device: str) -> Engine:
     return TorchEngine(method, Accelerator("cuda" if device == "auto" else device))
 
 
-def announce(device: str, say: Callable[[str], None]) -> Callable[[], None]:
-    """Have `say` told if the engine has to be compiled first; call what is returned to end it."""
-    if not _on_cpu(device):
-        return lambda: None
+def announce(say: Callable[[str], None]) -> Callable[[], None]:
+    """Have `say` told if loops have to be compiled first, which every engine has some of; call what is returned to
+    end it."""
     from pipeline.scoring import compiled
 
     return compiled.announce(say)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,10 @@ class Chunk:
         return self.starts.size - 1
 
     @property
+    def numel(self) -> int:
+        return self.p.size
+
+    @property
     def blocks(self) -> int:
         """How many blocks its sums come in: those of a single run, or one for each of several."""
         return max(1, -(-self.p.size // BLOCK)) if self.runs == 1 else self.runs
@@ -50,6 +54,45 @@ class Chunk:
     def real(self) -> type[np.floating]:
         """The type of the arithmetic."""
         return np.float64 if self.p.dtype == np.float64 else np.float32
+
+
+@dataclass(slots=True)
+class StoredChunk:
+    """A run of one tensor's elements as they are stored, for an engine that converts them itself.
+
+    Attributes:
+        start: flat index of the first element, a multiple of BLOCK; `stream`: where its random numbers come from.
+        p, f: bytes of base and finetuned, uint8, contiguous.
+        p_dtype, f_dtype, dtype: torch's names of the dtypes of both and of the output.
+        repair: finetuned's values that are not finite become base's.
+        mixed: what kept elements are mixed by, None where they keep the fine-tuned value.
+        on_device: the elements there, once an engine has put them there.
+    """
+
+    start: int
+    stream: int
+    p: np.ndarray
+    f: np.ndarray
+    p_dtype: str
+    f_dtype: str
+    dtype: str
+    numel: int
+    repair: bool = False
+    mixed: float | None = None
+    on_device: Any = None
+
+    @property
+    def runs(self) -> int:
+        return 1
+
+    @property
+    def starts(self) -> np.ndarray:
+        """As of a Chunk; so are `runs` and `rounded`."""
+        return np.array([0, self.numel])
+
+    @property
+    def rounded(self) -> bool:
+        return self.mixed is not None or {self.p_dtype, self.f_dtype} != {self.dtype}
 
 
 @dataclass(slots=True)
@@ -62,6 +105,9 @@ class Applied:
     squares: np.ndarray
     kept_squares: np.ndarray
 
+
+AnyChunk = Any
+"""A Chunk, or, where the engine `converts`, a StoredChunk."""
 
 Operands = ParamSpec("Operands")
 Found = TypeVar("Found")
@@ -91,10 +137,19 @@ class AtOnce(Generic[Operands, Found]):
         return self._found
 
 
-class Engine(Protocol):
-    """Everything that is done to elements. `m` is mean|p| of each run's tensor, (r,) float32."""
+Application = Pass[[AnyChunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Applied]
 
-    def sums(self) -> Pass[[Chunk], tuple[np.ndarray, np.ndarray]]:
+
+class Engine(Protocol):
+    """Everything that is done to elements. `m` is mean|p| of each run's tensor, (r,) float32.
+
+    Attributes:
+        converts: it takes runs of large tensors as they are stored, and puts each on its device once.
+    """
+
+    converts: bool
+
+    def sums(self) -> Pass[[AnyChunk], tuple[np.ndarray, np.ndarray]]:
         """Σ|p| and Σp² of each block, float64."""
         ...
 
@@ -103,12 +158,14 @@ class Engine(Protocol):
         none), and how many elements equal to it belong to the k highest; (r,) int64 both."""
         ...
 
-    def counting(self, histograms: Histograms) -> Pass[[Chunk, np.ndarray, np.ndarray], bool]:
+    def counting(self, histograms: Histograms) -> Pass[[AnyChunk, np.ndarray, np.ndarray], bool]:
         """Of chunk, m, groups: the keys of each run are added to the histogram of its group ((r,) int64, −1 for none),
         which is complete once the result was asked for; it says whether all d are finite."""
         ...
 
-    def application(self, ties: np.ndarray) -> Pass[[Chunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Applied]:
+    def application(
+        self, ties: np.ndarray
+    ) -> Pass[[AnyChunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Applied]:
         """Of chunk, m, thresholds, groups, out: the output's bits are written to `out`. Kept are the scores above the
         run's threshold ((r,) float32), and of those equal to it the first `ties[group]`, which are used up."""
         ...

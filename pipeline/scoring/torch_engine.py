@@ -16,13 +16,15 @@ import torch
 
 from pipeline.scoring.accelerator import Accelerator
 from pipeline.scoring.compiled import LANES, TILE, CpuEngine
-from pipeline.scoring.engine import Applied, Chunk
-from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
+from pipeline.scoring.engine import AnyChunk, Applied, Chunk, StoredChunk
+from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, magnitude, mix
 from pipeline.scoring.threshold import ZERO_KEY, Histograms
 
 
 class TorchEngine:
     """Every operation is a kernel of its own, so that each rounds once: nothing is fused or approximated."""
+
+    converts = True
 
     def __init__(self, method: str, accelerator: Accelerator):
         self._method = METHODS[method]
@@ -53,22 +55,104 @@ class TorchEngine:
     def zeros(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int64, device=self._accelerator.device)
 
-    def values(self, array: np.ndarray) -> torch.Tensor:
-        put = self.up(array)
-        return put.view(torch.bfloat16).to(torch.float32) if array.dtype == np.uint16 else put
+    def load(self, chunk: AnyChunk) -> Loaded:
+        """A single run on the device, put there once if it is a StoredChunk."""
+        if isinstance(chunk, Chunk):
+            p, f = (_floats(self.up(side), side.dtype == np.uint16) for side in (chunk.p, chunk.f))
+            return Loaded(p, f, self.up(chunk.pruned), self.up(chunk.kept), chunk.start, int(chunk.streams[0]))
+        if chunk.on_device is None:
+            chunk.on_device = _typed(self.up(chunk.p), chunk.p_dtype), _typed(self.up(chunk.f), chunk.f_dtype)
+        return _converted(chunk, self._method)
 
-    def scores(self, chunk: Chunk, m: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """d in the type of the arithmetic, and S in float32, of a single run."""
-        p, f = self.values(chunk.p), self.values(chunk.f)
+    def scores(self, loaded: Loaded, m: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """d in the type of the arithmetic, and S in float32."""
+        p, f = loaded.p, loaded.f
         d = (f - p).abs()
         u: Any = None
         if self._method.hashed:
-            counter = torch.arange(chunk.start + 1, chunk.start + 1 + p.numel(), device=p.device)
-            u = mix(counter * GAMMA + int(chunk.streams[0])).to(torch.float32) * UNIT
+            counter = torch.arange(loaded.start + 1, loaded.start + 1 + p.numel(), device=p.device)
+            u = mix(counter * GAMMA + loaded.stream).to(torch.float32) * UNIT
         mean = torch.full((), m, dtype=d.dtype, device=p.device)
         s = (self._method.score or magnitude)(d, p.abs(), mean, u).to(torch.float32) + 0.0
         undefined = torch.where(d == 0, 0.0, -torch.inf).to(torch.float32)
         return d, torch.where(s.isnan(), undefined, s)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A single run on the device: float32 or float64 values of both sides, and the output's bits of either choice."""
+
+    p: torch.Tensor
+    f: torch.Tensor
+    pruned: torch.Tensor
+    kept: torch.Tensor
+    start: int
+    stream: int
+
+
+_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _floats(put: torch.Tensor, are_bits: bool) -> torch.Tensor:
+    return put.view(torch.bfloat16).to(torch.float32) if are_bits else put
+
+
+def _typed(stored: torch.Tensor, dtype: str) -> torch.Tensor:
+    return stored.view(getattr(torch, dtype))
+
+
+def _bits(typed: torch.Tensor) -> torch.Tensor:
+    return typed.view(_CODES[typed.element_size()])
+
+
+def _upcast(typed: torch.Tensor) -> torch.Tensor:
+    return typed if typed.dtype == torch.float64 else typed.to(torch.float32)
+
+
+def _converted(chunk: StoredChunk, method: Method) -> Loaded:
+    """What `shard.chunk.make_chunk` makes of the same bytes on the host."""
+    stored_p, stored_f = chunk.on_device
+    if chunk.repair:
+        odd = ~_upcast(stored_f).isfinite()
+        from_base = _bits(_in_dtype(stored_p, chunk.f_dtype))
+        stored_f = torch.where(odd, from_base, _bits(stored_f)).view(stored_f.dtype)
+    p, f = _upcast(stored_p), _upcast(stored_f)
+    if p.dtype != f.dtype:
+        p, f = p.to(torch.float64), f.to(torch.float64)
+    if chunk.mixed is None:
+        kept = _in_dtype(stored_f, chunk.dtype)
+    else:
+        assert method.keep
+        kept = _rounded(method.keep(p, f, torch.full((), chunk.mixed, dtype=p.dtype, device=p.device)), chunk.dtype)
+    return Loaded(p, f, _bits(_in_dtype(stored_p, chunk.dtype)), _bits(kept), chunk.start, chunk.stream)
+
+
+def _in_dtype(typed: torch.Tensor, dtype: str) -> torch.Tensor:
+    return typed if typed.dtype == getattr(torch, dtype) else _rounded(_upcast(typed), dtype)
+
+
+_BEYOND_E4M3 = 464.0  # the last that rounds to its largest number, 448: the dtype has no infinity
+
+
+def _rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """float32 or float64 values, rounded once, to nearest even."""
+    target: torch.dtype = getattr(torch, dtype)
+    if values.dtype == torch.float64 and target.itemsize < 4:
+        values = _to_odd_float32(values)  # torch would round twice
+    rounded = values.to(target)
+    if dtype == "float8_e4m3fn":
+        nan = torch.full((), 0x7F, dtype=torch.uint8, device=values.device)
+        rounded = torch.where(values.abs() > _BEYOND_E4M3, nan, _bits(rounded)).view(target)
+    return rounded
+
+
+def _to_odd_float32(values: torch.Tensor) -> torch.Tensor:
+    """float64 to float32 by rounding to odd, as `formats.dtypes` does it."""
+    near = values.to(torch.float32)
+    inexact = near.isfinite() & (near.to(torch.float64) != values)
+    away = inexact & (near.to(torch.float64).abs() > values.abs())
+    code = near.view(torch.int32) - away.to(torch.int32)
+    return (code | inexact.to(torch.int32)).view(torch.float32)
 
 
 @dataclass
@@ -104,12 +188,12 @@ class _Pass:
 
 
 class _Sums(_Pass):
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: AnyChunk) -> None:
         if chunk.runs > 1:
             self._host.add(chunk)
             self._found.append(None)
             return
-        x = self._engine.values(chunk.p).to(torch.float64).abs()
+        x = self._engine.load(chunk).p.to(torch.float64).abs()
         self._found.append(_Later([block_sums(x), block_sums(x.square())], tuple))
 
 
@@ -123,7 +207,7 @@ class _Counting(_Pass):
         self._histograms = histograms
         self._tallies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by group: bins, and above
 
-    def add(self, chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> None:
+    def add(self, chunk: AnyChunk, m: np.ndarray, groups: np.ndarray) -> None:
         if chunk.runs > 1:
             self._host.add(chunk, m, groups)
             self._found.append(None)
@@ -136,7 +220,7 @@ class _Counting(_Pass):
         if group not in self._tallies:
             self._tallies[group] = self._engine.zeros(size + _SPREAD), self._engine.zeros(1)
         bins, above = self._tallies[group]
-        d, s = self._engine.scores(chunk, float(m[0]))
+        d, s = self._engine.scores(self._engine.load(chunk), float(m[0]))
         lo, hi, base = float(h.lo[group]), float(h.hi[group]), int(h.base[group])
         zero = s == 0
         counted = (s >= lo) & (s <= hi) & ~zero
@@ -176,21 +260,21 @@ class _Application(_Pass):
         self._ties = ties
         self._left: dict[int, torch.Tensor] = {}  # by group, where the device has used some
 
-    def add(self, chunk: Chunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, out: np.ndarray) -> None:
+    def add(self, chunk: AnyChunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, out: np.ndarray) -> None:
         if chunk.runs > 1:
             self._settle(set(groups.tolist()))
             self._host.add(chunk, m, thresholds, groups, out)
             self._found.append(None)
             return
         group, threshold = int(groups[0]), float(thresholds[0])
-        d, s = self._engine.scores(chunk, float(m[0]))
+        loaded = self._engine.load(chunk)
+        d, s = self._engine.scores(loaded, float(m[0]))
         equal, higher = s == threshold, s > threshold
         left = self._left.get(group, self._engine.zeros(1) + int(self._ties[group]))
         taken = torch.minimum(equal.sum(), left)
         keep = higher | (equal & (equal.cumsum(0, dtype=torch.int32) <= taken.to(torch.int32)))
         self._left[group] = left - taken
-        kept, pruned = self._engine.up(chunk.kept), self._engine.up(chunk.pruned)
-        self._engine.down(torch.where(keep, kept, pruned), out)
+        self._engine.down(torch.where(keep, loaded.kept, loaded.pruned), out)
         changed, squares = d != 0, d.to(torch.float64).square()
         counts = torch.stack([x.sum() for x in (keep, changed, keep & changed)])
         sums = [block_sums(squares), block_sums(torch.where(keep, squares, 0.0))]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.formats.dtypes import bits, convert, nonfinite, round_to, upcast, values
+from pipeline.formats.dtypes import TORCH_NAMES, bits, convert, nonfinite, round_to, upcast, values
 from pipeline.plan import PairedTensor
 from pipeline.recipe import Recipe
-from pipeline.scoring.engine import Chunk
+from pipeline.scoring.engine import Chunk, StoredChunk
 from pipeline.scoring.methods import METHODS, stream_of
 from pipeline.shard.section import Slice
 
@@ -32,6 +32,26 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
             kept = round_to(method.keep(x, y, x.dtype.type(tensor.density)), tensor.dtype)
     rounded = method.keep is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
     return Chunk(_starts(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
+
+
+def stored_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> StoredChunk:
+    """The same of a run of one tensor, as it is stored."""
+    (tensor,) = part.tensors
+    assert tensor.base is not None
+    assert tensor.finetuned is not None
+    mixed = METHODS[recipe.method].keep is not None and tensor.density not in (0, 1)
+    return StoredChunk(
+        start=part.start,
+        stream=int(streams(part.tensors, recipe)[0]),
+        p=bits(views[0], tensor.base.dtype).view(np.uint8),  # aligned
+        f=bits(views[1], tensor.finetuned.dtype).view(np.uint8),
+        p_dtype=TORCH_NAMES[tensor.base.dtype],
+        f_dtype=TORCH_NAMES[tensor.finetuned.dtype],
+        dtype=TORCH_NAMES[tensor.dtype],
+        numel=part.stop - part.start,
+        repair=recipe.nonfinite == "base",
+        mixed=tensor.density if mixed else None,
+    )
 
 
 def _starts(part: Slice) -> np.ndarray:

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import convert, is_weight, itemsize, refuse_overflow, upcast
 from pipeline.plan import Group, PairedTensor
 from pipeline.recipe import Recipe
-from pipeline.scoring.engine import Chunk, Engine
+from pipeline.scoring.engine import AnyChunk, Chunk, Engine
 from pipeline.scoring.methods import METHODS, evaluate
 from pipeline.scoring.threshold import (
     KEEP_ALL,
@@ -29,7 +29,7 @@ from pipeline.scoring.threshold import (
     histograms,
 )
 from pipeline.shard import sample
-from pipeline.shard.chunk import count_nonfinite, make_chunk
+from pipeline.shard.chunk import count_nonfinite, make_chunk, stored_chunk
 from pipeline.shard.reading import Pieces
 from pipeline.shard.sample import Sample
 from pipeline.shard.section import SMALL, Slice
@@ -108,6 +108,7 @@ class Bench:
         self.keys = np.zeros(len(index), np.int64)
         self.quotas = np.zeros(len(index), np.int64)
         self.ties = np.zeros(len(index), np.int64)
+        self._stored: dict[tuple[int, int], AnyChunk] = {}
 
     @property
     def tensors(self) -> tuple[PairedTensor, ...]:
@@ -123,12 +124,24 @@ class Bench:
             self.check()
             yield from zip(loaded.piece.slices, loaded.views, strict=True)
 
-    def chunks(self, wanted: np.ndarray) -> Iterator[tuple[slice, Chunk]]:
+    def chunk(self, part: Slice, views: list[np.ndarray]) -> AnyChunk:
+        """What the engine takes of a slice; of what stays in memory the same one again, which is on its device."""
+        if not self.engine.converts or part.tensors[0].common <= SMALL:
+            return make_chunk(part, views, self.recipe)
+        where = part.at, part.start
+        if where in self._stored:
+            return self._stored[where]
+        chunk = stored_chunk(part, views, self.recipe)
+        if self.pieces.resident:
+            self._stored[where] = chunk
+        return chunk
+
+    def chunks(self, wanted: np.ndarray) -> Iterator[tuple[slice, AnyChunk]]:
         """The chunks that hold any wanted tensor ((t,) bool), and which tensors they hold."""
         for part, views in self.slices():
             here = places(part)
             if not part.raw and wanted[here].any():
-                yield here, make_chunk(part, views, self.recipe)
+                yield here, self.chunk(part, views)
 
     def sample(self, tensor: PairedTensor, share: float) -> Sample:
         """About `share` of a tensor's elements."""
@@ -283,9 +296,8 @@ def apply(bench: Bench, sink: Sink) -> np.ndarray:
         if part.raw:
             _pass_through(part, views[0], sink)
         else:
-            chunk, dtype = make_chunk(part, views, bench.recipe), part.tensors[0].dtype
-            width = itemsize(dtype)
-            out = sink.reserve(chunk.p.size * width, width).view(f"u{width}")
+            chunk, width = bench.chunk(part, views), itemsize(part.tensors[0].dtype)
+            out = sink.reserve(chunk.numel * width, width).view(f"u{width}")
             passed.add(chunk, means[here], thresholds[here], bench.group_of[here], out)
             added.append((here, chunk.runs))
             if chunk.rounded:

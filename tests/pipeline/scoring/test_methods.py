@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.pool import Threads
 from pipeline.run import prune
 from pipeline.scoring import methods as score
 from pipeline.scoring.compiled import CpuEngine
@@ -86,7 +85,7 @@ def test_numpy_torch_and_compiled_agree_bit_for_bit(p, f):
         assert np.array_equal(s, oracle.scores(method, p, f))
         torch_engine = chunks.torch_engine(method)
         chunk = chunks.one_run(p.copy(), f.copy(), p.view(np.uint32), f.view(np.uint32))
-        assert np.array_equal(torch_engine.scores(chunk, float(m))[1].numpy(), s)
+        assert np.array_equal(torch_engine.scores(torch_engine.load(chunk), float(m))[1].numpy(), s)
         for i in range(0, 64, 9):
             key = int(score_key(s[i]))
             one = chunks.one_run(p[i : i + 1], f[i : i + 1], *[np.zeros(1, np.uint32)] * 2)
@@ -186,21 +185,12 @@ def cubic_oracle(p: torch.Tensor, f: torch.Tensor, density: float) -> torch.Tens
     return torch.where(torch.from_numpy(mask).reshape(p.shape), f, p)
 
 
-class OnTorch(Threads):
-    """The pool of this process with torch's engine in place of the compiled one."""
-
-    def __init__(self, recipe, out, workers):
-        super().__init__(recipe, out, workers)
-        for worker in self._workers:
-            worker._engine = chunks.torch_engine(recipe.method)
-
-
 @pytest.mark.parametrize("engine", ["compiled", "torch"])
 def test_a_new_method_is_one_function(runner, new_method, engine):
     base, finetuned = gaussian({"a": (40, 30), "b": (700,)})
     runner.write(base, finetuned)
     recipe = runner.recipe("out").model_copy(update={"method": new_method})
-    prune(recipe, pool=(lambda plan, out, watch: OnTorch(recipe, out, 1)) if engine == "torch" else None)
+    prune(recipe, pool=(lambda plan, out, watch: chunks.OnTorch(recipe, out, 1)) if engine == "torch" else None)
     out = load(runner.folder / "out")
     for name in base:
         assert torch.equal(out[name], cubic_oracle(base[name], finetuned[name], 0.1))
@@ -215,7 +205,7 @@ def test_all_methods_run_on_torch_with_the_same_bytes(runner):
     runner.write(base, finetuned)
     for method in METHODS:
         recipe = runner.recipe(method=method)
-        prune(recipe, pool=lambda plan, out, watch, recipe=recipe: OnTorch(recipe, out, 1))
+        prune(recipe, pool=lambda plan, out, watch, recipe=recipe: chunks.OnTorch(recipe, out, 1))
         one, _ = runner.prune(method=method)
         assert (one / "model.safetensors").read_bytes() == (
             runner.folder / recipe.out / "model.safetensors"
