@@ -97,11 +97,12 @@ def recipe_options(command: Command) -> Command:
 
 def as_arguments(recipe: Recipe) -> list[str]:
     """The options with which `fapm prune` makes this recipe again."""
-    names = {"rules": "rule", "labels": "label"}
+    from pipeline.recipe import option_of
+
     arguments = []
     for field, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
         for one in value if isinstance(value, list) else [value]:
-            arguments += [f"--{names.get(field, field.replace('_', '-'))}", str(one)]
+            arguments += [option_of(field), str(one)]
     return arguments
 
 

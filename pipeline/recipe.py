@@ -260,11 +260,16 @@ def binary(nbytes: int) -> str:
     return f"{nbytes}B"
 
 
+def option_of(field: str) -> str:
+    """What the command line calls a field."""
+    return "--" + {"rules": "rule", "labels": "label"}.get(field, field.replace("_", "-"))
+
+
 def _sentence(error: Any, choices: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
         return f"there is no option {field!r}"
-    option = "--" + {"rules": "rule", "labels": "label"}.get(field, field.replace("_", "-"))
+    option = option_of(field)
     if error["type"] == "missing":
         return f"{option} is missing"
     message = error["msg"].removeprefix("Value error, ")

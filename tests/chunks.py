@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.pool import Threads
 from pipeline.scoring.accelerator import Accelerator
@@ -17,6 +18,22 @@ GROUP = np.zeros(1, np.int64)
 
 def torch_engine(method: str, device: str = "cpu") -> TorchEngine:
     return TorchEngine(method, Accelerator(device))
+
+
+class Counted(Accelerator):
+    """A device of which it is counted how many bytes go there, and how often something is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.up_bytes = self.waits = 0
+
+    def up(self, array: np.ndarray) -> torch.Tensor:
+        self.up_bytes += array.nbytes
+        return super().up(array)
+
+    def fetch(self, tensors):
+        self.waits += bool(tensors)
+        return super().fetch(tensors)
 
 
 class OnTorch(Threads):

@@ -176,14 +176,15 @@ class _Pass:
         return []
 
     def result(self) -> list[Any]:
-        later = [*self._state(), *(found for found in self._found if found)]
+        state = self._state()
+        later = [*state, *(found for found in self._found if found)]
         fetched = self._engine.fetch([tensor for found in later for tensor in found.tensors])
         results, begin = [], 0
         for found in later:
             end = begin + len(found.tensors)
             results.append(found.finish(fetched[begin:end]))
             begin = end
-        of_device, of_host = iter(results[len(self._state()) :]), iter(self._host.result())
+        of_device, of_host = iter(results[len(state) :]), iter(self._host.result())
         return [next(of_device if found else of_host) for found in self._found]
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import upcast
-from pipeline.scoring.accelerator import Accelerator
 from pipeline.scoring.compiled import BLOCK, TILE, CpuEngine
 from pipeline.scoring.device import make_engine
 from pipeline.scoring.engine import Chunk
@@ -288,25 +287,9 @@ def test_a_device_adds_up_in_the_order_of_the_compiled_loops(kind):
         assert np.array_equal(compiled, torch_), size
 
 
-class Counted(Accelerator):
-    """A device of which it is counted what goes there and how often something is waited for."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.up_bytes = self.waits = 0
-
-    def up(self, array: np.ndarray) -> torch.Tensor:
-        self.up_bytes += array.nbytes
-        return super().up(array)
-
-    def fetch(self, tensors):
-        self.waits += bool(tensors)
-        return super().fetch(tensors)
-
-
 @pytest.mark.parametrize("method", SCORED)
 def test_a_pass_waits_once_for_all_its_chunks(method):
-    device = Counted()
+    device = chunks.Counted()
     engine, size = TorchEngine(method, device), 4 * BLOCK
     p, f = pair("bfloat16", size)
     parts = [slice(begin, begin + BLOCK) for begin in range(0, size, BLOCK)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import digests, gaussian
-from chunks import OnTorch
+from chunks import Counted, OnTorch
 
 from pipeline import Recipe, UserError, prune
 from pipeline.scoring.accelerator import Accelerator
@@ -21,22 +21,6 @@ from pipeline.shard.table import from_parquet
 
 SHAPES = {"model.layers.0.a": (300, 400), "model.layers.0.b": (70_001,), "model.layers.0.norm": (64,), "z": (512, 700)}
 LARGE = [name for name, shape in SHAPES.items() if np.prod(shape) > 1 << 16]
-
-
-class Counted(Accelerator):
-    """A device of which it is counted how many bytes go there, and how often something is waited for."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.up_bytes = self.waits = 0
-
-    def up(self, array: np.ndarray) -> torch.Tensor:
-        self.up_bytes += array.nbytes
-        return super().up(array)
-
-    def fetch(self, tensors):
-        self.waits += bool(tensors)
-        return super().fetch(tensors)
 
 
 def on_torch(recipe: Recipe, device: Accelerator | None = None) -> Path:
