@@ -55,7 +55,7 @@ class FapmWorker:
             UserError: this node does not see the files that the driver sees, or has no such device.
         """
         check_sight(sight)
-        self._free = [Worker(recipe, out) for _ in range(slots)]
+        self._free = [Worker(recipe, out, share=recipe.gpus_per_worker or 1.0) for _ in range(slots)]
         node: str = ray.get_runtime_context().get_node_id()
         return node, here()
 

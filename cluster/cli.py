@@ -142,7 +142,9 @@ def _pool(ray: str, by: str) -> MakePool:
 @cli.command()
 @recipe_options
 def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
-    """Say what prune would do with the same arguments, and check what it would check. Reads no weights.
+    """Say what prune would do with the same arguments, and check what it would check.
+
+    Of the weights it reads only a few, to see how fast the storage is.
 
     \b
     Examples:
@@ -154,12 +156,14 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     from pipeline.pool import default_workers
     from pipeline.report import plan_facts, plan_text
     from pipeline.run import check_disk
+    from pipeline.storage.rate import read_rate
 
     made, state = look(recipe, overwrite)
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
     if state != "finished":
         check_disk(made, state)
-    facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)))
+    files = {s.folder.path / name: of["size"] for s in (made.base, made.finetuned) for name, of in s.identity.items()}
+    facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)), read_rate(files))
     _print(facts, plan_text(facts), as_json)
 
 

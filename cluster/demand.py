@@ -8,11 +8,15 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
+from pipeline.shard import landing
 from pipeline.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 
 PROCESS_BYTES = 384 << 20
 """What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB
 in all under `--memory 64MiB`, and 545 MB under 1GiB, in global scope of a pair of 4.4 GB."""
+
+DEVICE_BYTES = 1 << 30
+"""What one with a GPU holds more: torch's libraries, and the driver's part. Assumed, not measured: none was lent."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
     if slots > 1:
         options["max_concurrency"] = slots
-    options["memory"] = PROCESS_BYTES + slots * min(memory, OVERHEAD_BYTES + ENOUGH_BYTES)
+    buffers = OVERHEAD_BYTES + ENOUGH_BYTES + (landing.ENOUGH_BYTES if gpus else 0)
+    options["memory"] = PROCESS_BYTES + (DEVICE_BYTES if gpus else 0) + slots * min(memory, buffers)
     if recipe.accelerator:
         options["accelerator_type"] = recipe.accelerator
     if recipe.labels:

@@ -22,7 +22,7 @@ COUNTERS = {
     "fapm_shards_done": "Shards written.",
     "fapm_shards_retried": "Times that a shard was begun again, for a try that failed, was lost or took long.",
     "fapm_shards_lost": "Times that a shard was lost with its worker.",
-    "fapm_workers_lost": "Workers lost, by how: crashed, preempted or hung.",
+    "fapm_workers_lost": "Workers lost, by how: crashed, preempted, hung or device.",
     "fapm_reading_seconds": "Seconds of the workers' reading threads, while they read.",
     "fapm_computing_seconds": "CPU seconds of the workers' computing threads.",
     "fapm_writing_seconds": "Seconds of the workers' writing threads, while they hashed, wrote and made durable.",

@@ -50,7 +50,14 @@ _RECIPE_OPTIONS = (
         help="Largest file to write, at least 1KiB.  [an eighth of all, 256MiB to 1GiB]",
     ),
     click.option("--memory", metavar="SIZE", help="Budget of each worker, at least 64MiB.  [1GiB]"),
-    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.  [auto]"),
+    click.option(
+        "--device", metavar="DEVICE",
+        help="cpu, or for a GPU, AMD's too, cuda or cuda:N; auto takes one if it is there.  [auto]",
+    ),
+    click.option(
+        "--device-memory", metavar="SIZE",
+        help="Of its GPU for each worker, at least 256MiB.  [its share of what is free, less a margin]",
+    ),
     click.option(
         "--workers", metavar="N|MIN-MAX",
         help="How many work at once, 1 to 100,000; on Ray, begin with MIN and ask for MAX.  [one for each core or GPU]",

@@ -24,7 +24,7 @@ from cluster.actor import FapmWorker, Sight
 from cluster.demand import demand
 from cluster.metrics import Metrics
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
-from pipeline.errors import PassingError, UserError
+from pipeline.errors import DeviceError, PassingError, UserError
 from pipeline.manifest import RUN, unfinished_shards
 from pipeline.plan import Plan
 from pipeline.pool import Step, cores
@@ -45,6 +45,7 @@ _LOST = {
     Loss.CRASHED: "was lost",
     Loss.PREEMPTED: "was preempted",
     Loss.HUNG: "took far too long and was given up",
+    Loss.DEVICE: "was given up",
 }
 
 
@@ -134,6 +135,8 @@ class RayPool:
             outcome = ray.get(call)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, DeviceError):
+                return self._lost(worker, Loss.DEVICE, str(cause), now), None
             if task is None:
                 raise cause from error  # a worker that cannot start would not elsewhere
             hopeless = isinstance(cause, UserError) and not isinstance(cause, PassingError)
@@ -144,15 +147,25 @@ class RayPool:
                 raise UserError(f"a Ray worker cannot start: {_last_line(error)}") from error
             preempted = isinstance(error, RayActorError) and error.preempted
             how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in self._leaving else Loss.CRASHED
-            self._last_loss = _first_line(error)
-            self._say_lost(worker, how, " (out of memory)" if isinstance(error, OutOfMemoryError) else "")
-            self._forget(worker)
-            return self._queue.lost(worker, how, now), None
+            why = "out of memory" if isinstance(error, OutOfMemoryError) else ""
+            return self._lost(worker, how, _first_line(error), now, why), None
         if task is None:
             self._nodes[worker], self._places[worker] = outcome
             self._watch.note("ready", worker=worker, where=self._places[worker])
             return self._queue.ready(worker, now), None
         return self._queue.done(worker, task, now), outcome
+
+    def _lost(self, worker: int, how: Loss, error: str, now: float, why: str | None = None) -> list[Action]:
+        """What the queue says to the loss of a worker.
+
+        Args:
+            why: said beside it, `error` by default.
+        """
+        self._last_loss = error
+        why = error if why is None else why
+        self._say_lost(worker, how, f" ({why})" if why else "")
+        self._forget(worker)
+        return self._queue.lost(worker, how, now)
 
     def _look_around(self, step: Step, by_index: dict[int, Task]) -> None:
         """Time passes, nodes get notice, and somebody may wonder why nothing happens."""

@@ -28,6 +28,7 @@ class Loss(Enum):
     CRASHED = "crashed"
     PREEMPTED = "preempted"
     HUNG = "hung"
+    DEVICE = "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ class Queue:
             self._put_back(task)
         if how is not Loss.PREEMPTED:
             self._lost_in_a_row += 1
-            for task in had:
+            for task in had if how is not Loss.DEVICE else ():  # no task is to blame for that
                 self._crashes[task] = self._crashes.get(task, 0) + 1
                 if self._crashes[task] >= self.limits.crashes_of_a_task:
                     return Stop(task, f"{self._crashes[task]} workers were lost while they had it")

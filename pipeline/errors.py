@@ -12,3 +12,7 @@ class UserError(Exception):
 class PassingError(UserError):
     """Something that may be over when the same command is given again: a full disk, a lost cluster, a store that does
     not answer. The command line exits with 75 (EX_TEMPFAIL), so that a scheduler knows that another try is worth it."""
+
+
+class DeviceError(PassingError):
+    """A device that computes has failed, and the process that used it cannot go on."""

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from pipeline.errors import DeviceError
 from pipeline.recipe import Recipe
-from pipeline.scoring.device import announce
+from pipeline.scoring.device import announce, uses_gpu
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
 from pipeline.storage.local import Folder
@@ -51,7 +52,7 @@ class Pool(Protocol):
 
 def default_workers(recipe: Recipe, shards: int) -> int:
     """Workers in this process: a worker for every core, as far as there are shards, and one for a GPU."""
-    wanted = recipe.workers.most if recipe.workers else (1 if recipe.device.startswith("cuda") else cores())
+    wanted = recipe.workers.most if recipe.workers else (1 if uses_gpu(recipe.device) else cores())
     return max(1, min(wanted, shards))
 
 
@@ -108,7 +109,7 @@ class Threads:
         self.lost: dict[str, int] = {}
         self._cancelled = threading.Event()
         self._end_announcing = announce(say)
-        self._workers = [Worker(recipe, out, progress, self._cancelled) for _ in range(workers)]
+        self._workers = [Worker(recipe, out, progress, self._cancelled, 1 / workers) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
         deal = Deal(tasks)
@@ -128,6 +129,8 @@ class Threads:
         try:
             for _ in tasks:
                 result = results.get()
+                if isinstance(result, DeviceError):
+                    raise DeviceError(f"{result}; finished shards stay: run the same command again") from result
                 if isinstance(result, BaseException):
                     raise result
                 yield result

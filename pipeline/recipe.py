@@ -80,7 +80,7 @@ def format_bytes(n: float) -> str:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
-LEAST_MEMORY = 1 << 26
+LEAST_MEMORY, LEAST_DEVICE_MEMORY = 1 << 26, 1 << 28
 """Bytes, of a worker."""
 
 MOST_WORKERS = 100_000
@@ -143,6 +143,7 @@ class Recipe(BaseModel):
     shard_size: Annotated[Bytes, Field(ge=2**10)] | None = None
     memory: Bytes = Field(2**30, ge=LEAST_MEMORY)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device_memory: Annotated[Bytes, Field(ge=LEAST_DEVICE_MEMORY)] | None = None
     workers: Annotated[Workers, BeforeValidator(parse_workers), PlainSerializer(Workers.plain)] | None = None
     cpus_per_worker: int | None = Field(None, ge=1, le=1024)
     gpus_per_worker: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -194,7 +195,7 @@ class Recipe(BaseModel):
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
-        means = {*PATHS, "memory", "device", "workers", *ON_RAY_ONLY}
+        means = {*PATHS, "memory", "device", "device_memory", "workers", *ON_RAY_ONLY}
         return self.model_dump(mode="json", exclude=means)
 
     @property
@@ -231,7 +232,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def bounds(field: str) -> str:
     """What is allowed for a number, as people write it: `at least 64MiB`; empty where nothing is said."""
-    sized = {"memory", "shard_size"}
+    sized = {"memory", "device_memory", "shard_size"}
     found = {}
     for limit in _limits(Recipe.model_fields[field]):
         for kind in ("ge", "le", "lt"):

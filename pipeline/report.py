@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.advice import advice_text, advise
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
+from pipeline.pool import cores
 from pipeline.recipe import format_bytes, parse_rule
 from pipeline.scoring.methods import METHODS
 
@@ -172,16 +174,18 @@ def extremes_text(facts: dict[str, Any]) -> str:
 # A plan.
 
 
-def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any]:
+def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | None = None) -> dict[str, Any]:
     """What a prune would do.
 
     Args:
         state: of the output folder: `new`, `unfinished` or `finished`.
         todo: shards that are not there yet.
         workers: how many this machine would run.
+        rate: bytes a second that the storage of the inputs gives, if that is known.
     """
     from pipeline.run import to_measure
 
+    elements = sum(tensor.numel for tensor in plan.tensors())
     kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
     for tensor in plan.tensors():
         kinds[_kind(plan, tensor)].append(tensor.name)
@@ -208,6 +212,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int) -> dict[str, Any
         "memory_bytes_per_worker": plan.recipe.memory,
         "workers": workers,
         "workers_worth_having": len(plan.shards),
+        "storage": advise(rate, elements, plan.pair_bytes, to_measure(plan), cores()) if rate else None,
         "oddities": list(plan.oddities),
     }
 
@@ -271,6 +276,8 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("memory", f"{format_bytes(facts['memory_bytes_per_worker'])} a worker, beside the interpreter"),
         ("workers", f"{facts['workers']} here, up to {facts['workers_worth_having']:,} are worth having"),
     ]
+    if facts["storage"]:
+        fields.append(("GPUs", advice_text(facts["storage"])))
     if blends:
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
     return _with_oddities(heading, fields, facts["oddities"])

@@ -149,7 +149,9 @@ def write_shards(
 def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:
     """Results as they come, each noted in the log."""
     for done in results:
-        facts = {name: value for name, value in asdict(done).items() if name != "shard"}
+        facts = {name: value for name, value in asdict(done).items() if name != "shard" and value != ""}
+        if done.note:
+            watch.say(f"note: {done.note}")
         rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
         watch.note(event, shard=plan.shards[done.shard].name, **rounded)
         yield done

@@ -384,7 +384,7 @@ def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
 class CpuEngine:
     """The compiled loops, on the calling thread, without the GIL."""
 
-    converts = False
+    device = None
 
     def __init__(self, method: str):
         self._kernels = kernels(method)

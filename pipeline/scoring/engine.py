@@ -56,54 +56,51 @@ class Chunk:
         return np.float64 if self.p.dtype == np.float64 else np.float32
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A run of one tensor's elements as they are stored, for an engine that converts them itself.
+    """A run of one tensor's elements on an engine's device, as they are stored.
 
     Attributes:
         start: flat index of the first element, a multiple of BLOCK; `stream`: where its random numbers come from.
-        p, f: bytes of base and finetuned, uint8, contiguous.
+        put: the bytes of base and finetuned, as the engine has put them there.
         p_dtype, f_dtype, dtype: torch's names of the dtypes of both and of the output.
         repair: finetuned's values that are not finite become base's.
         mixed: what kept elements are mixed by, None where they keep the fine-tuned value.
-        on_device: the elements there, once an engine has put them there.
     """
 
     start: int
     stream: int
-    p: np.ndarray
-    f: np.ndarray
+    put: tuple[Any, Any]
     p_dtype: str
     f_dtype: str
     dtype: str
     numel: int
     repair: bool = False
     mixed: float | None = None
-    on_device: Any = None
 
     @property
     def runs(self) -> int:
         return 1
 
     @property
-    def starts(self) -> np.ndarray:
-        """As of a Chunk; so are `runs` and `rounded`."""
-        return np.array([0, self.numel])
-
-    @property
     def rounded(self) -> bool:
+        """As of a Chunk."""
         return self.mixed is not None or {self.p_dtype, self.f_dtype} != {self.dtype}
 
 
 @dataclass(slots=True)
 class Applied:
-    """What a mask did to a chunk: (r,) int64 counts of elements, and Σd² of each block, of all and of the kept ones."""
+    """What a mask did to a chunk: (r,) int64 counts of elements, and Σd² of each block, of all and of the kept ones.
+
+    `overflowed`: of a StoredChunk, how many elements of the output are not finite.
+    """
 
     kept: np.ndarray
     changed: np.ndarray
     kept_changed: np.ndarray
     squares: np.ndarray
     kept_squares: np.ndarray
+    overflowed: int = 0
 
 
 AnyChunk = Any
@@ -141,13 +138,12 @@ Application = Pass[[AnyChunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], A
 
 
 class Engine(Protocol):
-    """Everything that is done to elements. `m` is mean|p| of each run's tensor, (r,) float32.
+    """Everything that is done to elements. `m` is mean|p| of each run's tensor, (r,) float32."""
 
-    Attributes:
-        converts: it takes runs of large tensors as they are stored, and puts each on its device once.
-    """
-
-    converts: bool
+    @property
+    def device(self) -> DeviceEngine | None:
+        """The engine itself if it has memory of its own, where large tensors go as they are stored."""
+        ...
 
     def sums(self) -> Pass[[AnyChunk], tuple[np.ndarray, np.ndarray]]:
         """Σ|p| and Σp² of each block, float64."""
@@ -168,4 +164,32 @@ class Engine(Protocol):
     ) -> Pass[[AnyChunk, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Applied]:
         """Of chunk, m, thresholds, groups, out: the output's bits are written to `out`. Kept are the scores above the
         run's threshold ((r,) float32), and of those equal to it the first `ties[group]`, which are used up."""
+        ...
+
+
+class DeviceEngine(Engine, Protocol):
+    """One with memory of its own. What it computes has come to the host only where that is said."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free there now, and all that there are."""
+        ...
+
+    def host(self, nbytes: int) -> np.ndarray:
+        """Host memory (uint8) from and to which is copied while something is computed."""
+        ...
+
+    def put(self, p: np.ndarray, f: np.ndarray) -> tuple[Any, Any]:
+        """Begin to copy the bytes of base and finetuned there, for a StoredChunk; from any thread."""
+        ...
+
+    def sent(self) -> Callable[[], None]:
+        """What waits until all has been copied that was put there before: its source may be used again then."""
+        ...
+
+    def received(self) -> Callable[[], None]:
+        """What waits until all outputs of chunks that were added before are in host memory."""
+        ...
+
+    def take(self, chunk: StoredChunk, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes (uint8) of base and finetuned of runs of `length` elements that begin at `starts` of the chunk."""
         ...

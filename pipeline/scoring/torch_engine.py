@@ -14,22 +14,48 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.scoring.accelerator import Accelerator
+from pipeline.scoring.accelerator import Accelerator, Put
 from pipeline.scoring.compiled import LANES, TILE, CpuEngine
 from pipeline.scoring.engine import AnyChunk, Applied, Chunk, StoredChunk
-from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, magnitude, mix
+from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
 from pipeline.scoring.threshold import ZERO_KEY, Histograms
 
 
 class TorchEngine:
     """Every operation is a kernel of its own, so that each rounds once: nothing is fused or approximated."""
 
-    converts = True
-
     def __init__(self, method: str, accelerator: Accelerator):
         self._method = METHODS[method]
         self._accelerator = accelerator
         self._host = CpuEngine(method)
+
+    @property
+    def device(self) -> TorchEngine:
+        return self
+
+    def memory(self) -> tuple[int, int]:
+        return self._accelerator.memory()
+
+    def host(self, nbytes: int) -> np.ndarray:
+        return self._accelerator.host(nbytes)
+
+    def put(self, p: np.ndarray, f: np.ndarray) -> tuple[Put, Put]:
+        return self._accelerator.up(p), self._accelerator.up(f)
+
+    def sent(self) -> Callable[[], None]:
+        return self._accelerator.sent()
+
+    def received(self) -> Callable[[], None]:
+        return self._accelerator.received()
+
+    def take(self, chunk: StoredChunk, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        first = self.up(starts.astype(np.int64))
+        taken = []
+        for stored in self._stored(chunk):
+            elements = _bits(stored)[(first[:, None] + torch.arange(length, device=first.device)).reshape(-1)]
+            taken.append(elements.view(torch.uint8))
+        both = torch.cat(taken).cpu().numpy()
+        return both[: taken[0].numel()], both[taken[0].numel() :]
 
     def sums(self) -> _Sums:
         return _Sums(self, self._host.sums())
@@ -44,7 +70,7 @@ class TorchEngine:
         return _Application(self, self._host.application(ties), ties)
 
     def up(self, array: np.ndarray) -> torch.Tensor:
-        return self._accelerator.up(array)
+        return self._accelerator.use(self._accelerator.up(array))
 
     def down(self, tensor: torch.Tensor, target: np.ndarray) -> None:
         self._accelerator.down(tensor, target)
@@ -55,14 +81,36 @@ class TorchEngine:
     def zeros(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int64, device=self._accelerator.device)
 
+    def on_host(self, chunk: AnyChunk) -> bool:
+        """Whether the compiled loops deal with a chunk."""
+        return isinstance(chunk, Chunk)
+
+    def base(self, chunk: AnyChunk) -> torch.Tensor:
+        """Base's values on the device."""
+        return _upcast(_typed(self._accelerator.use(chunk.put[0]), chunk.p_dtype))
+
     def load(self, chunk: AnyChunk) -> Loaded:
-        """A single run on the device, put there once if it is a StoredChunk."""
-        if isinstance(chunk, Chunk):
-            p, f = (_floats(self.up(side), side.dtype == np.uint16) for side in (chunk.p, chunk.f))
-            return Loaded(p, f, self.up(chunk.pruned), self.up(chunk.kept), chunk.start, int(chunk.streams[0]))
-        if chunk.on_device is None:
-            chunk.on_device = _typed(self.up(chunk.p), chunk.p_dtype), _typed(self.up(chunk.f), chunk.f_dtype)
-        return _converted(chunk, self._method)
+        """Both sides on the device."""
+        p, f = _repaired(chunk, *self._stored(chunk))
+        return Loaded(*_values(p, f), chunk.start, chunk.stream)
+
+    def choices(self, chunk: AnyChunk) -> tuple[torch.Tensor, torch.Tensor, torch.dtype | None]:
+        """The output's bits of either choice, what is pruned and what is kept, and, where they may be infinite, their
+        dtype."""
+        p, f = _repaired(chunk, *self._stored(chunk))
+        pruned = _in_dtype(p, chunk.dtype)
+        if chunk.mixed is None:
+            kept = _in_dtype(f, chunk.dtype)
+        else:
+            assert self._method.keep
+            x, y = _values(p, f)
+            density = torch.full((), chunk.mixed, dtype=x.dtype, device=x.device)
+            kept = _rounded(self._method.keep(x, y, density), chunk.dtype)
+        return _bits(pruned), _bits(kept), pruned.dtype if chunk.rounded else None
+
+    def _stored(self, chunk: StoredChunk) -> tuple[torch.Tensor, torch.Tensor]:
+        p, f = (self._accelerator.use(put) for put in chunk.put)
+        return _typed(p, chunk.p_dtype), _typed(f, chunk.f_dtype)
 
     def scores(self, loaded: Loaded, m: float) -> tuple[torch.Tensor, torch.Tensor]:
         """d in the type of the arithmetic, and S in float32."""
@@ -80,21 +128,15 @@ class TorchEngine:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A single run on the device: float32 or float64 values of both sides, and the output's bits of either choice."""
+    """Values of a run on the device, float32 or float64, of base and finetuned."""
 
     p: torch.Tensor
     f: torch.Tensor
-    pruned: torch.Tensor
-    kept: torch.Tensor
     start: int
     stream: int
 
 
 _CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _floats(put: torch.Tensor, are_bits: bool) -> torch.Tensor:
-    return put.view(torch.bfloat16).to(torch.float32) if are_bits else put
 
 
 def _typed(stored: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -109,22 +151,17 @@ def _upcast(typed: torch.Tensor) -> torch.Tensor:
     return typed if typed.dtype == torch.float64 else typed.to(torch.float32)
 
 
-def _converted(chunk: StoredChunk, method: Method) -> Loaded:
-    """What `shard.chunk.make_chunk` makes of the same bytes on the host."""
-    stored_p, stored_f = chunk.on_device
-    if chunk.repair:
-        odd = ~_upcast(stored_f).isfinite()
-        from_base = _bits(_in_dtype(stored_p, chunk.f_dtype))
-        stored_f = torch.where(odd, from_base, _bits(stored_f)).view(stored_f.dtype)
-    p, f = _upcast(stored_p), _upcast(stored_f)
-    if p.dtype != f.dtype:
-        p, f = p.to(torch.float64), f.to(torch.float64)
-    if chunk.mixed is None:
-        kept = _in_dtype(stored_f, chunk.dtype)
-    else:
-        assert method.keep
-        kept = _rounded(method.keep(p, f, torch.full((), chunk.mixed, dtype=p.dtype, device=p.device)), chunk.dtype)
-    return Loaded(p, f, _bits(_in_dtype(stored_p, chunk.dtype)), _bits(kept), chunk.start, chunk.stream)
+def _repaired(chunk: StoredChunk, p: torch.Tensor, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Under `nonfinite: base` with base's value wherever finetuned's is not finite."""
+    if not chunk.repair:
+        return p, f
+    odd = ~_upcast(f).isfinite()
+    return p, torch.where(odd, _bits(_in_dtype(p, chunk.f_dtype)), _bits(f)).view(f.dtype)
+
+
+def _values(p: torch.Tensor, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    p, f = _upcast(p), _upcast(f)
+    return (p, f) if p.dtype == f.dtype else (p.to(torch.float64), f.to(torch.float64))
 
 
 def _in_dtype(typed: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -190,11 +227,11 @@ class _Pass:
 
 class _Sums(_Pass):
     def add(self, chunk: AnyChunk) -> None:
-        if chunk.runs > 1:
+        if self._engine.on_host(chunk):
             self._host.add(chunk)
             self._found.append(None)
             return
-        x = self._engine.load(chunk).p.to(torch.float64).abs()
+        x = self._engine.base(chunk).to(torch.float64).abs()
         self._found.append(_Later([block_sums(x), block_sums(x.square())], tuple))
 
 
@@ -207,9 +244,10 @@ class _Counting(_Pass):
         super().__init__(engine, host)
         self._histograms = histograms
         self._tallies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by group: bins, and above
+        self._tables: dict[int, tuple[torch.Tensor, ...]] = {}  # by group: first bin, and mask, of each cell
 
     def add(self, chunk: AnyChunk, m: np.ndarray, groups: np.ndarray) -> None:
-        if chunk.runs > 1:
+        if self._engine.on_host(chunk):
             self._host.add(chunk, m, groups)
             self._found.append(None)
             return
@@ -241,7 +279,13 @@ class _Counting(_Pass):
         cells, table = inside >> int(h.shift[group]), int(h.tables[group])
         if table < 0:
             return cells
-        first, masks = (self._engine.up(side[table:].astype(np.int64)) for side in (h.cells, h.masks))
+        if group not in self._tables:
+            offsets = h.layouts[group].offsets
+            assert offsets is not None
+            of_group = slice(table, table + offsets.size - 1)
+            sides = (side[of_group].astype(np.int64) for side in (h.cells, h.masks))
+            self._tables[group] = tuple(self._engine.up(side) for side in sides)
+        first, masks = self._tables[group]
         return first[cells] + (inside & masks[cells])
 
     def _state(self) -> list[_Later]:
@@ -262,22 +306,26 @@ class _Application(_Pass):
         self._left: dict[int, torch.Tensor] = {}  # by group, where the device has used some
 
     def add(self, chunk: AnyChunk, m: np.ndarray, thresholds: np.ndarray, groups: np.ndarray, out: np.ndarray) -> None:
-        if chunk.runs > 1:
+        if self._engine.on_host(chunk):
             self._settle(set(groups.tolist()))
             self._host.add(chunk, m, thresholds, groups, out)
             self._found.append(None)
             return
         group, threshold = int(groups[0]), float(thresholds[0])
-        loaded = self._engine.load(chunk)
-        d, s = self._engine.scores(loaded, float(m[0]))
+        d, s = self._engine.scores(self._engine.load(chunk), float(m[0]))
         equal, higher = s == threshold, s > threshold
         left = self._left.get(group, self._engine.zeros(1) + int(self._ties[group]))
         taken = torch.minimum(equal.sum(), left)
         keep = higher | (equal & (equal.cumsum(0, dtype=torch.int32) <= taken.to(torch.int32)))
         self._left[group] = left - taken
-        self._engine.down(torch.where(keep, loaded.kept, loaded.pruned), out)
+        pruned, kept, rounded = self._engine.choices(chunk)
+        chosen = torch.where(keep, kept, pruned)
+        self._engine.down(chosen, out)
         changed, squares = d != 0, d.to(torch.float64).square()
-        counts = torch.stack([x.sum() for x in (keep, changed, keep & changed)])
+        counted = [keep, changed, keep & changed]
+        if rounded:
+            counted.append(~_upcast(chosen.view(rounded)).isfinite())
+        counts = torch.stack([x.sum() for x in counted])
         sums = [block_sums(squares), block_sums(torch.where(keep, squares, 0.0))]
         self._found.append(_Later([counts, *sums], _applied))
 
@@ -299,7 +347,7 @@ class _Application(_Pass):
 
 def _applied(fetched: list[np.ndarray]) -> Applied:
     counts, squares, kept_squares = fetched
-    return Applied(counts[:1], counts[1:2], counts[2:], squares, kept_squares)
+    return Applied(counts[:1], counts[1:2], counts[2:3], squares, kept_squares, int(counts[3:].sum()))
 
 
 def _keys(scores: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
     return Chunk(_starts(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
 
 
-def stored_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> StoredChunk:
-    """The same of a run of one tensor, as it is stored."""
+def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChunk:
+    """The same of a run of one tensor whose bytes an engine has put on its device."""
     (tensor,) = part.tensors
     assert tensor.base is not None
     assert tensor.finetuned is not None
@@ -43,8 +44,7 @@ def stored_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> St
     return StoredChunk(
         start=part.start,
         stream=int(streams(part.tensors, recipe)[0]),
-        p=bits(views[0], tensor.base.dtype).view(np.uint8),  # aligned
-        f=bits(views[1], tensor.finetuned.dtype).view(np.uint8),
+        put=put,
         p_dtype=TORCH_NAMES[tensor.base.dtype],
         f_dtype=TORCH_NAMES[tensor.finetuned.dtype],
         dtype=TORCH_NAMES[tensor.dtype],

@@ -16,9 +16,10 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import convert, is_weight, itemsize, refuse_overflow, upcast
 from pipeline.plan import Group, PairedTensor
 from pipeline.recipe import Recipe
-from pipeline.scoring.engine import AnyChunk, Chunk, Engine
+from pipeline.scoring.engine import AnyChunk, Chunk, Engine, StoredChunk
 from pipeline.scoring.methods import METHODS, evaluate
 from pipeline.scoring.threshold import (
+    COARSE_BINS,
     KEEP_ALL,
     MAX_BINS,
     Bracket,
@@ -29,7 +30,7 @@ from pipeline.scoring.threshold import (
     histograms,
 )
 from pipeline.shard import sample
-from pipeline.shard.chunk import count_nonfinite, make_chunk, stored_chunk
+from pipeline.shard.chunk import count_nonfinite, make_chunk
 from pipeline.shard.reading import Pieces
 from pipeline.shard.sample import Sample
 from pipeline.shard.section import SMALL, Slice
@@ -108,7 +109,6 @@ class Bench:
         self.keys = np.zeros(len(index), np.int64)
         self.quotas = np.zeros(len(index), np.int64)
         self.ties = np.zeros(len(index), np.int64)
-        self._stored: dict[tuple[int, int], AnyChunk] = {}
 
     @property
     def tensors(self) -> tuple[PairedTensor, ...]:
@@ -118,36 +118,33 @@ class Bench:
     def common(self) -> np.ndarray:
         return np.array([t.common for t in self.tensors], np.int64)
 
-    def slices(self) -> Iterator[tuple[Slice, list[np.ndarray]]]:
-        """Every slice of the section, with the bytes of its sides."""
+    def slices(self) -> Iterator[sample.Part]:
+        """Every slice of the section, with what is held of it."""
         for loaded in self.pieces:
             self.check()
-            yield from zip(loaded.piece.slices, loaded.views, strict=True)
+            yield from loaded.slices()
 
-    def chunk(self, part: Slice, views: list[np.ndarray]) -> AnyChunk:
-        """What the engine takes of a slice; of what stays in memory the same one again, which is on its device."""
-        if not self.engine.converts or part.tensors[0].common <= SMALL:
-            return make_chunk(part, views, self.recipe)
-        where = part.at, part.start
-        if where in self._stored:
-            return self._stored[where]
-        chunk = stored_chunk(part, views, self.recipe)
-        if self.pieces.resident:
-            self._stored[where] = chunk
-        return chunk
+    def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
+        """What the engine takes of a slice."""
+        return held if isinstance(held, StoredChunk) else make_chunk(part, held, self.recipe)
 
     def chunks(self, wanted: np.ndarray) -> Iterator[tuple[slice, AnyChunk]]:
         """The chunks that hold any wanted tensor ((t,) bool), and which tensors they hold."""
-        for part, views in self.slices():
+        for part, held in self.slices():
             here = places(part)
             if not part.raw and wanted[here].any():
-                yield here, self.chunk(part, views)
+                yield here, self.chunk(part, held)
+
+    @property
+    def counts_cheaply(self) -> bool:
+        """Whether to count twice costs less than a look at a sample: all is on a device."""
+        return bool(self.pieces.section.on_device) and self.pieces.resident_on_device
 
     def sample(self, tensor: PairedTensor, share: float) -> Sample:
         """About `share` of a tensor's elements."""
         parts = self.pieces.parts(tensor)
         if parts:
-            return sample.near(parts, tensor, share, self.recipe)
+            return sample.near(parts, tensor, share, self.recipe, self.engine.device)
         return sample.far(self.pieces.reader, tensor, share, self.recipe)
 
 
@@ -228,7 +225,8 @@ def search(bench: Bench, found: dict[str, Threshold], left: dict[str, int]) -> N
     brackets: dict[str, Bracket] = {}
     limits: dict[str, int] = {}
     for name, tensors in members.items():
-        limits[name] = min(MAX_BINS, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
+        most = COARSE_BINS if bench.counts_cheaply else MAX_BINS
+        limits[name] = min(most, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
         brackets[name] = _first_bracket(bench, tensors, bench.groups[name], limits[name])
     while brackets:
         names = list(brackets)
@@ -263,7 +261,7 @@ def _select(bench: Bench, singles: np.ndarray) -> None:
 
 
 def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_bins: int) -> Bracket:
-    if group.numel < 2 * sample.LOCAL:
+    if group.numel < 2 * sample.LOCAL or bench.counts_cheaply:
         return Bracket()
     means = {t.name: np.float32(m) for t, m in zip(bench.tensors, bench.mean, strict=True) if t.group == group.name}
     if len(members) > 1:
@@ -291,22 +289,24 @@ def apply(bench: Bench, sink: Sink) -> np.ndarray:
     squares, kept_squares = BlockSums(rows.size), BlockSums(rows.size)
     described, overflowed = ~pruned, np.zeros(rows.size, np.int64)
     passed, added = bench.engine.application(bench.ties), []
-    for part, views in bench.slices():
+    for part, held in bench.slices():
         here = places(part)
         if part.raw:
-            _pass_through(part, views[0], sink)
+            assert isinstance(held, list)
+            _pass_through(part, held[0], sink)
         else:
-            chunk, width = bench.chunk(part, views), itemsize(part.tensors[0].dtype)
+            chunk, width = bench.chunk(part, held), itemsize(part.tensors[0].dtype)
             out = sink.reserve(chunk.numel * width, width).view(f"u{width}")
             passed.add(chunk, means[here], thresholds[here], bench.group_of[here], out)
             added.append((here, chunk.runs))
-            if chunk.rounded:
+            if chunk.rounded and isinstance(chunk, Chunk):
                 overflowed[here] += _overflows(part, chunk, out)
             if chunk.runs > 1:
                 _describe_many(bench, here, chunk, thresholds[here], rows)
                 described[here] = True
         bench.progress(part.nbytes)
     for (here, runs), done in zip(added, passed.result(), strict=True):
+        overflowed[here] += done.overflowed
         rows["kept"][here] += done.kept
         rows["changed"][here] += done.changed
         rows["kept_changed"][here] += done.kept_changed
@@ -373,7 +373,7 @@ def refuse_nonfinite(bench: Bench) -> None:
         UserError: with the names of the tensors.
     """
     found: dict[tuple[str, str], list[int]] = {}
-    for part, views in bench.slices():
+    for part, views in bench.pieces.bytes():
         if part.raw:
             continue
         for role, side, stored in zip(("base", "finetuned"), part.sources, views, strict=True):

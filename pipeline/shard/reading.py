@@ -1,7 +1,8 @@
 """Reading: a section's pieces, ahead of the arithmetic and within a memory budget.
 
 A section that fits the budget is resident: each piece is read once, and every pass over it finds it in memory. One that
-does not is streamed: every pass reads the pieces again, two at a time. The arithmetic cannot tell.
+does not is streamed: every pass reads the pieces again, two at a time. The arithmetic cannot tell. What a device takes
+goes through `landing`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import itertools
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,12 +20,13 @@ import numpy as np
 
 from pipeline.formats.dtypes import itemsize
 from pipeline.plan import PairedTensor
-from pipeline.shard.section import MOST_RANGES, PIECE_BYTES, Piece, Section, Slice
+from pipeline.recipe import Recipe
+from pipeline.scoring.engine import DeviceEngine, StoredChunk
+from pipeline.shard.landing import Landed, Landing, Shares
+from pipeline.shard.section import ALIGN, ALIGN_SMALL, LARGE, PIECE_BYTES, Piece, Section, Slice, sections, slack
 from pipeline.storage.local import Folder
 
-_ALIGN, _ALIGN_SMALL = 64, 8  # the place in the buffer agrees with that in the file, so that aligned data stays it
-_LARGE = 1 << 14  # bytes of a range that is aligned to a cache line
-BUFFER_BYTES = PIECE_BYTES + _ALIGN * (PIECE_BYTES // _LARGE) + _ALIGN_SMALL * MOST_RANGES
+BUFFER_BYTES = PIECE_BYTES + slack(PIECE_BYTES)
 _FEWEST = 2  # buffers that streaming needs: one in use, one being read
 OVERHEAD_BYTES = 48 << 20
 """What a worker needs beside its input buffers: output buffers, histograms, a chunk's temporaries."""
@@ -65,8 +68,11 @@ class Loaded:
     """A piece in memory: for every slice the bytes of its sides, in the order of `Slice.sources`; and what it took."""
 
     piece: Piece
-    views: list[list[np.ndarray]]
+    held: list[list[np.ndarray]]
     seconds: float
+
+    def slices(self) -> Iterator[tuple[Slice, list[np.ndarray]]]:
+        return zip(self.piece.slices, self.held, strict=True)
 
 
 class Load(NamedTuple):
@@ -74,6 +80,16 @@ class Load(NamedTuple):
 
     future: Future[Loaded]
     buffer: mmap.mmap
+
+
+class Held(NamedTuple):
+    """What stays in memory of a section while it is worked on, or is on its way there. None: what is streamed."""
+
+    host: list[Load] | None
+    device: list[Future[Landed]] | None
+
+
+NOTHING = Held(None, None)
 
 
 class SectionReader:
@@ -91,35 +107,68 @@ class SectionReader:
         self._folders = base, finetuned
         self.memory = memory
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._landing: Landing | None = None
         self.bytes_read = 0
         self.seconds = 0.0
 
+    def land_on(self, device: DeviceEngine, recipe: Recipe, shares: Shares) -> None:
+        """From now on pieces for a device go there."""
+
+        def load(piece: Piece, buffer: np.ndarray) -> tuple[list[list[np.ndarray]], float]:
+            loaded = self._load(piece, buffer)
+            return loaded.held, loaded.seconds
+
+        self._landing = Landing(device, recipe, shares, load)
+
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+        if self._landing:
+            self._landing.close()
 
     def fits(self, section: Section) -> bool:
         """Whether there is room for a whole section now."""
-        return len(section.pieces) <= self.memory.room - _FEWEST
+        return self._has_room(section) and (self._landing is None or self._landing.fits(section))
 
-    def start(self, section: Section) -> list[Load] | None:
-        """Begin to read a whole section, or say None if there is no room for it now."""
-        if not self.fits(section):
-            return None
-        return [self._submit(piece) for piece in section.pieces]
+    def _has_room(self, section: Section) -> bool:
+        return len(section.on_host) <= self.memory.room - _FEWEST
+
+    def start(self, section: Section, held: Held = NOTHING) -> Held:
+        """Begin to read what is not held yet of a section and for which there is room now."""
+        host, device = held
+        if host is None and self._has_room(section):
+            host = [self._submit(piece) for piece in section.on_host]
+        if device is None:
+            device = self._landing.start(section) if self._landing else []
+        return Held(host, device)
 
     def _submit(self, piece: Piece) -> Load:
         buffer = self.memory.take()
         return Load(self._threads.submit(self._load, piece, buffer), buffer)
 
-    def release(self, loads: Sequence[Load]) -> None:
-        """Give a section's buffers back, once nothing writes to them any more."""
+    def release(self, held: Held, section: Section, keep: bool = False) -> None:
+        """Forget a section, once nothing writes to its buffers any more.
+
+        Args:
+            keep: what is on a device may stay there for the step after this one.
+        """
+        self._give_back(held.host or ())
+        if self._landing and held.device:
+            self._landing.release(held.device, section, keep)
+            for landing in held.device:
+                if not landing.exception():
+                    self._count(landing.result().read_bytes, landing.result().seconds)
+
+    def _give_back(self, loads: Sequence[Load]) -> None:
         wait([load.future for load in loads])
         for load in loads:
             self.memory.give(load.buffer)
             if not load.future.exception():
                 loaded = load.future.result()
-                self.bytes_read += loaded.piece.nbytes
-                self.seconds += loaded.seconds
+                self._count(loaded.piece.nbytes, loaded.seconds)
+
+    def _count(self, nbytes: int, seconds: float) -> None:
+        self.bytes_read += nbytes
+        self.seconds += seconds
 
     def stream(self, pieces: Sequence[Piece]) -> Iterator[Loaded]:
         """One pass over pieces that do not all fit: the next is read while one is used."""
@@ -130,11 +179,17 @@ class SectionReader:
                 while waiting and len(ahead) < _FEWEST:
                     ahead.append(self._submit(waiting.pop()))
                 yield ahead[0].future.result()
-                self.release([ahead.pop(0)])
+                self._give_back([ahead.pop(0)])
         finally:
-            self.release(ahead)
+            self._give_back(ahead)
 
-    def _load(self, piece: Piece, buffer: mmap.mmap) -> Loaded:
+    def stream_to_device(self, pieces: Sequence[Piece]) -> Iterator[Landed]:
+        """The same of pieces for the device."""
+        for landed in self._landing.stream(pieces) if self._landing else ():
+            self._count(landed.read_bytes, landed.seconds)
+            yield landed
+
+    def _load(self, piece: Piece, buffer: mmap.mmap | np.ndarray) -> Loaded:
         """Read a piece, neighbouring bytes of a file in one go."""
         began = time.perf_counter()
         whole = np.frombuffer(buffer, np.uint8)
@@ -154,7 +209,7 @@ class SectionReader:
             if runs and runs[-1][:2] == (of_finetuned, file) and runs[-1][2] + runs[-1][3] == offset:
                 runs[-1] = (of_finetuned, file, runs[-1][2], runs[-1][3] + nbytes, runs[-1][4])
             else:
-                position += (offset - position) % (_ALIGN if nbytes >= _LARGE else _ALIGN_SMALL)
+                position += (offset - position) % (ALIGN if nbytes >= LARGE else ALIGN_SMALL)
                 runs.append((of_finetuned, file, offset, nbytes, position))
             places[number] = position
             position += nbytes
@@ -193,27 +248,55 @@ def _side_by_side(whole: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray
 
 
 class Pieces:
-    """A section's pieces, as often as they are asked for: from memory if it is resident, else read again."""
+    """A section's pieces, as often as they are asked for: from memory what is resident, the others read again."""
 
-    def __init__(self, reader: SectionReader, section: Section, loads: list[Load] | None):
-        self.reader, self.section, self._loads = reader, section, loads
-        self._parts: dict[str, list[tuple[Slice, list[np.ndarray]]]] | None = None
+    def __init__(self, reader: SectionReader, section: Section, held: Held = NOTHING):
+        self.reader, self.section, self._held = reader, section, held
+        self._parts: dict[str, list[tuple[Slice, list[np.ndarray] | StoredChunk]]] | None = None
 
     @property
     def resident(self) -> bool:
-        return self._loads is not None
+        return self._held.host is not None and self.resident_on_device
 
-    def __iter__(self) -> Iterator[Loaded]:
-        if self._loads is None:
-            return self.reader.stream(self.section.pieces)
-        return (load.future.result() for load in self._loads)
+    @property
+    def resident_on_device(self) -> bool:
+        """Whether what a device takes of the section is there."""
+        return self._held.device is not None or not self.section.on_device
 
-    def parts(self, tensor: PairedTensor) -> list[tuple[Slice, list[np.ndarray]]]:
+    def __iter__(self) -> Iterator[Loaded | Landed]:
+        with closing(self._of_host()) as host, closing(self._of_device()) as device:
+            for piece in self.section.pieces:
+                yield next(device) if piece.on_device else next(host)
+
+    def _of_host(self) -> Generator[Loaded]:
+        if self._held.host is None:
+            yield from self.reader.stream(self.section.on_host)
+        else:
+            yield from (load.future.result() for load in self._held.host)
+
+    def _of_device(self) -> Generator[Landed]:
+        if self._held.device is None:
+            yield from self.reader.stream_to_device(self.section.on_device)
+        else:
+            yield from (landing.result() for landing in self._held.device)
+
+    def bytes(self) -> Iterator[tuple[Slice, list[np.ndarray]]]:
+        """Every slice with the bytes of its sides in host memory; what is not there is read again, in other slices."""
+        if self.section.on_device:
+            pieces = self.reader.stream([p for section in sections(self.section.tensors) for p in section.pieces])
+        else:
+            pieces = self._of_host()
+        for loaded in pieces:
+            yield from loaded.slices()
+
+    def parts(self, tensor: PairedTensor) -> list[tuple[Slice, list[np.ndarray] | StoredChunk]]:
         """The slices that hold a pruned tensor's elements alone, if they are in memory, else none."""
         if self._parts is None:
             self._parts = {}
-            for loaded in self if self.resident else ():
-                for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
+            host = self._of_host() if self._held.host else ()
+            device = self._of_device() if self._held.device else ()
+            for loaded in (*host, *device):
+                for part, held in loaded.slices():
                     if not part.raw and len(part.tensors) == 1:
-                        self._parts.setdefault(part.tensors[0].name, []).append((part, views))
+                        self._parts.setdefault(part.tensors[0].name, []).append((part, held))
         return self._parts.get(tensor.name, [])

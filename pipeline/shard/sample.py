@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.formats.dtypes import bits
 from pipeline.plan import Group, PairedTensor
 from pipeline.recipe import Recipe
+from pipeline.scoring.engine import DeviceEngine, StoredChunk
 from pipeline.scoring.methods import METHODS, evaluate
 from pipeline.scoring.threshold import COARSE_BINS, MAX_BINS, Bracket, bracket_from_coarse, coarse_histogram
 from pipeline.shard.chunk import pair_of_values, streams
@@ -55,15 +56,28 @@ class Sample:
         return evaluate(METHODS[recipe.method], self.p, self.f, m, streams([tensor], recipe)[0], self.positions)
 
 
-def near(parts: Iterable[tuple[Slice, list[np.ndarray]]], tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
+Part = tuple[Slice, list[np.ndarray] | StoredChunk]
+"""A slice in memory: the bytes of its sides, or what an engine has on its device."""
+
+
+def near(
+    parts: Iterable[Part], tensor: PairedTensor, share: float, recipe: Recipe, device: DeviceEngine | None = None
+) -> Sample:
     """About `share` of a tensor's elements, from its slices in memory."""
     starts, length = _runs(tensor.common, share)
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for part, views in parts:
-        chosen = starts[(starts >= part.start) & (starts < part.stop)] - part.start
-        for side, source, stored in zip(sides, tensor.sources, views, strict=True):
-            side.append(bits(stored, source.dtype)[(chosen[:, None] + np.arange(length)).reshape(-1)])
-    p, f = (np.concatenate(side).view(np.uint8) for side in sides)
+    sides: list[Sequence[np.ndarray]] = []
+    for part, held in parts:
+        chosen, many = starts[(starts >= part.start) & (starts < part.stop)] - part.start, length
+        if length == tensor.common:  # of all slices all
+            chosen, many = np.zeros(1, np.int64), part.stop - part.start
+        if isinstance(held, StoredChunk):
+            assert device
+            sides.append(device.take(held, chosen, many))
+        else:
+            places = (chosen[:, None] + np.arange(many)).reshape(-1)
+            pair = zip(held, tensor.sources, strict=True)
+            sides.append([bits(stored, source.dtype)[places].view(np.uint8) for stored, source in pair])
+    p, f = (np.concatenate(side) for side in zip(*sides, strict=True))
     return _sample(starts, length, p, f, tensor, recipe)
 
 

@@ -3,6 +3,7 @@
 A *section* is a run of tensors that is worked on together: the tensors of a group that lies in this shard, or a
 batch of small tensors, or one large one. It is read in *pieces* of about PIECE_BYTES. A piece holds *slices*, each of
 which becomes one chunk: a run of a tensor, or many small tensors side by side, so that none costs a call of its own.
+Where a device computes, runs of large tensors come in pieces of their own size, and go there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ PIECE_BYTES = 8 << 20
 
 MOST_RANGES = 1 << 13
 """Ranges of files in a piece, so that the gaps of alignment stay small."""
+
+ALIGN, ALIGN_SMALL = 64, 8  # the place in the buffer agrees with that in the file, so that aligned data stays it
+LARGE = 1 << 14  # bytes of a range that is aligned to a cache line
+
+
+def slack(nbytes: int) -> int:
+    """What alignment takes of the buffer of a piece of `nbytes`."""
+    return ALIGN * (nbytes // LARGE) + ALIGN_SMALL * MOST_RANGES
+
 
 BATCH_BYTES = 32 << 20
 """Input bytes of a section of several groups."""
@@ -61,11 +71,33 @@ class Slice:
             return self.stop - self.start
         return (self.stop - self.start) * sum(itemsize(source.dtype) for source in self.tensors[0].sources)
 
+    @property
+    def large(self) -> bool:
+        """Whether it is a run of a tensor that a device takes, where there is one."""
+        return not self.raw and self.tensors[0].common > SMALL
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
+    """`on_device`: its slices are large, and go to the device."""
+
     slices: tuple[Slice, ...]
     nbytes: int
+    on_device: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large what is cut may be: elements of a chunk, its bytes in the output, input bytes of a piece and of a
+    section of several groups."""
+
+    chunk: int
+    output_bytes: int
+    piece_bytes: int
+    batch_bytes: int
+
+
+ON_HOST = Sizes(CHUNK, PIECE_BYTES, PIECE_BYTES, BATCH_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,45 +106,63 @@ class Section:
     pieces: tuple[Piece, ...]
     nbytes: int
 
+    @property
+    def on_host(self) -> list[Piece]:
+        return [piece for piece in self.pieces if not piece.on_device]
 
-def sections(tensors: Sequence[PairedTensor], together: Sequence[str] = ()) -> list[Section]:
-    """Cut a shard's tensors. Those of each group in `together` end up in one section."""
+    @property
+    def on_device(self) -> list[Piece]:
+        return [piece for piece in self.pieces if piece.on_device]
+
+
+def sections(
+    tensors: Sequence[PairedTensor], together: Sequence[str] = (), device: Sizes | None = None
+) -> list[Section]:
+    """Cut a shard's tensors. Those of each group in `together` end up in one section.
+
+    Args:
+        device: the sizes for what goes there, if there is one.
+    """
     wanted = set(together)
     last = {t.group: i for i, t in enumerate(tensors) if t.group in wanted}
     found: list[Section] = []
     batch: list[PairedTensor] = []
     until = nbytes = 0
+    most = (device or ON_HOST).batch_bytes
     for i, tensor in enumerate(tensors):
         read_bytes = tensor.read_bytes
-        if batch and i > until and nbytes + read_bytes > BATCH_BYTES:
-            found.append(_section(batch))
+        if batch and i > until and nbytes + read_bytes > most:
+            found.append(_section(batch, device))
             batch, nbytes = [], 0
         batch.append(tensor)
         nbytes += read_bytes
         until = max(until, last.get(tensor.group, i))
     if batch:
-        found.append(_section(batch))
+        found.append(_section(batch, device))
     return found
 
 
-def _section(tensors: Sequence[PairedTensor]) -> Section:
+def _section(tensors: Sequence[PairedTensor], device: Sizes | None) -> Section:
     pieces: list[Piece] = []
     here: list[Slice] = []
     size = ranges = 0
-    for part in _slices(tensors):
-        nbytes, count = part.nbytes, 2 * len(part.tensors)
-        if here and (size + nbytes > PIECE_BYTES or ranges + count > MOST_RANGES):
-            pieces.append(Piece(tuple(here), size))
+    on_device = False
+    for part in _slices(tensors, device or ON_HOST):
+        nbytes, count, there = part.nbytes, 2 * len(part.tensors), device is not None and part.large
+        most = device.piece_bytes if device and there else PIECE_BYTES
+        if here and (there != on_device or size + nbytes > most or ranges + count > MOST_RANGES):
+            pieces.append(Piece(tuple(here), size, on_device))
             here, size, ranges = [], 0, 0
         here.append(part)
+        on_device = there
         size += nbytes
         ranges += count
     if here:
-        pieces.append(Piece(tuple(here), size))
+        pieces.append(Piece(tuple(here), size, on_device))
     return Section(tuple(tensors), tuple(pieces), sum(p.nbytes for p in pieces))
 
 
-def _slices(tensors: Sequence[PairedTensor]) -> Iterator[Slice]:
+def _slices(tensors: Sequence[PairedTensor], sizes: Sizes) -> Iterator[Slice]:
     """Small neighbours that are pruned and alike, together; of others the common elements, then what passes through."""
     first = numel = 0
     alike: tuple[object, ...] = ()
@@ -125,7 +175,7 @@ def _slices(tensors: Sequence[PairedTensor]) -> Iterator[Slice]:
         if not (tensor.common == tensor.numel and 0 < tensor.common <= SMALL):
             yield from gathered(i)
             numel = 0
-            yield from _cut(tensor, i)
+            yield from _cut(tensor, i, sizes)
             continue
         kind = (*(source.dtype for source in tensor.sources), tensor.dtype, tensor.density)
         full = numel + tensor.common > _TOGETHER or i - first >= MOST_RANGES // 2
@@ -138,11 +188,13 @@ def _slices(tensors: Sequence[PairedTensor]) -> Iterator[Slice]:
     yield from gathered(len(tensors))
 
 
-def _cut(tensor: PairedTensor, at: int) -> Iterator[Slice]:
-    together = sum(itemsize(s.dtype) for s in tensor.sources) if tensor.common else 1
-    step = min(CHUNK, PIECE_BYTES // together // BLOCK * BLOCK)
-    for start in range(0, tensor.common, step):
-        yield Slice((tensor,), at, start, min(start + step, tensor.common))
+def _cut(tensor: PairedTensor, at: int, sizes: Sizes) -> Iterator[Slice]:
+    if tensor.common:
+        together = sum(itemsize(s.dtype) for s in tensor.sources)
+        most = min(sizes.piece_bytes // together, sizes.output_bytes // itemsize(tensor.dtype))
+        step = min(sizes.chunk, most // BLOCK * BLOCK)
+        for start in range(0, tensor.common, step):
+            yield Slice((tensor,), at, start, min(start + step, tensor.common))
     source = tensor.sources[-1]
     begin = tensor.common * itemsize(source.dtype) if tensor.common else 0
     step = CHUNK * max(1, itemsize(source.dtype))  # bytes; at most a piece, and a multiple of every width

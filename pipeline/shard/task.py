@@ -56,6 +56,7 @@ class Done:
         reading: seconds of the threads that read, while they did; `writing`: the same, and hashing and making durable;
             `computing`: CPU seconds of the thread that computes. They pass at the same time.
         where: `here`, of the worker.
+        note: what the user should know of how it was done.
         tries: how often it was begun, this time included.
     """
 
@@ -69,6 +70,7 @@ class Done:
     writing: float = 0.0
     where: str = field(default_factory=here)
     tries: int = 1
+    note: str = ""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error

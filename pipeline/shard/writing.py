@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xxhash
@@ -12,7 +13,7 @@ import xxhash
 from pipeline.storage.local import Writer
 
 BUFFER_BYTES = 8 << 20
-_BUFFERS = 3
+BUFFERS = 3
 
 
 class Sink:
@@ -20,16 +21,30 @@ class Sink:
 
     `reserve` lends the next bytes to be filled in place. Errors of the writing thread are raised by the next call.
     `seconds` is how long that thread has hashed and written.
+
+    Args:
+        size: of the file.
+        buffers: uint8 arrays of one size, BUFFER_BYTES or more.
+        filled: asked whenever a buffer goes to the writing thread, which calls the answer: it returns when all that
+            was lent until then has been filled.
     """
 
-    def __init__(self, writer: Writer, size: int):
+    def __init__(
+        self,
+        writer: Writer,
+        size: int,
+        buffers: Sequence[np.ndarray] = (),
+        filled: Callable[[], Callable[[], None]] = lambda: _at_once,
+    ):
         self._writer = writer
         self._size = size
         self._hash = xxhash.xxh3_128()
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
-            self._free.put(np.empty(BUFFER_BYTES, np.uint8))
-        self._full: queue.SimpleQueue[tuple[np.ndarray, int] | None] = queue.SimpleQueue()
+        for buffer in buffers or [np.empty(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]:
+            self._free.put(buffer)
+            self._buffer_bytes = buffer.size
+        self._filled = filled
+        self._full: queue.SimpleQueue[tuple[np.ndarray, int, Callable[[], None]] | None] = queue.SimpleQueue()
         self._current: np.ndarray | None = None
         self._used = 0
         self._position = 0
@@ -39,8 +54,8 @@ class Sink:
         self._thread.start()
 
     def reserve(self, nbytes: int, align: int = 1) -> np.ndarray:
-        """The next `nbytes` (at most BUFFER_BYTES) of the file, to be filled before the next call."""
-        if self._current is not None and (self._used + nbytes > BUFFER_BYTES or self._used % align):
+        """The next `nbytes` (at most a buffer's) of the file, to be filled before the next call."""
+        if self._current is not None and (self._used + nbytes > self._buffer_bytes or self._used % align):
             self._flush()
         if self._current is None:
             self._current = self._free.get()
@@ -52,8 +67,8 @@ class Sink:
     def append(self, data: np.ndarray | bytes) -> None:
         """Copy bytes to the end."""
         view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-        for start in range(0, view.size, BUFFER_BYTES):
-            part = view[start : start + BUFFER_BYTES]
+        for start in range(0, view.size, self._buffer_bytes):
+            part = view[start : start + self._buffer_bytes]
             self.reserve(part.size)[:] = part
 
     def finish(self) -> str:
@@ -77,15 +92,17 @@ class Sink:
         if self._error:
             raise self._error
         if self._current is not None:
-            self._full.put((self._current, self._used))
+            self._full.put((self._current, self._used, self._filled()))
             self._current = None
 
     def _write(self) -> None:
         while item := self._full.get():
-            buffer, used = item
+            buffer, used, wait = item
             began = time.perf_counter()
             if self._error is None:
                 try:
+                    wait()
+                    began = time.perf_counter()
                     self._hash.update(buffer[:used].data)
                     self._writer.write(self._position, buffer[:used])
                     self._position += used
@@ -93,3 +110,7 @@ class Sink:
                     self._error = error
             self.seconds += time.perf_counter() - began
             self._free.put(buffer)
+
+
+def _at_once() -> None:
+    """Nothing to wait for."""

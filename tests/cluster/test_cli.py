@@ -92,7 +92,7 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 def test_every_option_arrives(pair):
     given = {
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
-        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
+        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base", "device-memory": "2GB",
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=spot",
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -102,7 +102,7 @@ def test_every_option_arrives(pair):
         "base": "base", "finetuned": "finetuned", "out": "out", "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
-        "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
+        "device_memory": 2_000_000_000, "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
     }  # fmt: skip
 
 
@@ -602,7 +602,7 @@ def test_the_help_says_what_is_allowed():
 
     shown = " ".join(fapm("prune", "--help").stdout.split())
     limited = [field for field in Recipe.model_fields if bounds(field)]
-    assert limited == ["density", "seed", "shard_size", "memory", "cpus_per_worker", "gpus_per_worker"]
+    assert limited == ["density", "seed", "shard_size", "memory", "device_memory", "cpus_per_worker", "gpus_per_worker"]
     for field in limited:
         assert bounds(field) in shown, field
 

@@ -194,6 +194,36 @@ def test_a_worker_that_hangs_is_given_up(model, undisturbed, nodes, add, paused)
     assert result.manifest["lost_workers"] == {"hung": 1}
 
 
+def test_a_device_that_fails_is_a_lost_worker_and_no_bad_shard(model, undisturbed, nodes, add, monkeypatch):
+    add(), add()
+    call, broken = RayPool._call, []
+
+    def breaks(worker: Any, task: Any, following: Any) -> Any:
+        import torch
+
+        from pipeline.shard.worker import Worker
+
+        def fail(*_: Any) -> None:
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+        worker._bench = fail
+        return Worker.write(worker, task, following)
+
+    def replaced(self: RayPool, worker: int, task: int | None, method: Any, name: str, *arguments: Any) -> None:
+        if task is not None and len(finished_shards(self._out.path)) > 5 and not broken:
+            broken.append(worker)
+            arguments = (breaks, *arguments[1:])
+        call(self, worker, task, method, name, *arguments)
+
+    monkeypatch.setattr(RayPool, "_call", replaced)
+    result, out, said = run(model, "tensor", 0, lambda pool: None)
+    assert digests(out) == undisturbed["tensor"]
+    (line,) = [line for line in said if "done elsewhere" in line]
+    assert line.startswith(f"note: worker {broken[0]} was given up (the GPU of ")
+    assert "has failed: CUDA error: uncorrectable ECC error encountered); what it had" in line
+    assert result.manifest["lost_workers"] == {"device": 1}
+
+
 def test_a_straggler_at_the_end_is_overtaken(model, undisturbed, nodes, add, paused):
     first, _ = add(), add()
 

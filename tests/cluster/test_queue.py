@@ -154,6 +154,16 @@ def test_preempted_workers_use_up_no_budget():
     assert world.stopped == [Stop(0, "2 workers were lost while they had it")]
 
 
+def test_no_shard_is_to_blame_for_a_device_that_fails():
+    world = with_workers(1, 3, Limits(crashes=9, crashes_of_a_task=2))
+    for _ in range(8):
+        world.lost(min(world.alive), Loss.DEVICE)
+        world.all_ready()
+    assert not world.stopped
+    world.lost(min(world.alive), Loss.DEVICE)
+    assert world.stopped == [Stop(None, "9 workers were lost one after the other")]
+
+
 def test_workers_that_are_lost_one_after_the_other_end_the_run_and_a_result_in_between_does_not():
     limits = Limits(crashes=3, crashes_of_a_task=99)
     world = with_workers(1, 9, limits)

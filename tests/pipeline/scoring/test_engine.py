@@ -33,7 +33,6 @@ from pipeline.scoring.threshold import (
     histograms,
     key_of,
 )
-from pipeline.scoring.torch_engine import TorchEngine
 from pipeline.shard.section import CHUNK
 
 SCORED = [name for name, method in METHODS.items() if method.score]
@@ -289,8 +288,8 @@ def test_a_device_adds_up_in_the_order_of_the_compiled_loops(kind):
 
 @pytest.mark.parametrize("method", SCORED)
 def test_a_pass_waits_once_for_all_its_chunks(method):
-    device = chunks.Counted()
-    engine, size = TorchEngine(method, device), 4 * BLOCK
+    device = chunks.Device()
+    engine, size = chunks.OneRunOnDevice(method, device), 4 * BLOCK
     p, f = pair("bfloat16", size)
     parts = [slice(begin, begin + BLOCK) for begin in range(0, size, BLOCK)]
     several = [chunks.one_run(p[s], f[s], p[s], f[s], s.start) for s in parts]
@@ -399,7 +398,7 @@ def test_output_bits_of_every_width():
 def test_a_device_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    with pytest.raises(UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="finds no GPU here"):
         make_engine("fapm", "cuda")
     assert isinstance(make_engine("fapm", "auto"), CpuEngine)
 

@@ -187,10 +187,10 @@ def cubic_oracle(p: torch.Tensor, f: torch.Tensor, density: float) -> torch.Tens
 
 @pytest.mark.parametrize("engine", ["compiled", "torch"])
 def test_a_new_method_is_one_function(runner, new_method, engine):
-    base, finetuned = gaussian({"a": (40, 30), "b": (700,)})
+    base, finetuned = gaussian({"a": (400, 300), "b": (700,)})
     runner.write(base, finetuned)
     recipe = runner.recipe("out").model_copy(update={"method": new_method})
-    prune(recipe, pool=(lambda plan, out, watch: chunks.OnTorch(recipe, out, 1)) if engine == "torch" else None)
+    prune(recipe, pool=chunks.on_torch(chunks.Device()) if engine == "torch" else None)
     out = load(runner.folder / "out")
     for name in base:
         assert torch.equal(out[name], cubic_oracle(base[name], finetuned[name], 0.1))
@@ -198,18 +198,6 @@ def test_a_new_method_is_one_function(runner, new_method, engine):
 
 def test_a_new_method_is_a_choice_of_the_recipe(runner, new_method):
     assert runner.recipe(method=new_method).method == new_method
-
-
-def test_all_methods_run_on_torch_with_the_same_bytes(runner):
-    base, finetuned = gaussian({"a": (40, 30), "b": (700,)}, torch.bfloat16)
-    runner.write(base, finetuned)
-    for method in METHODS:
-        recipe = runner.recipe(method=method)
-        prune(recipe, pool=lambda plan, out, watch, recipe=recipe: chunks.OnTorch(recipe, out, 1))
-        one, _ = runner.prune(method=method)
-        assert (one / "model.safetensors").read_bytes() == (
-            runner.folder / recipe.out / "model.safetensors"
-        ).read_bytes()
 
 
 def test_keep_all_is_every_element():

@@ -6,25 +6,33 @@ The device is the CPU: the same code runs on a GPU. What goes there is counted.
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
+import chunks
 import numpy as np
 import pytest
 import torch
 from checkpoints import digests, gaussian
-from chunks import Counted, OnTorch
+from chunks import Device
 
 from pipeline import Recipe, UserError, prune
-from pipeline.scoring.accelerator import Accelerator
-from pipeline.scoring.methods import METHODS
+from pipeline.errors import DeviceError, PassingError
+from pipeline.run import Watch
+from pipeline.scoring.methods import BLOCK, METHODS
+from pipeline.shard import worker
+from pipeline.shard.landing import RING, WORK_BYTES, Shares, shares
+from pipeline.shard.section import Sizes, slack
 from pipeline.shard.table import from_parquet
+from pipeline.shard.task import here
+from pipeline.shard.writing import BUFFERS
 
 SHAPES = {"model.layers.0.a": (300, 400), "model.layers.0.b": (70_001,), "model.layers.0.norm": (64,), "z": (512, 700)}
 LARGE = [name for name, shape in SHAPES.items() if np.prod(shape) > 1 << 16]
 
 
-def on_torch(recipe: Recipe, device: Accelerator | None = None) -> Path:
-    prune(recipe, pool=lambda plan, out, watch: OnTorch(recipe, out, 1, device))
+def on_torch(recipe: Recipe, device: Device | None = None, **choices) -> Path:
+    prune(recipe, pool=chunks.on_torch(device or Device()), **choices)
     return Path(recipe.out)
 
 
@@ -92,19 +100,123 @@ def pair_bytes() -> int:
     return 2 * 2 * sum(int(np.prod(SHAPES[name])) for name in LARGE)
 
 
-@pytest.mark.parametrize("scope", ["tensor", "layer"])
-def test_a_pair_that_stays_in_memory_goes_to_the_device_once(runner, scope):
+def read_bytes(out: Path) -> int:
+    """Of all steps but the one that samples."""
+    events = [json.loads(line) for line in (out / "fapm/log.jsonl").read_text().splitlines()]
+    return sum(event["read_bytes"] for event in events if event["event"] in ("counted", "shard"))
+
+
+BESIDE = 9000  # where samples begin; 8 bytes each
+
+
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+@pytest.mark.parametrize("memory", ["64MiB", "1GiB"])
+def test_a_pair_is_read_once_goes_to_the_device_once_and_comes_back_once(runner, scope, memory):
+    """In global scope it stays there from the step that counts to the one that writes."""
     runner.write(*gaussian(SHAPES, torch.bfloat16))
-    device = Counted()
-    on_torch(runner.recipe(scope=scope), device)
-    beside = 2048 + (0 if scope == "tensor" else 2 * 8 * (1 << 16))  # the small tensor; the cells of brackets
-    assert pair_bytes() <= device.up_bytes <= pair_bytes() + beside
-    assert device.waits <= 4 + len(SHAPES)  # means, counts, twice at most, and output; ties between large and small
+    device = Device()
+    out = on_torch(runner.recipe(scope=scope, memory=memory, shard_size="400kB"), device)
+    assert read_bytes(out) <= pair_bytes() + 4 * (2 * 2 * 64)  # the small tensor again, where there is no room for it
+    cells = 2 * 8 * (1 << 16) if scope == "global" else 0  # of brackets
+    assert pair_bytes() <= device.up_bytes <= pair_bytes() + cells * 4 + BESIDE
+    assert device.down_bytes == pair_bytes() // 2
+    assert device.waits <= 4 * len(SHAPES)  # means, two counts, output
 
 
-def test_a_pair_that_does_not_goes_there_once_a_pass(runner):
-    runner.write(*gaussian({"a": (4000, 4000)}, torch.bfloat16))
-    device = Counted()
-    recipe = runner.recipe(memory="64MiB")
-    same(on_torch(recipe, device), runner.prune(memory="64MiB")[0])
-    assert device.up_bytes == 3 * 2 * 2 * 4000 * 4000  # means, counts, output
+def test_a_pair_that_does_not_fit_goes_there_once_a_pass(runner, monkeypatch):
+    base, finetuned = gaussian({"a": (4000, 2000)}, torch.bfloat16)
+    runner.write(base, finetuned)
+    monkeypatch.setattr(worker, "shares", lambda memory, device, streamed: shares(memory, device, True))
+    device, nbytes = Device(), 2 * 2 * 4000 * 2000
+    same(on_torch(runner.recipe(memory="64MiB"), device), runner.prune(memory="64MiB")[0])
+    assert device.up_bytes - BESIDE <= 3 * nbytes <= device.up_bytes  # means, counts, output
+    assert device.down_bytes == nbytes // 2
+    assert device.waits == 3
+
+
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+@pytest.mark.parametrize("resident", [0, 3, 8, 100])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_depends_on_how_much_stays_on_the_device(runner, monkeypatch, scope, resident, workers):
+    """Chunks of one block, and room for so many of them."""
+    runner.write(*gaussian(SHAPES, torch.float32))
+    small = Sizes(BLOCK, 1 << 19, 1 << 20, 1 << 20)
+
+    def tiny(memory: int, device_memory: int, streamed: bool = False) -> Shares:
+        return Shares(small, 1 << 21, 1 << 19, 1 << 26, resident * BLOCK * 8)
+
+    monkeypatch.setattr(worker, "shares", tiny)
+    choices = {"scope": scope, "density": 0.3, "shard_size": "1MB", "workers": workers}
+    same(on_torch(runner.recipe(**choices)), runner.prune(**choices | {"workers": 1})[0])
+
+
+class Troubled(Device):
+    """A device that raises an error at some of the copies to it, counted from 1."""
+
+    def __init__(self, error: Exception, at: range):
+        super().__init__()
+        self._error, self._at, self._copies = error, at, 0
+
+    def up(self, array: np.ndarray):
+        self._copies += 1
+        if self._copies in self._at:
+            raise self._error
+        return super().up(array)
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("at", [1, 2, 5, 7, 9])
+def test_out_of_its_memory_a_device_is_streamed_to_and_then_left_alone(runner, scope, at):
+    runner.write(*gaussian(SHAPES, torch.bfloat16))
+    choices = {"scope": scope, "shard_size": "400kB"}
+    expected, said, progress = runner.prune(**choices)[0], [], []
+    watch = Watch(say=said.append, advance=progress.append)
+    once = on_torch(runner.recipe(**choices), Troubled(FULL, range(at, at + 1)), watch=watch)
+    same(once, expected)
+    assert [line for line in said if line.startswith("note:")] == [said_of("it goes on in smaller pieces")]
+    passed = {"tensor": 1, "global": 2}[scope]
+    assert sum(progress) == passed * (pair_bytes() + 2 * 2 * 64)
+    said.clear()
+    again = on_torch(runner.recipe(**choices), Troubled(FULL, range(at, 10**6)), watch=watch)
+    same(again, expected)
+    notes = [line for line in said if line.startswith("note:")]
+    assert "; ".join(notes).count("it goes on in smaller pieces") == 1
+    assert notes[-1].endswith("its CPU goes on")
+
+
+def said_of(what: str) -> str:
+    return f"note: the GPU of {here()} has less memory left than 16.1 GB: {what}"
+
+
+def test_a_device_without_memory_from_the_start_is_left_alone(runner):
+    runner.write(*gaussian(SHAPES, torch.bfloat16))
+    device = Device(free=1 << 20)
+    same(on_torch(runner.recipe(), device), runner.prune()[0])
+    assert device.up_bytes == 0
+
+
+def test_a_device_that_fails_ends_a_run_of_one_process_which_goes_on_later(runner):
+    runner.write(*gaussian(SHAPES, torch.bfloat16))
+    recipe = runner.recipe(shard_size="400kB")
+    failure = torch.AcceleratorError("CUDA error: an illegal memory access was met\nDo try again")
+    with pytest.raises(DeviceError, match=r"has failed: CUDA error: an illegal memory access was met; .* again$"):
+        on_torch(recipe, Troubled(failure, range(5, 10**6)))
+    assert issubclass(DeviceError, PassingError)
+    same(on_torch(recipe), runner.prune(shard_size="400kB")[0])
+
+
+def test_the_memory_of_a_worker_holds_with_its_buffers_for_the_device():
+    for memory in (1 << 24, 100 << 20, 976 << 20, 1 << 36):
+        for device_memory in (1 << 28, 1 << 30, 80 << 30):
+            for streamed in (False, True):
+                found = shares(memory, device_memory, streamed)
+                assert found.ring * RING + found.output * BUFFERS + found.host == memory
+                assert found.host >= memory // 4
+                assert found.cut.piece_bytes + slack(found.cut.piece_bytes) <= found.ring
+                assert found.cut.piece_bytes // 16 >= BLOCK
+                assert found.cut.output_bytes // 8 >= BLOCK
+                assert found.resident + found.cut.chunk * WORK_BYTES <= device_memory
+                assert streamed == (found.resident == 0)

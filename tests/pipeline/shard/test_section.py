@@ -16,7 +16,7 @@ from pipeline import Recipe, make_plan
 from pipeline.formats.header import TensorInfo
 from pipeline.plan import PairedTensor
 from pipeline.shard import section
-from pipeline.shard.reading import BUFFER_BYTES, Memory, Pieces, SectionReader
+from pipeline.shard.reading import BUFFER_BYTES, NOTHING, Memory, Pieces, SectionReader
 from pipeline.shard.section import MOST_RANGES, PIECE_BYTES, SMALL, sections
 from pipeline.storage.local import Folder
 
@@ -110,9 +110,9 @@ def test_what_is_read_is_what_was_stored_wherever_it_lies(tmp_path: Path, order:
     folders = [Folder(tmp_path / role) for role in ("base", "finetuned")]
     reader = SectionReader(*folders, Memory(1 << 28))
     for one in sections(plan.shards[0].tensors):
-        pieces = Pieces(reader, one, reader.start(one) if resident else None)
+        pieces = Pieces(reader, one, reader.start(one) if resident else NOTHING)
         for loaded in pieces:
-            for part, views in zip(loaded.piece.slices, loaded.views, strict=True):
+            for part, views in loaded.slices():
                 if part.raw:
                     continue
                 for side, view in zip(sides, views, strict=True):
