@@ -8,18 +8,21 @@ to read both and write one (an exclusive or). The best of several rounds that ta
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.scoring.accelerator import Accelerator
 from pipeline.scoring.compiled import CpuEngine
 from pipeline.scoring.engine import Chunk, Engine
 from pipeline.scoring.methods import METHODS, evaluate
 from pipeline.scoring.threshold import Threshold, bracket_from_scores, float_thresholds, histograms
-from pipeline.scoring.torch_engine import TorchEngine
+
+sys.path.append(str(Path(__file__).parents[1]))
+from chunks import torch_engine
 
 SHAPE, DENSITY, ROUNDS = (2048, 5632), 0.1, 9
 
@@ -80,7 +83,7 @@ def main() -> None:
     ways: dict[str, Callable[[], object]] = {
         "copy (read both, write one)": lambda: np.bitwise_xor(p, f, out=out),
         "compiled loops": lambda: prune(CpuEngine("fapm"), p, f, out),
-        "torch operations": lambda: prune(TorchEngine("fapm", Accelerator("cpu")), p, f, out),
+        "torch operations": lambda: prune(torch_engine("fapm"), p, f, out),
         "argsort of the whole": lambda: by_sorting(p, f),
     }
     best = dict.fromkeys(ways, float("inf"))

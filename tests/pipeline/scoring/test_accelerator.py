@@ -6,9 +6,12 @@ test_engine.py and test_on_device.py where there is one.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from chunks import Device
 
 from pipeline.scoring import accelerator
 from pipeline.scoring.accelerator import Accelerator
@@ -106,3 +109,18 @@ def test_memory_that_cannot_be_locked_is_ordinary_memory(runtime, monkeypatch):
 
     monkeypatch.setattr(accelerator.torch, "empty", refuse)
     assert Accelerator("cpu").host(100).size == 100
+
+
+def test_the_benchmark_of_a_device_runs_and_its_bus_moves_what_the_prune_moves(monkeypatch):
+    """On the tests' device, whose times say nothing."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import device as benchmark
+
+    lines = benchmark.in_memory(Device(), Device(), tensors=3, elements=1 << 17).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["bus", "pinned to pinned", "arithmetic alone"]
+    moved, pruned = Device(), Device()
+    for one, work in ((moved, benchmark.bus), (pruned, benchmark.prune_all)):
+        sides = benchmark.pairs(one, 3, 1 << 17)
+        work(one, sides, [one.host(1 << 18)])
+    assert moved.down_bytes == pruned.down_bytes == 3 * (1 << 18)
+    assert moved.up_bytes - (1 << 18) == pruned.up_bytes == 6 * (1 << 18)
