@@ -156,7 +156,14 @@ def select(engine: Engine, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[
 
 
 def count_runs(engine: Engine, chunk: Chunk, m: np.ndarray, groups: np.ndarray, counted: Histograms) -> bool:
-    return only(engine.counting(counted), chunk, m, groups)
+    """Whether all d are finite; as `shard.passes.count` does it."""
+    before = counted.bins.copy(), counted.above.copy()
+    found = only(engine.counting(counted), chunk, m, groups)
+    if not found.complete:
+        assert np.array_equal(counted.bins, before[0]) and np.array_equal(counted.above, before[1])
+        found = only(engine.counting(counted, thorough=True), chunk, m, groups)
+    assert found.complete
+    return found.finite
 
 
 def apply_runs(engine: Engine, chunk: Chunk, m, thresholds, groups, ties, out) -> Applied:

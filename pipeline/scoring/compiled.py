@@ -28,7 +28,7 @@ from numba.core import event
 from numba.extending import overload, register_jitable
 
 from pipeline.scoring import methods as formulas
-from pipeline.scoring.engine import Applied, AtOnce, Chunk
+from pipeline.scoring.engine import Applied, AtOnce, Chunk, Counted
 from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, mix
 from pipeline.scoring.threshold import Histograms
 
@@ -395,12 +395,14 @@ class CpuEngine:
     def selection(self) -> AtOnce[[Chunk, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         return AtOnce(self._select)
 
-    def counting(self, histograms: Histograms) -> AtOnce[[Chunk, np.ndarray, np.ndarray], bool]:
+    def counting(
+        self, histograms: Histograms, thorough: bool = True
+    ) -> AtOnce[[Chunk, np.ndarray, np.ndarray], Counted]:
         h = histograms
         layout = h.lo, h.hi, h.base, h.shift, h.tables, h.cells, h.masks, h.starts
 
-        def count(chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> bool:
-            return bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above))
+        def count(chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> Counted:
+            return Counted(bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above)))
 
         return AtOnce(count)
 

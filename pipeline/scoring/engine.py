@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -103,6 +103,14 @@ class Applied:
     overflowed: int = 0
 
 
+class Counted(NamedTuple):
+    """Of a chunk whose scores were counted: whether all d are finite; and whether the pass has found so many in the
+    brackets as it can take. If not, it has counted no StoredChunk, and a thorough one has to."""
+
+    finite: bool
+    complete: bool = True
+
+
 AnyChunk = Any
 """A Chunk, or, where the engine `converts`, a StoredChunk."""
 
@@ -154,9 +162,15 @@ class Engine(Protocol):
         none), and how many elements equal to it belong to the k highest; (r,) int64 both."""
         ...
 
-    def counting(self, histograms: Histograms) -> Pass[[AnyChunk, np.ndarray, np.ndarray], bool]:
+    def counting(
+        self, histograms: Histograms, thorough: bool = False
+    ) -> Pass[[AnyChunk, np.ndarray, np.ndarray], Counted]:
         """Of chunk, m, groups: the keys of each run are added to the histogram of its group ((r,) int64, −1 for none),
-        which is complete once the result was asked for; it says whether all d are finite."""
+        once the result was asked for.
+
+        Args:
+            thorough: all of them, however many lie in the brackets.
+        """
         ...
 
     def application(

@@ -40,6 +40,11 @@ class Bracket:
     hi: int = HIGHEST_KEY
     fine: tuple[int, ...] = ()
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it is less than all."""
+        return self.lo > LOWEST_KEY and self.hi < HIGHEST_KEY
+
     def shift(self, max_bins: int = MAX_BINS) -> int:
         """The smallest s for which bins of 2^s keys are at most `max_bins`."""
         return max(0, (self.hi - self.lo).bit_length() - (max_bins.bit_length() - 1))

@@ -19,7 +19,6 @@ from pipeline.recipe import Recipe
 from pipeline.scoring.engine import AnyChunk, Chunk, Engine, StoredChunk
 from pipeline.scoring.methods import METHODS, evaluate
 from pipeline.scoring.threshold import (
-    COARSE_BINS,
     KEEP_ALL,
     MAX_BINS,
     Bracket,
@@ -136,15 +135,24 @@ class Bench:
                 yield here, self.chunk(part, held)
 
     @property
-    def counts_cheaply(self) -> bool:
-        """Whether to count twice costs less than a look at a sample: all is on a device."""
+    def on_device(self) -> bool:
+        """Whether there is something for a device, and it is there."""
         return bool(self.pieces.section.on_device) and self.pieces.resident_on_device
 
-    def sample(self, tensor: PairedTensor, share: float) -> Sample:
-        """About `share` of a tensor's elements."""
+    @property
+    def looks(self) -> int:
+        """How many elements of a group to look at: fewer on a device, where to count once more costs less."""
+        return sample.ON_DEVICE if self.on_device else sample.LOCAL
+
+    def look(self, tensor: PairedTensor, share: float) -> Sample:
+        """A sample for that, in short runs where those cost no more than long ones."""
+        return self.sample(tensor, share, sample.SHORTEST_RUN if self.on_device else sample.RUN)
+
+    def sample(self, tensor: PairedTensor, share: float, longest: int = sample.RUN) -> Sample:
+        """About `share` of a tensor's elements, in runs of `longest` at most where it is in memory."""
         parts = self.pieces.parts(tensor)
         if parts:
-            return sample.near(parts, tensor, share, self.recipe, self.engine.device)
+            return sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
         return sample.far(self.pieces.reader, tensor, share, self.recipe)
 
 
@@ -191,11 +199,16 @@ def count(bench: Bench, counted: Histograms, names: Sequence[str]) -> None:
     by_group = np.array([place.get(name, -1) for name in bench.names] + [-1], np.int64)
     into = by_group[bench.group_of]  # the last, for −1
     means = bench.mean.astype(np.float32)
-    passed = bench.engine.counting(counted)
-    for here, chunk in bench.chunks(into >= 0):
-        passed.add(chunk, means[here], into[here])
-    if not all(passed.result()):
-        refuse_nonfinite(bench)
+    for thorough in (False, True):
+        passed = bench.engine.counting(counted, thorough)
+        for here, chunk in bench.chunks(into >= 0):
+            if not thorough or isinstance(chunk, StoredChunk):
+                passed.add(chunk, means[here], into[here])
+        found = passed.result()
+        if not all(one.finite for one in found):
+            refuse_nonfinite(bench)
+        if all(one.complete for one in found):
+            return
 
 
 _ALL = 1 << 62  # elements
@@ -225,8 +238,7 @@ def search(bench: Bench, found: dict[str, Threshold], left: dict[str, int]) -> N
     brackets: dict[str, Bracket] = {}
     limits: dict[str, int] = {}
     for name, tensors in members.items():
-        most = COARSE_BINS if bench.counts_cheaply else MAX_BINS
-        limits[name] = min(most, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
+        limits[name] = min(16 * bench.looks, MAX_BINS, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
         brackets[name] = _first_bracket(bench, tensors, bench.groups[name], limits[name])
     while brackets:
         names = list(brackets)
@@ -261,13 +273,14 @@ def _select(bench: Bench, singles: np.ndarray) -> None:
 
 
 def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_bins: int) -> Bracket:
-    if group.numel < 2 * sample.LOCAL or bench.counts_cheaply:
+    looks = bench.looks
+    if group.numel < 2 * looks:
         return Bracket()
     means = {t.name: np.float32(m) for t, m in zip(bench.tensors, bench.mean, strict=True) if t.group == group.name}
     if len(members) > 1:
-        return sample.survey(members, group, sample.LOCAL, bench.sample, bench.recipe, means).bracket(group, max_bins)
+        return sample.survey(members, group, looks, bench.look, bench.recipe, means).bracket(group, max_bins)
     (tensor,) = members
-    taken = bench.sample(tensor, sample.LOCAL / group.numel)
+    taken = bench.look(tensor, looks / group.numel)
     return bracket_from_scores(taken.scores(tensor, bench.recipe, means[tensor.name]), group.k / group.numel)
 
 

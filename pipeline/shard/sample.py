@@ -27,6 +27,9 @@ from pipeline.shard.section import Slice
 LOCAL = 1 << 17
 """Elements of a group that lies in one shard whose scores suggest a first bracket."""
 
+ON_DEVICE = 1 << 14
+"""The same where all of a group is on a device."""
+
 WIDE = 1 << 20
 """The same for a group over several shards, where a wrong guess costs another read of everything; of a small group
 a sixteenth is enough."""
@@ -38,7 +41,7 @@ RUN = 128
 """Elements side by side, at most."""
 
 _FEWEST_RUNS = 16  # of a tensor, so that their differences say something
-_SHORTEST_RUN = 16
+SHORTEST_RUN = 16
 _WHOLE = 1 << 18  # elements of a tensor that may be taken whole
 
 
@@ -61,10 +64,15 @@ Part = tuple[Slice, list[np.ndarray] | StoredChunk]
 
 
 def near(
-    parts: Iterable[Part], tensor: PairedTensor, share: float, recipe: Recipe, device: DeviceEngine | None = None
+    parts: Iterable[Part],
+    tensor: PairedTensor,
+    share: float,
+    recipe: Recipe,
+    device: DeviceEngine | None = None,
+    longest: int = RUN,
 ) -> Sample:
-    """About `share` of a tensor's elements, from its slices in memory."""
-    starts, length = _runs(tensor.common, share)
+    """About `share` of a tensor's elements, from its slices in memory, in runs of `longest` at most."""
+    starts, length = _runs(tensor.common, share, longest)
     sides: list[Sequence[np.ndarray]] = []
     for part, held in parts:
         chosen, many = starts[(starts >= part.start) & (starts < part.stop)] - part.start, length
@@ -95,15 +103,15 @@ def _sample(
     return Sample(positions, *pair_of_values(p, f, tensor, recipe), starts.size)
 
 
-def _runs(numel: int, share: float) -> tuple[np.ndarray, int]:
+def _runs(numel: int, share: float, longest: int = RUN) -> tuple[np.ndarray, int]:
     """First elements of runs of one length, spread evenly, that hold about `share` of a tensor.
 
     The length is a power of two, so that no run lies in two slices.
     """
     wanted = max(1, math.ceil(share * numel))
-    if (numel <= _WHOLE and wanted * 2 >= numel) or numel < _FEWEST_RUNS * _SHORTEST_RUN:
+    if (numel <= _WHOLE and wanted * 2 >= numel) or numel < _FEWEST_RUNS * SHORTEST_RUN:
         return np.zeros(1, np.int64), numel
-    length = min(RUN, max(_SHORTEST_RUN, 1 << max(1, wanted // _FEWEST_RUNS).bit_length() - 1))
+    length = min(longest, max(SHORTEST_RUN, 1 << max(1, wanted // _FEWEST_RUNS).bit_length() - 1))
     places = numel // length
     count = min(places, math.ceil(wanted / length))
     return np.arange(count) * places // count * length, length

@@ -310,6 +310,19 @@ def test_a_pass_waits_once_for_all_its_chunks(method):
     assert counted.bins.sum() + counted.above[0] == size
 
 
+def test_a_device_says_when_a_bracket_holds_more_than_it_has_picked_out():
+    p, f = pair("float32", 3 * BLOCK)
+    keys = np.sort(key_of(expected_scores("fapm", p, f)).astype(np.int64))
+    engine, m = chunks.torch_engine("fapm"), np.array([oracle.mean_of(p)], np.float32)
+    for share, complete in ((50, True), (5, False)):
+        bracket = Bracket(int(keys[-100 - keys.size // share]), int(keys[-100]))
+        counted = histograms([bracket])
+        found = chunks.only(engine.counting(counted), chunk_of(p, f), m, chunks.GROUP)
+        assert found == (True, complete)
+        inside = np.count_nonzero((keys >= bracket.lo) & (keys <= bracket.hi)) if complete else 0
+        assert (counted.bins.sum(), bool(counted.above[0])) == (inside, complete)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_is_right_to_the_bit(kind):
     for seed in range(20):
