@@ -11,6 +11,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,6 +92,14 @@ Load = Callable[[Piece, np.ndarray], tuple[list[list[np.ndarray]], float]]
 """Reads a piece into a buffer; returns the bytes of the sides of each slice, and the seconds that it took."""
 
 
+_Key = tuple[str, int]  # tensor, first element
+
+
+class _Kept(NamedTuple):
+    chunk: StoredChunk
+    nbytes: int
+
+
 class Landing:
     """A worker's device. All but the landing itself is for the thread that computes."""
 
@@ -102,38 +111,31 @@ class Landing:
             self._ring.put((device.host(shares.ring), _at_once))
         self._room = shares.resident
         self._spare = shares.resident // 2  # stays free of what is only kept
-        self._kept: dict[tuple[str, int], StoredChunk] = {}
-        self._kept_bytes: dict[tuple[str, int], int] = {}
+        self._kept: dict[_Key, _Kept] = {}
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._kept.clear()
 
     def fits(self, section: Section) -> bool:
-        """Whether there is room for a section's pairs."""
-        return self._missing(section) <= self._room + sum(self._kept_bytes.values())
+        """Whether there is room for a section's pairs, where others that are only kept make way."""
+        parts = _parts(section)
+        missing = sum(part.nbytes for key, part in parts.items() if key not in self._kept)
+        return missing <= self._room + sum(kept.nbytes for key, kept in self._kept.items() if key not in parts)
 
     def start(self, section: Section) -> list[Future[Landed]] | None:
         """Begin to bring a section's pairs, or say None if there is no room for them now."""
         if not self.fits(section):
             return None
-        parts = [part for piece in section.on_device for part in piece.slices]
-        self._room -= self._missing(section)
-        known = {_key(part): self._kept.pop(_key(part), None) for part in parts}
-        for key in known.keys() & self._kept_bytes.keys():
-            del self._kept_bytes[key]
+        parts = _parts(section)
+        known = {key: self._kept.pop(key, None) for key in parts}
+        self._room -= sum(part.nbytes for key, part in parts.items() if not known[key])
         while self._room < 0:
-            key = next(iter(self._kept))
-            del self._kept[key]
-            self._room += self._kept_bytes.pop(key)
-        return [
-            self._threads.submit(self._land, piece, [known[_key(part)] for part in piece.slices])
-            for piece in section.on_device
-        ]
+            self._room += self._kept.pop(next(iter(self._kept))).nbytes
+        return [self._submit(piece, [known[_key(part)] for part in piece.slices]) for piece in section.on_device]
 
-    def _missing(self, section: Section) -> int:
-        parts = (part for piece in section.on_device for part in piece.slices)
-        return sum(part.nbytes for part in parts if _key(part) not in self._kept)
+    def _submit(self, piece: Piece, known: Sequence[_Kept | None]) -> Future[Landed]:
+        return self._threads.submit(self._land, piece, [kept and kept.chunk for kept in known])
 
     def release(self, landings: Sequence[Future[Landed]], section: Section, keep: bool) -> None:
         """Forget a section's pairs, or keep them for the step after this one while there is room."""
@@ -145,7 +147,7 @@ class Landing:
             for part, chunk in zip(piece.slices, landing.result().held, strict=True):
                 if self._room - part.nbytes >= self._spare:
                     self._room -= part.nbytes
-                    self._kept[_key(part)], self._kept_bytes[_key(part)] = chunk, part.nbytes
+                    self._kept[_key(part)] = _Kept(chunk, part.nbytes)
 
     def stream(self, pieces: Sequence[Piece]) -> Iterator[Landed]:
         """One pass over pieces that do not stay: the next is on its way while one is used."""
@@ -155,8 +157,7 @@ class Landing:
             while waiting or ahead:
                 while waiting and len(ahead) < _STREAMED - 1:
                     piece = waiting.pop()
-                    known = [self._kept.get(_key(part)) for part in piece.slices]
-                    ahead.append(self._threads.submit(self._land, piece, known))
+                    ahead.append(self._submit(piece, [self._kept.get(_key(part)) for part in piece.slices]))
                 yield ahead.pop(0).result()
         finally:
             wait(ahead)
@@ -180,8 +181,13 @@ class Landing:
         return Landed(piece, [chunk or next(made) for chunk in known], nbytes, seconds)
 
 
-def _key(part: Slice) -> tuple[str, int]:
+def _key(part: Slice) -> _Key:
     return part.tensors[0].name, part.start
+
+
+def _parts(section: Section) -> dict[_Key, Slice]:
+    """What goes to the device."""
+    return {_key(part): part for piece in section.on_device for part in piece.slices}
 
 
 def _at_once() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import upcast
+from pipeline.scoring import device
 from pipeline.scoring.compiled import BLOCK, TILE, CpuEngine
 from pipeline.scoring.device import make_engine
 from pipeline.scoring.engine import Chunk
@@ -288,8 +289,8 @@ def test_a_device_adds_up_in_the_order_of_the_compiled_loops(kind):
 
 @pytest.mark.parametrize("method", SCORED)
 def test_a_pass_waits_once_for_all_its_chunks(method):
-    device = chunks.Device()
-    engine, size = chunks.OneRunOnDevice(method, device), 4 * BLOCK
+    counted_device = chunks.Device()
+    engine, size = chunks.OneRunOnDevice(method, counted_device), 4 * BLOCK
     p, f = pair("bfloat16", size)
     parts = [slice(begin, begin + BLOCK) for begin in range(0, size, BLOCK)]
     several = [chunks.one_run(p[s], f[s], p[s], f[s], s.start) for s in parts]
@@ -304,9 +305,9 @@ def test_a_pass_waits_once_for_all_its_chunks(method):
     for i, (passed, added) in enumerate(passes):
         for operands in added:
             passed.add(*operands)
-        assert device.waits == i
+        assert counted_device.waits == i
         assert len(passed.result()) == len(several)
-        assert device.waits == i + 1
+        assert counted_device.waits == i + 1
     assert counted.bins.sum() + counted.above[0] == size
 
 
@@ -408,15 +409,41 @@ def test_output_bits_of_every_width():
             assert np.array_equal(out, np.where(oracle.kept_mask(s, 300), kept, pruned))
 
 
-def test_a_device_that_is_not_there_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    with pytest.raises(UserError, match="finds no GPU here"):
+@pytest.fixture
+def driver(monkeypatch):
+    """A machine with the nodes of a driver, and what torch says of it."""
+    monkeypatch.setattr(device.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    return monkeypatch
+
+
+def test_gpus_are_those_that_torch_may_use(driver):
+    assert device.gpus() == 2 and device.uses_gpu("auto") and device.uses_gpu("cuda")
+    assert not device.uses_gpu("cpu")
+    with pytest.raises(UserError, match="--device cuda:2: the last GPU here is cuda:1"):
+        make_engine("fapm", "cuda:2")
+    driver.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))  # no float64
+    assert device.gpus() == 0
+    driver.setattr(torch.accelerator, "is_available", lambda: False)  # CUDA_VISIBLE_DEVICES says so
+    assert device.gpus() == 0
+    driver.delattr(torch.accelerator, "get_memory_info")
+    driver.setattr(torch.accelerator, "is_available", lambda: True)
+    assert device.gpus() == 0
+
+
+def test_a_device_that_is_not_there_is_refused(driver):
+    driver.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch finds no GPU here, or is too old"):
         make_engine("fapm", "cuda")
     assert isinstance(make_engine("fapm", "auto"), CpuEngine)
+    driver.undo()
+    driver.setattr(device.glob, "glob", lambda pattern: [])
+    assert device.gpus() == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+@pytest.mark.skipif(not device.gpus(), reason="torch finds no GPU here")
 @pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_gives_the_bits_of_the_cpu(method, kind):

@@ -19,6 +19,7 @@ from chunks import Device
 from pipeline import Recipe, UserError, prune
 from pipeline.errors import DeviceError, PassingError
 from pipeline.run import Watch
+from pipeline.scoring.device import gpus
 from pipeline.scoring.methods import BLOCK, METHODS
 from pipeline.shard import worker
 from pipeline.shard.landing import RING, WORK_BYTES, Shares, shares
@@ -206,6 +207,18 @@ def test_a_device_that_fails_ends_a_run_of_one_process_which_goes_on_later(runne
         on_torch(recipe, Troubled(failure, range(5, 10**6)))
     assert issubclass(DeviceError, PassingError)
     same(on_torch(recipe), runner.prune(shard_size="400kB")[0])
+
+
+@pytest.mark.skipif(not gpus(), reason="torch finds no GPU here")
+@pytest.mark.parametrize(("method", "scope"), list(itertools.product(METHODS, ("tensor", "layer", "global"))))
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)])
+def test_on_a_gpu(runner, method, scope, dtypes):
+    sides = zip(gaussian(SHAPES, torch.float64), dtypes, strict=True)
+    runner.write(*({name: w.to(dtype) for name, w in side.items()} for side, dtype in sides))
+    choices = {"method": method, "scope": scope, "density": 0.3, "shard_size": "800kB"}
+    expected = runner.prune(**choices)[0]
+    for memory in (None, "256MiB"):
+        same(runner.prune(**choices, device="cuda", device_memory=memory)[0], expected)
 
 
 def test_the_memory_of_a_worker_holds_with_its_buffers_for_the_device():
