@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import ray
 
-from pipeline.errors import UserError
+from pipeline.errors import PassingError, UserError
+from pipeline.manifest import RUN
 from pipeline.pool import Step
 from pipeline.recipe import Recipe
 from pipeline.shard.task import Done, Task, here
 from pipeline.shard.worker import Worker
-from pipeline.storage.local import Folder
+from pipeline.storage.address import open_store
+from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,13 @@ class Sight:
     """What every node has to see as the driver does.
 
     Attributes:
-        files: paths of the inputs and their sizes.
-        run: path of the output's `fapm/run.json`, and what is in it.
+        files: names and sizes of the files of each input, by its address.
+        out: the output, and `run`: what is in its `fapm/run.json`.
     """
 
-    files: dict[str, int]
-    run: tuple[str, bytes]
+    files: dict[str, dict[str, int]]
+    out: Store
+    run: bytes
 
 
 class FapmWorker:
@@ -45,7 +48,7 @@ class FapmWorker:
     def __repr__(self) -> str:
         return f"fapm worker {self._name}"
 
-    def start(self, recipe: Recipe, out: Folder, sight: Sight, slots: int) -> tuple[str, str]:
+    def start(self, recipe: Recipe, out: Store, sight: Sight, slots: int) -> tuple[str, str]:
         """Make the workers; returns the id of the node, and the host and the process.
 
         Args:
@@ -76,18 +79,26 @@ def check_sight(sight: Sight) -> None:
 
     Raises:
         UserError: it does not, with the node and the path.
+        PassingError: a store does not answer.
     """
-    path, content = sight.run
+    _look(sight.out, RUN, lambda: sight.out.read(RUN) == sight.run)
+    for address, sizes in sight.files.items():
+        store = open_store(address)
+        for name, size in sizes.items():
+            _look(store, name, partial(_has, store, name, size))
+
+
+def _has(store: Store, name: str, size: int) -> bool:
+    return store.has(name) and store.size(name) == size
+
+
+def _look(store: Store, name: str, is_same: Callable[[], bool]) -> None:
     try:
-        same = Path(path).read_bytes() == content
-    except OSError:
-        same = False
-    missing = [] if same else [path]
-    for file, size in sight.files.items():
-        if not os.path.isfile(file) or os.path.getsize(file) != size:
-            missing.append(file)
-    if missing:
-        raise UserError(
-            f"node {socket.gethostname()} does not see {missing[0]} as the driver does; "
-            "give paths on a file system that all nodes share"
-        )
+        if is_same():
+            return
+        why = "give addresses that mean the same on all nodes"
+    except PassingError:
+        raise
+    except UserError as error:
+        why = str(error)
+    raise UserError(f"node {socket.gethostname()} does not see {store.at(name)} as the driver does: {why}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.pool import Pool
     from pipeline.run import MakePool, Watch
-    from pipeline.storage.local import Folder
+    from pipeline.storage.store import Store
 
 
 class Commands(click.Group):
@@ -118,7 +118,7 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
 def _pool(ray: str, by: str) -> MakePool:
     """Makes the workers, and says which and why."""
 
-    def make(plan: Plan, out: Folder, watch: Watch) -> Pool:
+    def make(plan: Plan, out: Store, watch: Watch) -> Pool:
         if ray == "off":
             from pipeline.recipe import ON_RAY_ONLY
             from pipeline.run import in_process
@@ -156,13 +156,15 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     from pipeline.pool import default_workers
     from pipeline.report import plan_facts, plan_text
     from pipeline.run import check_disk
+    from pipeline.storage.address import scheme_of
     from pipeline.storage.rate import read_rate
 
     made, state = look(recipe, overwrite)
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
     if state != "finished":
         check_disk(made, state)
-    files = {s.folder.path / name: of["size"] for s in (made.base, made.finetuned) for name, of in s.identity.items()}
+    sides = [side for side in (made.base, made.finetuned) if not scheme_of(side.folder.address)]
+    files = {side.folder.at(name): entry["size"] for side in sides for name, entry in side.identity.items()}
     facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)), read_rate(files))
     _print(facts, plan_text(facts), as_json)
 

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
 from pipeline.shard import landing
 from pipeline.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
+from pipeline.storage.address import scheme_of
 
 PROCESS_BYTES = 384 << 20
 """What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB
@@ -87,7 +88,8 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
     if slots > 1:
         options["max_concurrency"] = slots
-    buffers = OVERHEAD_BYTES + ENOUGH_BYTES + (landing.ENOUGH_BYTES if gpus else 0)
+    far = scheme_of(recipe.base) or scheme_of(recipe.finetuned)  # inputs that are worth keeping in memory
+    buffers = memory if far else OVERHEAD_BYTES + ENOUGH_BYTES + (landing.ENOUGH_BYTES if gpus else 0)
     options["memory"] = PROCESS_BYTES + (DEVICE_BYTES if gpus else 0) + slots * min(memory, buffers)
     if recipe.accelerator:
         options["accelerator_type"] = recipe.accelerator

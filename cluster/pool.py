@@ -32,7 +32,8 @@ from pipeline.recipe import Recipe
 from pipeline.run import MakePool, Watch
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
-from pipeline.storage.local import Folder
+from pipeline.storage.address import absolute
+from pipeline.storage.store import Store
 
 _TICK_SECONDS = 1.0
 _SAY_SECONDS = 60.0  # between two lines that say what the run is waiting for
@@ -61,7 +62,7 @@ class RayPool:
         UserError: the cluster cannot be reached, a worker cannot start, or a shard fails again and again.
     """
 
-    def __init__(self, plan: Plan, out: Folder, watch: Watch, address: str):
+    def __init__(self, plan: Plan, out: Store, watch: Watch, address: str):
         self._watch = watch
         self._names = {shard.index: shard.name for shard in plan.shards}
         self._owns_ray = not ray.is_initialized()
@@ -74,7 +75,7 @@ class RayPool:
                 ray.shutdown()
             raise
 
-    def _begin(self, plan: Plan, out: Folder) -> None:
+    def _begin(self, plan: Plan, out: Store) -> None:
         """Ask for workers."""
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._demand = demand(plan.recipe, len(plan.shards), resources)
@@ -96,7 +97,7 @@ class RayPool:
         self._errors: dict[int, Exception] = {}  # the last of each task
         self._head = str(ray.get_runtime_context().gcs_address)
         self._looked = self._said_waiting = self._heard_of_head = time.monotonic()
-        self._metrics = Metrics(str(self._out.path), len(unfinished_shards(plan)))
+        self._metrics = Metrics(self._out.address, len(unfinished_shards(plan)))
         self._watch.note("asked", workers=self.workers, each=str(self._demand))
         self._do(self._queue.prepare(), _nothing, {})
 
@@ -279,10 +280,10 @@ def _draining() -> set[str]:
         return set()
 
 
-def _sight(plan: Plan, recipe: Recipe, out: Folder) -> Sight:
+def _sight(plan: Plan, recipe: Recipe, out: Store) -> Sight:
     sides = ((recipe.base, plan.base.identity), (recipe.finetuned, plan.finetuned.identity))
-    files = {os.path.join(folder, name): entry["size"] for folder, files in sides for name, entry in files.items()}
-    return Sight(files, (str(out.path / RUN), out.read(RUN)))
+    files = {address: {name: entry["size"] for name, entry in identity.items()} for address, identity in sides}
+    return Sight(files, out, out.read(RUN))
 
 
 def _connect(address: str, recipe: Recipe, say: Callable[[str], None]) -> None:
@@ -338,9 +339,7 @@ def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
 
 def _absolute(recipe: Recipe) -> Recipe:
     """The same paths for processes with another working directory."""
-    return recipe.model_copy(
-        update={side: os.path.abspath(getattr(recipe, side)) for side in ("base", "finetuned", "out")}
-    )
+    return recipe.model_copy(update={side: absolute(getattr(recipe, side)) for side in ("base", "finetuned", "out")})
 
 
 def _first_line(error: BaseException) -> str:

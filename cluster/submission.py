@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.options import as_arguments
@@ -20,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.formats.newest import LATEST
 from pipeline.manifest import State, identity, look
 from pipeline.recipe import PATHS, Recipe
+from pipeline.storage.address import absolute, open_store, split
 
 NAME = "fapm"
 
@@ -61,7 +60,7 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
     Raises:
         UserError: what `fapm prune` would raise before it begins.
     """
-    given = recipe.model_copy(update={side: os.path.abspath(getattr(recipe, side)) for side in PATHS})
+    given = recipe.model_copy(update={side: absolute(getattr(recipe, side)) for side in PATHS})
     if not _is_seen(given):
         say(f"note: {given.base} and {given.finetuned} are not seen from here; the cluster will look")
         return Submission(given, _digest(given, None), None, ray, overwrite)
@@ -83,9 +82,13 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
 
 
 def _is_seen(recipe: Recipe) -> bool:
-    """Whether either input is on this machine: if only one is, the other is missing."""
-    paths = [Path(fields.fill(path, fields.times())) for path in (recipe.base, recipe.finetuned)]
-    return any(path.exists() or (path.name == LATEST and path.parent.exists()) for path in paths)
+    """Whether either input is seen from this machine: if only one is, the other is missing."""
+    for path in (recipe.base, recipe.finetuned):
+        address = fields.fill(path, fields.times())
+        folder, name = split(address)
+        if open_store(address).exists() or (name == LATEST and open_store(folder).exists()):
+            return True
+    return False
 
 
 def _digest(given: Recipe, inputs: dict[str, Any] | None) -> str:

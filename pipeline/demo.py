@@ -23,7 +23,8 @@ from pipeline.formats.header import TensorInfo, build_header
 from pipeline.manifest import INDEX
 from pipeline.recipe import Recipe
 from pipeline.run import Result, Watch, prune
-from pipeline.storage.local import Folder
+from pipeline.storage.address import open_store
+from pipeline.storage.store import Store
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 352, 4, 4, 2, 2048
 
@@ -132,7 +133,7 @@ def _write_checkpoint(folder: Path, files: dict[str, Tensors]) -> None:
         contents[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     contents["generation_config.json"] = _json(GENERATION_CONFIG)
     contents["config.json"] = _json(CONFIG)
-    out = Folder(folder)
+    out = open_store(str(folder))
     strange = sorted(
         n for n in out.files() if not n.startswith("fapm/") and (n not in contents or out.read(n) != contents[n])
     )
@@ -226,6 +227,6 @@ def check_tensor(p: np.ndarray, f: np.ndarray, out: np.ndarray, k: int) -> tuple
     return int(kept.sum()), int((differ & ~must_keep & ~must_drop).sum())
 
 
-def _stored(folder: Folder, tensor: TensorInfo) -> np.ndarray:
+def _stored(folder: Store, tensor: TensorInfo) -> np.ndarray:
     stored = np.frombuffer(folder.reader(tensor.file).read(tensor.offset, tensor.nbytes), np.uint8)
     return bits(stored, tensor.dtype)

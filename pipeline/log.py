@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 LOG = "fapm/log.jsonl"
 
@@ -16,7 +16,7 @@ LOG = "fapm/log.jsonl"
 class Log:
     """Appends to the log of one output folder. A log that cannot be written is no reason to fail."""
 
-    def __init__(self, folder: Folder):
+    def __init__(self, folder: Store):
         self._folder = folder
 
     def add(self, event: str, **facts: Any) -> None:
@@ -28,10 +28,11 @@ class Log:
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": when, "event": event, **facts}, ensure_ascii=False)
         with contextlib.suppress(UserError):
-            self._folder.append(LOG, line.encode(errors="replace") + b"\n")
+            now = event in ("begun", "finished", "failed", "stopped")
+            self._folder.append(LOG, line.encode(errors="replace") + b"\n", now)
 
 
-def read_log(folder: Folder) -> list[dict[str, Any]]:
+def read_log(folder: Store) -> list[dict[str, Any]]:
     """The log's events, the oldest first; a line that was not written whole is left out."""
     events = []
     for line in folder.read(LOG).splitlines() if folder.has(LOG) else ():

@@ -12,25 +12,26 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import glob
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline import fields
+from pipeline.card import CARD, model_card
 from pipeline.errors import UserError
 from pipeline.plan import Plan, index_json, make_plan
 from pipeline.recipe import PATHS, Recipe
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
+from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
 from pipeline.storage.hold import LOCKS
-from pipeline.storage.local import TEMPORARY, Folder
+from pipeline.storage.local import TEMPORARY
+from pipeline.storage.store import Store
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"
@@ -59,7 +60,7 @@ def _settled(plan: Plan, overwrite: bool) -> Plan:
     A path that has the date in it may have meant another folder when this very run, over the same inputs, was begun or
     finished: then it means that one still.
     """
-    names = {side: Path(getattr(plan.recipe, side)).absolute().name for side in ("base", "finetuned")}
+    names = {side: split(absolute(getattr(plan.recipe, side)))[1] for side in ("base", "finetuned")}
     chosen = {"method": plan.recipe.method, "scope": plan.recipe.scope, "density": f"{plan.recipe.density:g}"}
     template, values = plan.recipe.out, names | chosen
     out = None
@@ -72,12 +73,12 @@ def _settled(plan: Plan, overwrite: bool) -> Plan:
 def _begun_before(plan: Plan, pattern: str) -> str | None:
     """The folder in which this very run is finished, else the one in which it was begun last, if there is one."""
     found = []
-    for path in glob.glob(pattern):
-        folder = Folder(path)
+    for path in matching(pattern):
+        folder = open_store(path)
         if folder.has(RUN):
             with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # it is of somebody else
                 if not _differences(_read_json(folder, RUN), identity(plan)):
-                    found.append((folder.has(MANIFEST), (folder.path / RUN).stat().st_mtime_ns, path))
+                    found.append((folder.has(MANIFEST), folder.changed(RUN), path))
     return max(found)[2] if found else None
 
 
@@ -104,22 +105,24 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     Raises:
         UserError: it is one of the inputs, holds something else, or another run.
     """
-    out = Folder(plan.recipe.out)
-    for role, path in (("base", plan.base.folder.path), ("finetuned", plan.finetuned.folder.path)):
-        here, there = out.path.resolve(), path.resolve()
-        if here == there:
-            raise UserError(f"--out {out.path} is the {role} checkpoint itself; give another folder")
-        if here in there.parents:
-            raise UserError(f"--out {out.path} holds the {role} checkpoint {path}; give a folder beside it")
-    if out.path.exists() and not out.exists():
-        raise UserError(f"--out {out.path} is a file; give a folder")
-    if overwrite or not out.exists() or not any(out.path.iterdir()):
+    out = open_store(plan.recipe.out)
+    if scheme_of(plan.recipe.out) == HUB:
+        raise UserError(f"--out {out.address}: the Hub is only read; give a folder or a bucket, then `hf upload` it")
+    for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
+        overlap = out.overlaps(side)
+        if overlap == "same":
+            raise UserError(f"--out {out.address} is the {role} checkpoint itself; give another folder")
+        if overlap == "holds":
+            raise UserError(f"--out {out.address} holds the {role} checkpoint {side.address}; give a folder beside it")
+    if out.is_file():
+        raise UserError(f"--out {out.address} is a file; give a folder")
+    if overwrite or out.is_empty():
         return "new"
     if not out.has(RUN):
         if set(out.files("fapm")) == set(out.files()) and not out.has(MANIFEST):
             return "new"  # killed before the first write was complete
         raise UserError(
-            f"--out {out.path} is not empty and was not made by fapm; give another folder, or --overwrite "
+            f"--out {out.address} is not empty and was not made by fapm; give another folder, or --overwrite "
             "to replace the checkpoint in it"
         )
     before = _read_json(out, RUN)
@@ -131,13 +134,13 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
         return "new"  # nothing is finished, nothing is lost
     if differences:
         raise UserError(
-            f"--out {out.path} belongs to another run: {'; '.join(differences[:4])}; give another folder, "
+            f"--out {out.address} belongs to another run: {'; '.join(differences[:4])}; give another folder, "
             "or --overwrite to start again"
         )
     return "finished" if out.has(MANIFEST) and not unfinished_shards(plan) else "unfinished"
 
 
-def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+def _read_json(folder: Store, name: str) -> dict[str, Any]:
     try:
         loaded = json.loads(folder.read(name))
         assert isinstance(loaded, dict)
@@ -146,8 +149,8 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any]:
         raise _damaged(folder, name) from None
 
 
-def _damaged(folder: Folder, name: str) -> UserError:
-    return UserError(f"{folder.path / name} is damaged; start again with --overwrite")
+def _damaged(folder: Store, name: str) -> UserError:
+    return UserError(f"{folder.at(name)} is damaged; start again with --overwrite")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -175,11 +178,13 @@ def _how(what: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
         return f"{then['size']} bytes then, {now['size']} now"
     if "header" in what:
         return "its header differs"
+    if not all("mtime_ns" in x for x in (then, now)):
+        return "it was written again"
     when = (datetime.datetime.fromtimestamp(x["mtime_ns"] / 1e9).isoformat(" ", "seconds") for x in (then, now))
     return "modified {} then, {} now".format(*when)
 
 
-def begin(plan: Plan, state: State, out: Folder) -> None:
+def begin(plan: Plan, state: State, out: Store) -> None:
     """Make the held folder ready: a new run removes what an earlier one left."""
     if state == "new":
         _clear(out)
@@ -188,7 +193,7 @@ def begin(plan: Plan, state: State, out: Folder) -> None:
         out.remove(MANIFEST)
 
 
-def _clear(out: Folder) -> None:
+def _clear(out: Store) -> None:
     """Remove what a checkpoint in this folder consists of, the part that makes it one first."""
     files = out.files()
     for name in (MANIFEST, "config.json", INDEX):
@@ -204,17 +209,18 @@ def _clear(out: Folder) -> None:
 
 def unfinished_shards(plan: Plan) -> list[int]:
     """The shards that are not there, or without the record that belongs to them."""
-    out = Folder(plan.recipe.out)
-    done = out.has(MANIFEST)
+    out = open_store(plan.recipe.out)
+    there = out.files()
+    done = MANIFEST in there
     return [
         s.index
         for s in plan.shards
-        if not (out.has(s.name) and out.size(s.name) == s.nbytes and (done or out.has(record_name(s.index))))
+        if not (s.name in there and there[s.name].size == s.nbytes and (done or record_name(s.index) in there))
     ]
 
 
 def save_thresholds(
-    out: Folder, thresholds: dict[str, Threshold], quotas: dict[int, dict[str, int]], rounds: int
+    out: Store, thresholds: dict[str, Threshold], quotas: dict[int, dict[str, int]], rounds: int
 ) -> None:
     """Keep what was found for the groups over several shards, so that it is not looked for again."""
     data = {
@@ -225,7 +231,7 @@ def save_thresholds(
     out.write(THRESHOLDS, json.dumps(data).encode())
 
 
-def load_thresholds(out: Folder) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
+def load_thresholds(out: Store) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
     if not out.has(THRESHOLDS):
         return None
     data = _read_json(out, THRESHOLDS)
@@ -239,7 +245,7 @@ def load_manifest(path: str) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no finished run.
     """
-    folder = Folder(path)
+    folder = open_store(path)
     if not folder.exists():
         raise UserError(f"there is no folder {path}")
     if not folder.has(MANIFEST):
@@ -248,7 +254,7 @@ def load_manifest(path: str) -> dict[str, Any]:
     return _read_json(folder, MANIFEST)
 
 
-def finish(plan: Plan, facts: dict[str, Any], out: Folder) -> dict[str, Any]:
+def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
     records = [_read_json(out, record_name(s.index)) for s in plan.shards]
     measured = np.concatenate([np.frombuffer(out.read(rows_name(s.index)), MEASURED) for s in plan.shards])
@@ -289,6 +295,7 @@ def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
     for name in plan.finetuned.side_files:
         if name != "config.json":
             yield name, functools.partial(read, name)
+    yield CARD, lambda: model_card(plan, read_table(plan.recipe.out)).encode()
     if len(plan.shards) > 1:
         yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
     if "config.json" in plan.finetuned.side_files:
@@ -297,12 +304,12 @@ def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 def is_tidy(plan: Plan) -> bool:
     """Whether a finished run has all that lies beside its shards, and nothing that it has no use for."""
-    out = Folder(plan.recipe.out)
-    useless = any((out.path / name).exists() for name in (WORK, TEMPORARY, LOCKS))
+    out = open_store(plan.recipe.out)
+    useless = any(out.has_folder(name) for name in (WORK, TEMPORARY, LOCKS))
     return all(out.has(name) for name, _ in _beside(plan)) and not useless
 
 
-def tidy(plan: Plan, out: Folder) -> None:
+def tidy(plan: Plan, out: Store) -> None:
     """Make a finished run so."""
     for name, data in _beside(plan):
         if not out.has(name):
@@ -312,14 +319,14 @@ def tidy(plan: Plan, out: Folder) -> None:
 
 def replaceable_bytes(plan: Plan, state: State) -> int:
     """Bytes in the output folder that this run will not have to find room for: finished shards, and what it removes."""
-    out = Folder(plan.recipe.out)
+    out = open_store(plan.recipe.out)
     if state == "unfinished":
         shards = {s.name for s in plan.shards}
         return sum(f.size for name, f in out.files().items() if name in shards or name.startswith(TEMPORARY))
     return sum(f.size for name, f in out.files().items() if name.startswith("fapm/") or name.endswith(".safetensors"))
 
 
-def _read_to_measure(out: Folder) -> int:
+def _read_to_measure(out: Store) -> int:
     return sum(saved_read_bytes(out, name) for name in out.files(WORK) if name.endswith(ARRAYS))
 
 
@@ -342,4 +349,4 @@ def _config(plan: Plan) -> bytes:
 
 def read_table(path: str) -> list[dict[str, Any]]:
     """The rows of a finished run's table."""
-    return from_parquet(Folder(path).read(TABLE))
+    return from_parquet(open_store(path).read(TABLE))

@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.scoring.device import announce, uses_gpu
 from pipeline.shard.task import Done, Task
 from pipeline.shard.worker import Worker
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 Step = Callable[[Worker, Task, Task | None], Done]
 """What a worker does with a task; the second one will probably follow."""
@@ -100,7 +100,7 @@ class Threads:
     def __init__(
         self,
         recipe: Recipe,
-        out: Folder,
+        out: Store,
         workers: int,
         progress: Callable[[int], None] | None = None,
         say: Callable[[str], None] = lambda line: None,

@@ -305,7 +305,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             layers.setdefault(layer.rpartition(".")[0], set()).add(layer)
     hollow = sorted(t.name for t in checkpoint.tensors.values() if not t.numel)
     return {
-        "path": str(checkpoint.folder.path),
+        "path": checkpoint.folder.address,
         "tensors": len(checkpoint.tensors),
         "parameters": sum(t.numel for t in checkpoint.tensors.values()),
         "bytes": checkpoint.nbytes,

@@ -20,8 +20,9 @@ from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, 
 from pipeline.shard.sample import Survey
 from pipeline.shard.task import Done, Task, known_threshold, load_arrays, measure_name, sample_name
 from pipeline.shard.worker import Worker
+from pipeline.storage.address import open_store
 from pipeline.storage.hold import hold
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Watch:
     note: Note = lambda event, **facts: None
 
 
-MakePool = Callable[[Plan, Folder, Watch], Pool]
+MakePool = Callable[[Plan, Store, Watch], Pool]
 
 
 def prune(
@@ -101,7 +102,7 @@ def _nothing_to_do(plan: Plan, began: float) -> Result:
     return Result(made, plan, len(plan.shards), True, time.perf_counter() - began)
 
 
-def _prune(plan: Plan, state: manifest.State, out: Folder, pool: MakePool, watch: Watch, began: float) -> Result:
+def _prune(plan: Plan, state: manifest.State, out: Store, pool: MakePool, watch: Watch, began: float) -> Result:
     """Prune into a folder that is held."""
     manifest.begin(plan, state, out)
     log = Log(out)
@@ -160,7 +161,7 @@ def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iter
 def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
     """Input bytes of the steps that are left, for the progress."""
     to_write = sum(t.read_bytes for i in todo for t in plan.shards[i].tensors)
-    known = manifest.load_thresholds(Folder(plan.recipe.out)) is not None
+    known = manifest.load_thresholds(open_store(plan.recipe.out)) is not None
     return to_write + (0 if known else to_measure(plan))
 
 
@@ -181,7 +182,7 @@ def wide_groups(plan: Plan) -> dict[str, Threshold | None]:
     return {name: known_threshold(plan.recipe, group, 0) for name, group in wide.items()}
 
 
-def in_process(plan: Plan, out: Folder, watch: Watch) -> Threads:
+def in_process(plan: Plan, out: Store, watch: Watch) -> Threads:
     """Threads of this process, as many as the recipe says or as there are cores."""
     return Threads(plan.recipe, out, default_workers(plan.recipe, len(plan.shards)), watch.advance, watch.say)
 
@@ -192,11 +193,11 @@ def check_disk(plan: Plan, state: manifest.State) -> None:
     Raises:
         PassingError: it is.
     """
-    out = Folder(plan.recipe.out)
+    out = open_store(plan.recipe.out)
     needed, free = plan.write_bytes - manifest.replaceable_bytes(plan, state), out.free_bytes()
-    if needed > free:
+    if free is not None and needed > free:
         raise PassingError(
-            f"--out {out.path} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; "
+            f"--out {out.address} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; "
             "free some or give another folder"
         )
 
@@ -206,7 +207,7 @@ def groups_of(plan: Plan, shard: Shard) -> dict[str, Group]:
 
 
 def find_thresholds(
-    plan: Plan, out: Folder, pool: Pool, watch: Watch
+    plan: Plan, out: Store, pool: Pool, watch: Watch
 ) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int]:
     """The thresholds of the groups that lie in several shards.
 
@@ -248,7 +249,7 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
     return [s for s in plan.shards if any(t.group in wanted for t in s.tensors)]
 
 
-def first_brackets(plan: Plan, out: Folder, pool: Pool, names: Sequence[str], watch: Watch) -> dict[str, Bracket]:
+def first_brackets(plan: Plan, out: Store, pool: Pool, names: Sequence[str], watch: Watch) -> dict[str, Bracket]:
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
     tasks = [Task(s, groups_of(plan, s)) for s in shards if not out.has(sample_name(s.index))]
@@ -264,9 +265,7 @@ def first_brackets(plan: Plan, out: Folder, pool: Pool, names: Sequence[str], wa
     return {name: found.bracket(plan.groups[name]) for name, found in surveys.items()}
 
 
-def measured(
-    plan: Plan, out: Folder, pool: Pool, brackets: dict[str, Bracket], round_: int, watch: Watch
-) -> Histograms:
+def measured(plan: Plan, out: Store, pool: Pool, brackets: dict[str, Bracket], round_: int, watch: Watch) -> Histograms:
     """Count every score of some groups: above the bracket, and inside by bins. The reduction of a distributed run."""
     sums = histograms(list(brackets.values()))
     place = {name: i for i, name in enumerate(brackets)}
@@ -291,7 +290,7 @@ def measured(
 
 
 def share_ties(
-    plan: Plan, out: Folder, thresholds: dict[str, Threshold], last_round: dict[str, tuple[int, Bracket]]
+    plan: Plan, out: Store, thresholds: dict[str, Threshold], last_round: dict[str, tuple[int, Bracket]]
 ) -> dict[int, dict[str, int]]:
     """Hand out the tie quotas in the order of the shards, which is the order of the tensors' names."""
     left = {name: threshold.ties for name, threshold in thresholds.items()}

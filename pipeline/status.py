@@ -11,8 +11,9 @@ from pipeline.log import read_log
 from pipeline.manifest import MANIFEST, RUN
 from pipeline.recipe import format_bytes
 from pipeline.report import fields_text, layout, plural, seconds_text
+from pipeline.storage.address import open_store
 from pipeline.storage.hold import LEASE_SECONDS, last_sign_of_life
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 _STEPS = ("sampled", "counted", "shard")
 _RECENT_SECONDS = 120.0  # of which the rate is
@@ -29,7 +30,7 @@ def status_facts(out: str) -> dict[str, Any]:
     Raises:
         UserError: no run was ever begun there.
     """
-    folder = Folder(out)
+    folder = open_store(out)
     if not folder.exists():
         raise UserError(f"there is no folder {out}")
     events = read_log(folder)
@@ -68,7 +69,7 @@ def status_facts(out: str) -> dict[str, Any]:
     }
 
 
-def _state(folder: Folder, since: Sequence[dict[str, Any]], silent: float | None) -> str:
+def _state(folder: Store, since: Sequence[dict[str, Any]], silent: float | None) -> str:
     if silent is not None and silent < LEASE_SECONDS:
         return "running"
     if folder.has(MANIFEST):

@@ -18,7 +18,7 @@ from pipeline.manifest import TABLE
 from pipeline.plan import PairedTensor, Plan
 from pipeline.scoring.methods import METHODS, evaluate, stream_of
 from pipeline.scoring.threshold import key_of, score_of
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 CHUNK = 1 << 18
 """Elements looked at at once; a multiple of BLOCK."""
@@ -69,7 +69,7 @@ class _Finding:
 class Comparison:
     """One tensor of the output beside its sources."""
 
-    def __init__(self, plan: Plan, folder: Folder, tensor: PairedTensor, there: TensorInfo, progress: Progress):
+    def __init__(self, plan: Plan, folder: Store, tensor: PairedTensor, there: TensorInfo, progress: Progress):
         self._recipe = plan.recipe
         self._folders = {"base": plan.base.folder, "finetuned": plan.finetuned.folder, "out": folder}
         self._tensor = tensor

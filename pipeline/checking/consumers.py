@@ -3,7 +3,9 @@ our own reader's opinion."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from pipeline.formats.dtypes import TORCH_NAMES, itemsize
 from pipeline.formats.header import TensorInfo
 from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 
-def read_as_consumers_do(folder: Folder, name: str, tensors: Sequence[TensorInfo]) -> list[str]:
+def read_as_consumers_do(folder: Store, name: str, tensors: Sequence[TensorInfo]) -> list[str]:
     """Where the library sees other names, dtypes, shapes, or first and last elements in a shard than its header says.
 
     Args:
@@ -22,7 +25,7 @@ def read_as_consumers_do(folder: Folder, name: str, tensors: Sequence[TensorInfo
     """
     problems = []
     try:
-        with safe_open(folder.path / name, framework="pt") as opened:
+        with _opened(folder, name) as opened:
             names = set(opened.keys())
             for odd in sorted(names ^ {t.name for t in tensors}):
                 problems.append(
@@ -36,11 +39,29 @@ def read_as_consumers_do(folder: Folder, name: str, tensors: Sequence[TensorInfo
     return problems
 
 
-def _compare(folder: Folder, tensor: TensorInfo, there: Any) -> list[str]:
+@contextlib.contextmanager
+def _opened(folder: Store, name: str) -> Iterator[Any]:
+    """A shard as the library opens it: the file itself or, of one in a store, its header before as many zeros as it has
+    other bytes, since the library opens files only."""
+    if isinstance(folder, Folder):
+        with safe_open(folder.path / name, framework="pt") as opened:
+            yield opened
+        return
+    reader = folder.reader(name)
+    length = min(reader.size, 8 + int.from_bytes(reader.read(0, 8), "little"))
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(reader.read(0, length))
+        file.truncate(reader.size)
+        file.flush()
+        with safe_open(file.name, framework="pt") as opened:
+            yield opened
+
+
+def _compare(folder: Store, tensor: TensorInfo, there: Any) -> list[str]:
     dtype, shape = there.get_dtype(), tuple(there.get_shape())
     if (dtype, shape) != (tensor.dtype, tensor.shape):
         return [f"tensor {tensor.name!r}: {dtype} {list(shape)} to the safetensors library, not {_said(tensor)}"]
-    if not tensor.numel or not shape or tensor.dtype not in TORCH_NAMES:
+    if not isinstance(folder, Folder) or not tensor.numel or not shape or tensor.dtype not in TORCH_NAMES:
         return []
     width, reader = itemsize(tensor.dtype), folder.reader(tensor.file)
     for which, row, at in (("first", slice(0, 1), 0), ("last", slice(shape[0] - 1, shape[0]), tensor.nbytes - width)):

@@ -25,7 +25,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.recipe import Recipe
 from pipeline.scoring.methods import METHODS
 from pipeline.scoring.threshold import MAX_KEY, score_of
-from pipeline.storage.local import Folder
+from pipeline.storage.address import input_address, open_store
+from pipeline.storage.store import Store
 
 
 def verify(
@@ -46,7 +47,7 @@ def verify(
     """
     manifest = load_manifest(out)
     plan = _plan(manifest, out, base, finetuned)
-    folder = Folder(out)
+    folder = open_store(out)
     try:
         tensors, unreadable, problems = _check_files(folder, manifest["shards"])
         problems += _check_index(folder, tensors, unreadable, len(manifest["shards"]))
@@ -71,9 +72,10 @@ def _plan(manifest: dict[str, Any], out: str, base: str | None, finetuned: str |
     Raises:
         UserError: an input is gone or is not the one that was pruned.
     """
-    paths = {"base": base or manifest["paths"]["base"], "finetuned": finetuned or manifest["paths"]["finetuned"]}
+    given = {"base": base or manifest["paths"]["base"], "finetuned": finetuned or manifest["paths"]["finetuned"]}
+    paths = {role: input_address(path) for role, path in given.items()}
     for role, path in paths.items():
-        if not Folder(path).exists():
+        if not open_store(path).exists():
             raise UserError(f"the {role} checkpoint of this run, {path}, is not there; say where it is with --{role}")
     literal = {side: fields.literal(path) for side, path in (paths | {"out": out}).items()}
     plan = make_plan(Recipe.of(**literal, **manifest["recipe"]))
@@ -84,12 +86,11 @@ def _plan(manifest: dict[str, Any], out: str, base: str | None, finetuned: str |
 
 def _check_identity(checkpoint: Checkpoint, then: dict[str, dict[str, Any]], moved: bool) -> None:
     """A copy has another time of change, which says nothing; in the same place it says that the file was replaced."""
-    what = ("size", "header") if moved else ("size", "header", "mtime_ns")
     for file in sorted(then.keys() | checkpoint.identity.keys()):
         old, new = then.get(file), checkpoint.identity.get(file)
-        if old is None or new is None or any(old[key] != new[key] for key in what):
+        if not (old and new) or any(old[key] != new[key] for key in ("size", "header")) or (not moved and old != new):
             raise UserError(
-                f"{checkpoint.role}: {checkpoint.folder.path / file} is not the file that was pruned; give the folder "
+                f"{checkpoint.role}: {checkpoint.folder.at(file)} is not the file that was pruned; give the folder "
                 f"of the one that was with --{checkpoint.role}, or prune again"
             )
 
@@ -97,7 +98,7 @@ def _check_identity(checkpoint: Checkpoint, then: dict[str, dict[str, Any]], mov
 # Files.
 
 
-def _check_files(folder: Folder, records: list[dict[str, Any]]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
+def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
     """Sizes, checksums and headers of the shards; returns the tensors, the shards that cannot be read, and problems."""
     tensors: dict[str, TensorInfo] = {}
     unreadable: set[str] = set()
@@ -134,7 +135,7 @@ def _check_files(folder: Folder, records: list[dict[str, Any]]) -> tuple[dict[st
     return tensors, unreadable, problems
 
 
-def _check_index(folder: Folder, tensors: dict[str, TensorInfo], unreadable: set[str], shards: int) -> list[str]:
+def _check_index(folder: Store, tensors: dict[str, TensorInfo], unreadable: set[str], shards: int) -> list[str]:
     """Whether the index says what the headers of readable shards say. One shard needs none."""
     if not folder.has(INDEX):
         return [f"{INDEX}: missing"] if shards > 1 else []

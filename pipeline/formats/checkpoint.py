@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.formats.header import TensorInfo, read_header
-from pipeline.storage.local import Folder
+from pipeline.storage.address import open_store
+from pipeline.storage.store import Store
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -28,7 +29,7 @@ class Checkpoint:
     """
 
     role: str
-    folder: Folder
+    folder: Store
     tensors: dict[str, TensorInfo]
     identity: dict[str, dict[str, Any]]
     side_files: tuple[str, ...]
@@ -45,8 +46,8 @@ def open_checkpoint(path: str, role: str) -> Checkpoint:
     Raises:
         UserError: there is no such folder, it holds no safetensors, a shard is missing, or a header lies.
     """
-    folder = Folder(path)
-    if folder.path.is_file():
+    folder = open_store(path)
+    if folder.is_file():
         raise UserError(f"{role}: {path} is a file; give the folder that holds it")
     if not folder.exists():
         raise UserError(f"{role}: there is no folder {path}")
@@ -58,7 +59,7 @@ def open_checkpoint(path: str, role: str) -> Checkpoint:
     identity = {}
     for name in files:
         reader = folder.reader(name)
-        for tensor in read_header(reader, name, f"{role}: {folder.path / name}"):
+        for tensor in read_header(reader, name, f"{role}: {folder.at(name)}"):
             if tensor.name in tensors:
                 raise UserError(
                     f"{role}: tensor {tensor.name!r} is in both {tensors[tensor.name].file} and {name} of {path}; "
@@ -68,7 +69,7 @@ def open_checkpoint(path: str, role: str) -> Checkpoint:
         header = reader.read(0, min(reader.size, 8 + int.from_bytes(reader.read(0, 8), "little")))
         identity[name] = {
             "size": found[name].size,
-            "mtime_ns": found[name].mtime_ns,
+            **found[name].version,
             "header": hashlib.blake2b(header, digest_size=16).hexdigest(),
         }
     folder.close()
@@ -80,20 +81,20 @@ def open_checkpoint(path: str, role: str) -> Checkpoint:
 
 
 def _weight_files(
-    folder: Folder, top: set[str], role: str, oddities: list[str]
+    folder: Store, top: set[str], role: str, oddities: list[str]
 ) -> tuple[list[str], dict[str, str] | None]:
     """The safetensors files that make up the checkpoint, and the index's weight map if there is an index."""
     weights = sorted(name for name in top if name.endswith(".safetensors"))
     indices = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
     if len(indices) > 1:
-        raise UserError(f"{role}: {folder.path} has several indices ({', '.join(indices)}); keep one")
+        raise UserError(f"{role}: {folder.address} has several indices ({', '.join(indices)}); keep one")
     if indices:
         weight_map = _read_index(folder, indices[0], role)
         files = sorted(set(weight_map.values()))
         missing = [name for name in files if "/" in name or name not in top]
         if missing:
             raise UserError(
-                f"{role}: {indices[0]} names {len(missing)} file(s) that {folder.path} does not have: "
+                f"{role}: {indices[0]} names {len(missing)} file(s) that {folder.address} does not have: "
                 f"{', '.join(map(repr, missing[:3]))}; fetch the checkpoint again"
             )
         _mention_ignored(weights, files, role, oddities)
@@ -102,12 +103,12 @@ def _weight_files(
         _mention_ignored(weights, ["model.safetensors"], role, oddities)
         return ["model.safetensors"], None
     if "adapter_model.safetensors" in weights:
-        raise UserError(f"{role}: {folder.path} holds a LoRA adapter; merge it into its base first")
+        raise UserError(f"{role}: {folder.address} holds a LoRA adapter; merge it into its base first")
     parts = [name for name in weights if not name.startswith("consolidated")] or weights
     if not parts:
         pickled = sorted(n for n in top if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
         why = f"only {pickled[0]}, which is not read; save it as safetensors first" if pickled else "no safetensors"
-        raise UserError(f"{role}: no checkpoint in {folder.path}: it has {why}")
+        raise UserError(f"{role}: no checkpoint in {folder.address}: it has {why}")
     if len(parts) > 1:
         oddities.append(f"{role}: {len(parts)} safetensors files and no index; all of them are taken")
     _mention_ignored(weights, parts, role, oddities)
@@ -120,13 +121,13 @@ def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: 
         oddities.append(f"{role}: not part of the checkpoint and ignored: {', '.join(ignored[:5])}")
 
 
-def _read_index(folder: Folder, name: str, role: str) -> dict[str, str]:
+def _read_index(folder: Store, name: str, role: str) -> dict[str, str]:
     try:
         weight_map: dict[str, str] = json.loads(folder.read(name))["weight_map"]
         if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{role}: {folder.path / name} is not an index with a weight_map of names to files") from None
+        raise UserError(f"{role}: {folder.at(name)} is not an index with a weight_map of names to files") from None
     return weight_map
 
 

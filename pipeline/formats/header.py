@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import BITS
-from pipeline.storage.local import Reader
+from pipeline.storage.store import Reader
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_NUMEL = 1 << 48

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import INDEX_SUFFIX, open_checkpoint
-from pipeline.storage.local import Folder, plain_errors
+from pipeline.storage.address import input_address, inside, open_store, split
 
 LATEST = "latest"
 
@@ -25,41 +24,41 @@ def newest(path: str, role: str) -> tuple[str, tuple[str, ...]]:
     Raises:
         UserError: the folder holds no whole checkpoint.
     """
-    latest = Path(path)
-    if latest.name != LATEST or latest.exists() or not latest.parent.is_dir():
+    path = input_address(path)
+    folder, name = split(path)
+    if name != LATEST or open_store(path).exists() or open_store(path).is_file() or not open_store(folder).exists():
         return path, ()
     passed: list[str] = []
-    for candidate in _newest_first(latest.parent):
+    for candidate in _newest_first(folder):
         why = _not_whole(candidate, role)
         if why is None:
-            return str(candidate), tuple(passed)
+            return candidate, tuple(passed)
         passed.append(f"{candidate} is newer and not whole, so it was passed over: {why}")
     raise UserError(
-        f"{role}: {path} stands for the newest checkpoint in {latest.parent}, which holds "
+        f"{role}: {path} stands for the newest checkpoint in {folder}, which holds "
         + (f"none that is whole: {passed[0]}" if passed else "none")
     )
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def _newest_first(folder: str) -> list[str]:
     """Its sub-folders that hold weights."""
-    written: dict[Path, int] = {}
-    with plain_errors(folder):
-        for path in folder.iterdir():
-            if path.is_dir() and not path.name.startswith("."):
-                times = [file.stat().st_mtime_ns for file in path.glob("*.safetensors")]
-                written |= {path: max(times)} if times else {}
-    numbers = {path: tuple(map(int, re.findall(r"\d+", path.name))) for path in written}
-    if len({re.sub(r"\d+", "0", path.name) for path in written}) == 1:
-        return sorted(written, key=lambda path: numbers[path], reverse=True)
-    return sorted(written, key=lambda path: (written[path], path.name), reverse=True)
+    written: dict[str, float] = {}
+    for name in open_store(folder).folders():
+        store = open_store(inside(folder, name))
+        weights = [file for file in store.files() if "/" not in file and file.endswith(".safetensors")]
+        written |= {name: max(store.changed(file) for file in weights)} if weights else {}
+    numbers = {name: tuple(map(int, re.findall(r"\d+", name))) for name in written}
+    alike = len({re.sub(r"\d+", "0", name) for name in written}) == 1
+    newest_first = sorted(written, key=lambda name: numbers[name] if alike else (written[name], name), reverse=True)
+    return [inside(folder, name) for name in newest_first]
 
 
-def _not_whole(path: Path, role: str) -> str | None:
+def _not_whole(path: str, role: str) -> str | None:
     """Why a folder does not hold a whole checkpoint. Trainers write the index after the files that it names."""
     try:
-        checkpoint = open_checkpoint(str(path), role)
+        checkpoint = open_checkpoint(path, role)
     except UserError as error:
         return str(error)
-    if len(checkpoint.identity) > 1 and not any(name.endswith(INDEX_SUFFIX) for name in Folder(path).files()):
+    if len(checkpoint.identity) > 1 and not any(name.endswith(INDEX_SUFFIX) for name in open_store(path).files()):
         return f"it has {len(checkpoint.identity)} files and no index yet"
     return None

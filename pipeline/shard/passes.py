@@ -146,14 +146,15 @@ class Bench:
 
     def look(self, tensor: PairedTensor, share: float) -> Sample:
         """A sample for that, in short runs where those cost no more than long ones."""
-        return self.sample(tensor, share, sample.SHORTEST_RUN if self.on_device else sample.RUN)
+        longest = sample.LONG_RUN if self.pieces.reader.is_far else sample.RUN
+        return self.sample(tensor, share, sample.SHORTEST_RUN if self.on_device else longest)
 
     def sample(self, tensor: PairedTensor, share: float, longest: int = sample.RUN) -> Sample:
-        """About `share` of a tensor's elements, in runs of `longest` at most where it is in memory."""
+        """About `share` of a tensor's elements, in runs of `longest` at most."""
         parts = self.pieces.parts(tensor)
         if parts:
             return sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
-        return sample.far(self.pieces.reader, tensor, share, self.recipe)
+        return sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
 
 
 def places(part: Slice) -> slice:

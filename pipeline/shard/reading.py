@@ -24,16 +24,18 @@ from pipeline.recipe import Recipe
 from pipeline.scoring.engine import DeviceEngine, StoredChunk
 from pipeline.shard.landing import Landed, Landing, Shares
 from pipeline.shard.section import ALIGN, ALIGN_SMALL, LARGE, PIECE_BYTES, Piece, Section, Slice, sections, slack
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 BUFFER_BYTES = PIECE_BYTES + slack(PIECE_BYTES)
 _FEWEST = 2  # buffers that streaming needs: one in use, one being read
+_SPARE = 8  # buffers in which nothing is kept from one step to the next
 OVERHEAD_BYTES = 48 << 20
 """What a worker needs beside its input buffers: output buffers, histograms, a chunk's temporaries."""
 
 ENOUGH_BYTES = 384 << 20
-"""Input buffers, at most, whatever the budget. To read a file again from the system's cache costs less than the first
-touch of fresh memory: a pair of 3 GB in one tensor takes 4 s by three readings and 6.5 s in memory of its own."""
+"""Input buffers for local files, at most, whatever the budget. To read a file again from the system's cache costs less
+than the first touch of fresh memory: a pair of 3 GB in one tensor takes 4 s by three readings and 6.5 s in memory of
+its own. What comes over a network is worth all the memory that there is."""
 
 
 class Memory:
@@ -43,7 +45,7 @@ class Memory:
     """
 
     def __init__(self, budget: int):
-        self._left = max(_FEWEST, min(budget, ENOUGH_BYTES) // BUFFER_BYTES)
+        self._left = self.buffers = max(_FEWEST, budget // BUFFER_BYTES)
         self._free: list[mmap.mmap] = []
 
     @property
@@ -76,10 +78,11 @@ class Loaded:
 
 
 class Load(NamedTuple):
-    """A piece on its way into memory."""
+    """A piece on its way into memory. `counted`: it was kept by a step before, to which its bytes count."""
 
     future: Future[Loaded]
     buffer: mmap.mmap
+    counted: bool = False
 
 
 class Held(NamedTuple):
@@ -98,16 +101,18 @@ class SectionReader:
     `bytes_read` counts what that one has used, or thrown away; `seconds` how long the threads took for it.
 
     Args:
-        folders: where the tensors lie: base's, finetuned's.
-        memory: the worker's budget.
-        threads: reads under way at once.
+        base, finetuned: where the tensors lie.
+        budget: bytes for buffers.
     """
 
-    def __init__(self, base: Folder, finetuned: Folder, memory: Memory, threads: int = 2):
+    def __init__(self, base: Store, finetuned: Store, budget: int):
         self._folders = base, finetuned
-        self.memory = memory
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._at_once = max(base.reads_at_once, finetuned.reads_at_once)
+        self.is_far = self._at_once > _FEWEST
+        self.memory = Memory(budget if self.is_far else min(budget, ENOUGH_BYTES))
+        self._threads = ThreadPoolExecutor(self._at_once, thread_name_prefix="read")
         self._landing: Landing | None = None
+        self._kept: dict[_Key, Load] = {}
         self.bytes_read = 0
         self.seconds = 0.0
 
@@ -130,13 +135,23 @@ class SectionReader:
         return self._has_room(section) and (self._landing is None or self._landing.fits(section))
 
     def _has_room(self, section: Section) -> bool:
-        return len(section.on_host) <= self.memory.room - _FEWEST
+        keys = {_key(piece) for piece in section.on_host}
+        missing = sum(key not in self._kept for key in keys)
+        return missing <= self.memory.room + len(self._kept.keys() - keys) - _FEWEST
+
+    def can_keep(self, nbytes: int) -> bool:
+        """Whether so many bytes of input, read now, need not be read again by the step after this one."""
+        return self.is_far and nbytes <= (self.memory.buffers - _SPARE) * PIECE_BYTES
 
     def start(self, section: Section, held: Held = NOTHING) -> Held:
         """Begin to read what is not held yet of a section and for which there is room now."""
         host, device = held
         if host is None and self._has_room(section):
-            host = [self._submit(piece) for piece in section.on_host]
+            known = [self._kept.pop(_key(piece), None) for piece in section.on_host]
+            while self.memory.room - _FEWEST < sum(load is None for load in known):
+                self._give_back([self._kept.pop(next(iter(self._kept)))])
+            pairs = zip(known, section.on_host, strict=True)
+            host = [load or self._submit(piece) for load, piece in pairs]
         if device is None:
             device = self._landing.start(section) if self._landing else []
         return Held(host, device)
@@ -149,9 +164,17 @@ class SectionReader:
         """Forget a section, once nothing writes to its buffers any more.
 
         Args:
-            keep: what is on a device may stay there for the step after this one.
+            keep: what is on a device, or came over a network, may stay for the step after this one.
         """
-        self._give_back(held.host or ())
+        for load in held.host or ():
+            wait([load.future])
+            if keep and self.is_far and not load.future.exception() and self.memory.room > _SPARE:
+                loaded = load.future.result()
+                if not load.counted:
+                    self._count(loaded.piece.nbytes, loaded.seconds)
+                self._kept[_key(loaded.piece)] = load._replace(counted=True)
+            else:
+                self._give_back([load])
         if self._landing and held.device:
             self._landing.release(held.device, section, keep)
             for landing in held.device:
@@ -162,7 +185,7 @@ class SectionReader:
         wait([load.future for load in loads])
         for load in loads:
             self.memory.give(load.buffer)
-            if not load.future.exception():
+            if not load.counted and not load.future.exception():
                 loaded = load.future.result()
                 self._count(loaded.piece.nbytes, loaded.seconds)
 
@@ -176,12 +199,15 @@ class SectionReader:
         waiting = list(reversed(pieces))
         try:
             while waiting or ahead:
-                while waiting and len(ahead) < _FEWEST:
+                while waiting and (len(ahead) < _FEWEST or self._may_read_on(len(ahead))):
                     ahead.append(self._submit(waiting.pop()))
                 yield ahead[0].future.result()
                 self._give_back([ahead.pop(0)])
         finally:
             self._give_back(ahead)
+
+    def _may_read_on(self, ahead: int) -> bool:
+        return ahead < 2 * self._at_once and self.memory.room > _FEWEST and self.is_far
 
     def stream_to_device(self, pieces: Sequence[Piece]) -> Iterator[Landed]:
         """The same of pieces for the device."""
@@ -245,6 +271,14 @@ def _side_by_side(whole: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray
     if all(place + nbytes == following for (place, nbytes), (following, _) in itertools.pairwise(spans)):
         return whole[first[0] : last[0] + last[1]]
     return np.concatenate([whole[place : place + nbytes] for place, nbytes in spans])
+
+
+_Key = tuple[tuple[str, int, int, int], ...]
+
+
+def _key(piece: Piece) -> _Key:
+    """What a piece consists of, whoever has cut it."""
+    return tuple((part.tensors[0].name, part.start, part.stop, len(part.tensors)) for part in piece.slices)
 
 
 class Pieces:

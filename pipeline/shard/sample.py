@@ -37,8 +37,8 @@ a sixteenth is enough."""
 REPORTED = 1 << 13
 """Elements behind the quantiles of a tensor."""
 
-RUN = 128
-"""Elements side by side, at most."""
+RUN, LONG_RUN = 128, 1024
+"""Elements side by side, at most; and where each run is a request over a network."""
 
 _FEWEST_RUNS = 16  # of a tensor, so that their differences say something
 SHORTEST_RUN = 16
@@ -89,9 +89,9 @@ def near(
     return _sample(starts, length, p, f, tensor, recipe)
 
 
-def far(reader: SectionReader, tensor: PairedTensor, share: float, recipe: Recipe) -> Sample:
+def far(reader: SectionReader, tensor: PairedTensor, share: float, recipe: Recipe, longest: int = RUN) -> Sample:
     """The same by reading no more than that."""
-    starts, length = _runs(tensor.common, share)
+    starts, length = _runs(tensor.common, share, longest)
     p, f = reader.read_runs(tensor, starts, length)
     return _sample(starts, length, p, f, tensor, recipe)
 

@@ -16,7 +16,7 @@ from pipeline.plan import Group, PairedTensor, Shard
 from pipeline.recipe import Recipe
 from pipeline.scoring.methods import METHODS
 from pipeline.scoring.threshold import KEEP_ALL, KEEP_NONE, Bracket, Threshold, at_the_ends
-from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,19 @@ READ_BYTES = "read_bytes"
 """In a file of samples or counts, what it cost to make."""
 
 
-def save_arrays(folder: Folder, name: str, read_bytes: int, groups: list[str], **arrays: np.ndarray) -> None:
+def save_arrays(folder: Store, name: str, read_bytes: int, groups: list[str], **arrays: np.ndarray) -> None:
     """Leave arrays about some groups for the driver."""
     names = np.frombuffer(json.dumps(groups).encode(), np.uint8)
     folder.write(name, pack({READ_BYTES: np.array([read_bytes]), "groups": names, **arrays}))
 
 
-def load_arrays(folder: Folder, name: str, *wanted: str) -> tuple[list[str], dict[str, np.ndarray]]:
+def load_arrays(folder: Store, name: str, *wanted: str) -> tuple[list[str], dict[str, np.ndarray]]:
     """The names of the groups that a worker saved something about, and the arrays."""
     saved = unpack(folder.read(name))
     return json.loads(saved["groups"].tobytes()), {key: saved[key] for key in wanted}
 
 
-def saved_read_bytes(folder: Folder, name: str) -> int:
+def saved_read_bytes(folder: Store, name: str) -> int:
     """How many input bytes a worker read for what it saved under this name."""
     return int(unpack(folder.read(name))[READ_BYTES][0])
 
@@ -140,7 +140,7 @@ def unpack(data: bytes) -> dict[str, np.ndarray]:
     return load(zlib.decompress(data))
 
 
-def load_means(folder: Folder, shard: Shard) -> np.ndarray:
+def load_means(folder: Store, shard: Shard) -> np.ndarray:
     """mean|p| and Σp² of the tensors of a shard, (t, 2) float64: NaN where they are not known yet.
 
     Of tensors in groups over several shards, sampling finds those of the large ones and the first round the others.

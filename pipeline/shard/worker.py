@@ -34,8 +34,8 @@ from pipeline.scoring.threshold import histograms
 from pipeline.shard import passes
 from pipeline.shard.landing import shares
 from pipeline.shard.passes import Bench, Scratch
-from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Memory, Pieces, SectionReader
-from pipeline.shard.sample import far, survey, wide_size
+from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
+from pipeline.shard.sample import LONG_RUN, RUN, far, survey, wide_size
 from pipeline.shard.section import Section, sections
 from pipeline.shard.table import MEASURED
 from pipeline.shard.task import (
@@ -51,7 +51,8 @@ from pipeline.shard.task import (
     save_arrays,
 )
 from pipeline.shard.writing import BUFFERS, Sink
-from pipeline.storage.local import Folder, Writer
+from pipeline.storage.address import open_store
+from pipeline.storage.store import Store, Writer
 
 
 class Use(IntEnum):
@@ -115,14 +116,14 @@ class Worker:
     def __init__(
         self,
         recipe: Recipe,
-        out: Folder,
+        out: Store,
         progress: Callable[[int], None] | None = None,
         cancelled: threading.Event | None = None,
         share: float = 1.0,
     ):
         self._recipe = recipe
         self._out = out
-        self._inputs = Folder(recipe.base), Folder(recipe.finetuned)
+        self._inputs = open_store(recipe.base), open_store(recipe.finetuned)
         self._scratch = Scratch()
         self._ahead: _Ahead | None = None
         self.tell = _Progress(progress or (lambda nbytes: None))
@@ -138,10 +139,10 @@ class Worker:
         self.use, memory, device = use, self._recipe.memory - OVERHEAD_BYTES, self._engine.device
         if device is None or use is Use.NONE:
             self._engine = make_engine(self._recipe.method, "cpu")
-            self._reader = SectionReader(*self._inputs, Memory(memory))
+            self._reader = SectionReader(*self._inputs, memory)
             return
         self._shares = shares(memory, self._device_memory, use is Use.STREAMED)
-        self._reader = SectionReader(*self._inputs, Memory(self._shares.host))
+        self._reader = SectionReader(*self._inputs, self._shares.host)
         self._reader.land_on(device, self._recipe, self._shares)
 
     def use_less(self) -> str:
@@ -185,7 +186,7 @@ class Worker:
         for tensor in wanted:
             members.setdefault(tensor.group, []).append(tensor)
         known = {name: np.float32(means[i, 0]) for name, i in place.items() if not np.isnan(means[i, 0])}
-        take = partial(far, self._reader, recipe=self._recipe)
+        take = partial(far, self._reader, recipe=self._recipe, longest=LONG_RUN if self._reader.is_far else RUN)
         surveys = [
             survey(tensors, task.groups[name], wide_size(task.groups[name]), take, self._recipe, known)
             for name, tensors in members.items()
@@ -210,7 +211,7 @@ class Worker:
         place = {t.name: i for i, t in enumerate(task.shard.tensors)}
         means = load_means(self._out, task.shard)
         dealt = 0
-        for pieces in self._sections(_to_measure, task, following):
+        for pieces in self._sections(self._cut_to_measure, task, following, keep=True):
             bench = self._bench(task, pieces)
             here = [place[t.name] for t in bench.tensors]
             half_done = task.round == 1 and not np.isnan(means[here]).any()  # by `sample`
@@ -269,8 +270,17 @@ class Worker:
         if self._cancelled.is_set():
             raise Interrupted
 
-    def _sections(self, cut: Cut, task: Task, following: Task | None) -> Iterator[Pieces]:
-        """What a step works through, the next section read ahead, and after the last one the following task's first."""
+    def _cut_to_measure(self, task: Task) -> tuple[list[PairedTensor], list[str]]:
+        """As the step after it will cut the shard, if what is read now can be kept for it."""
+        whole = self._reader.can_keep(sum(t.read_bytes for t in task.shard.tensors))
+        return _to_write(task) if whole else _to_measure(task)
+
+    def _sections(self, cut: Cut, task: Task, following: Task | None, keep: bool = False) -> Iterator[Pieces]:
+        """What a step works through, the next section read ahead, and after the last one the following task's first.
+
+        Args:
+            keep: the step after this one needs the same once more.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead and ahead[:3] == (cut, task.shard.index, task.round):
             found, first = ahead.sections, ahead.held
@@ -294,7 +304,7 @@ class Worker:
                 if i + 1 == len(found) and following:
                     self._read_ahead(cut, following)
                 yield Pieces(self._reader, section, held[i])
-                release(i, keep=cut is _to_measure)
+                release(i, keep)
         except BaseException:
             for i in range(len(found)):
                 release(i)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import xxhash
 
-from pipeline.storage.local import Writer
+from pipeline.storage.store import Writer
 
 BUFFER_BYTES = 8 << 20
 BUFFERS = 3

@@ -1,4 +1,4 @@
-"""Who may change an output folder: one run at a time, also over machines that share nothing but the file system.
+"""Who may change an output folder: one run at a time, also over machines that share nothing but where it is.
 
 A run that wants the folder makes the file `fapm/lock/N` for the next N, which only one can, and touches it every few
 seconds; the highest N counts. Another run that finds the file watches it. If it is touched, the run is refused. If it
@@ -8,12 +8,17 @@ ever compared.
 The holder may only have been paused. So what it writes lies in a folder of its own, `fapm/tmp/TOKEN`, until it is
 renamed to its place, and what it removes is renamed into that folder first. A successor begins by renaming that folder
 away: from then on every change that the predecessor or its workers try fails, however late it comes.
+
+In an object store the lock is an object that only one can make, the touch is a second object that is written again, and
+what `storage.bucket` says takes the place of the renaming.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import itertools
 import json
 import os
 import socket
@@ -23,9 +28,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import PassingError, UserError
+from pipeline.storage.address import open_store
 from pipeline.storage.local import TEMPORARY, Folder, plain_errors
+from pipeline.storage.store import Store
 
 LOCKS = "fapm/lock"
 BEAT_SECONDS = 5.0
@@ -59,8 +67,8 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold(path: str, say: Callable[[str], None] = lambda line: None) -> Iterator[Folder]:
-    """Hold the folder at `path`, which is made if it is not there.
+def hold(address: str, say: Callable[[str], None] = lambda line: None) -> Iterator[Store]:
+    """Hold the folder at `address`, which is made if it is not there.
 
     Yields:
         The folder, to be changed as long as nobody has taken it over; after that every change is a PassingError.
@@ -77,12 +85,20 @@ def hold(path: str, say: Callable[[str], None] = lambda line: None) -> Iterator[
         started=_started(os.getpid()),
         token=uuid.uuid4().hex,
     )
-    there, held = Folder(path), Folder(path, me.token)
+    there = open_store(address)
+    with _hold(there, me, say) if isinstance(there, Folder) else _hold_bucket(there, me, say) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Folder]:
+    held = Folder(there.path, me.token)
     ended = threading.Event()
     try:
         number = _take(there, me, say)
         with open(there.path / _lock(number), "rb") as lock:
-            beat = threading.Thread(target=_beat, args=(lock.fileno(), ended), name="hold", daemon=True)
+            touch = functools.partial(os.utime, lock.fileno())  # one that has been replaced is not touched
+            beat = threading.Thread(target=_beat, args=(touch, ended), name="hold", daemon=True)
             beat.start()
             try:
                 _sweep(held, me, number)
@@ -94,6 +110,40 @@ def hold(path: str, say: Callable[[str], None] = lambda line: None) -> Iterator[
                     held.remove(_lock(number))
     finally:
         _leave(there, me)
+
+
+@contextlib.contextmanager
+def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None]) -> Iterator[Any]:
+    ended = threading.Event()
+    while True:
+        number = max(there.locks(), default=0)
+        if number:
+            _wait_until_silent(there, _lock(number), say)
+        number += 1
+        if there.write_new(_lock(number), json.dumps(asdict(me)).encode()):
+            break
+    held = there.under(me.token, number)
+    beats = itertools.count()
+    beat_now = functools.partial(_beat_bucket, there, number, beats)
+    beat = threading.Thread(target=_beat, args=(beat_now, ended), name="hold", daemon=True)
+    beat.start()
+    try:
+        held.end_uploads()
+        for name in there.files(LOCKS):
+            if int(name.rpartition("/")[2].split(".")[0]) < number:
+                there.remove(name)
+        yield held
+    finally:
+        ended.set()
+        beat.join()
+        with contextlib.suppress(UserError):
+            held.check()  # else they are the successor's
+            held.end_uploads()  # of workers that were lost
+            held.remove_folder(LOCKS)
+
+
+def _beat_bucket(there: Any, number: int, beats: Iterator[int]) -> None:
+    there.write(f"{_lock(number)}.beat", str(next(beats)).encode())
 
 
 def _lock(number: int) -> str:
@@ -130,7 +180,9 @@ def _make_folders(*paths: Path) -> None:
                 path.mkdir(parents=True, exist_ok=True)
 
 
-def _numbers(folder: Folder) -> list[str]:
+def _numbers(folder: Store) -> list[str]:
+    if not isinstance(folder, Folder):
+        return [name for name in (path.rpartition("/")[2] for path in folder.files(LOCKS)) if name.isdecimal()]
     with plain_errors(folder.path), contextlib.suppress(FileNotFoundError):
         return [name for name in os.listdir(folder.path / LOCKS) if name.isdecimal()]
     return []
@@ -147,69 +199,81 @@ def _make_exclusively(text: Path, path: Path) -> None:
             file.write(text.read_bytes())
 
 
-def _wait_until_silent(folder: Folder, lock: str, say: Callable[[str], None]) -> None:
+def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> None:
     """Return when a lock's holder is gone, or has not touched it for long.
 
     Raises:
         PassingError: it touches it.
     """
-    path = folder.path / lock
     began, said = time.monotonic(), False
-    first = _look(path)
+    first = _look(folder, lock)
     while first:
         holder, touched = first
         silent = time.monotonic() - began
         if holder and holder.gone:
-            say(f"note: {folder.path} was held by {holder}, which is gone")
+            say(f"note: {folder.address} was held by {holder}, which is gone")
             return
         if silent >= LEASE_SECONDS:
-            say(f"note: {folder.path} was held by {holder or 'a run'}, silent since: taken over")
+            say(f"note: {folder.address} was held by {holder or 'a run'}, silent since: taken over")
             return
         if silent > 2 * BEAT_SECONDS and not said:
             said = True
-            say(f"note: {folder.path} is held by {holder or 'a run'}, but silent: waiting whether it is gone")
+            say(f"note: {folder.address} is held by {holder or 'a run'}, but silent: waiting whether it is gone")
         time.sleep(BEAT_SECONDS / 10)
-        now = _look(path)
+        now = _look(folder, lock)
         if now is None:
             return
         if now[1] != touched:
             who = now[0] or "another run"
-            raise PassingError(f"--out {folder.path} is being written by {who}; wait until it has ended, or stop it")
+            raise PassingError(f"--out {folder.address} is being written by {who}; wait until it has ended, or stop it")
 
 
-def _look(path: Path) -> tuple[Holder | None, int] | None:
-    """What a lock says, and when it was touched; None if it is not there."""
-    try:
-        with open(path, "rb") as file:  # opening it asks a file server for the truth
-            text, touched = file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except OSError:
-        return None
+def _look(folder: Store, lock: str) -> tuple[Holder | None, Any] | None:
+    """What a lock says, and what is another thing after each touch; None if it is not there."""
+    touched: Any
+    if isinstance(folder, Folder):
+        try:
+            with open(folder.path / lock, "rb") as file:  # opening it asks a file server for the truth
+                text, touched = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return None
+    else:
+        there = folder.files(LOCKS)
+        if lock not in there:
+            return None
+        try:
+            text, touched = folder.read(lock), there.get(f"{lock}.beat")
+        except PassingError:
+            raise
+        except UserError:
+            return None
     try:
         return Holder(**json.loads(text)), touched
     except (ValueError, TypeError):
         return None, touched
 
 
-def last_sign_of_life(folder: Folder) -> tuple[str, float] | None:
+def last_sign_of_life(folder: Store) -> tuple[str, float] | None:
     """Who holds a folder, and for how many seconds nothing was heard of it; None if nobody does, or it is gone.
 
-    Only to be shown: it takes this machine's clock for the file system's.
+    Only to be shown: it takes this machine's clock for that of where the folder is.
     """
     number = max((int(name) for name in _numbers(folder)), default=0)
-    found = _look(folder.path / _lock(number)) if number else None
+    found = _look(folder, _lock(number)) if number else None
     if found is None:
         return None
-    holder, touched = found
+    holder, _ = found
     if holder and holder.gone:
         return None
-    return str(holder or "another run"), max(0.0, time.time() - touched / 1e9)
+    touched = max(folder.changed(name) for name in (_lock(number), f"{_lock(number)}.beat") if folder.has(name))
+    return str(holder or "another run"), max(0.0, time.time() - touched)
 
 
-def _beat(lock: int, ended: threading.Event) -> None:
-    """Touch a lock by its open file: one that has been replaced is not touched."""
+def _beat(touch: Callable[[], None], ended: threading.Event) -> None:
+    """Touch a lock, again and again."""
     while not ended.wait(BEAT_SECONDS):
-        with contextlib.suppress(OSError):
-            os.utime(lock)
+        with contextlib.suppress(OSError, UserError):
+            touch()
 
 
 def _sweep(held: Folder, me: Holder, number: int) -> None:

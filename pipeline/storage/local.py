@@ -9,23 +9,15 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import PassingError, UserError
+from pipeline.storage.store import FileStat, Store
 
 TEMPORARY = "fapm/tmp"
 """In the output folder, so that publishing is a rename within one file system."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileStat:
-    """Size in bytes and time of the last change in nanoseconds since 1970."""
-
-    size: int
-    mtime_ns: int
 
 
 @contextlib.contextmanager
@@ -146,7 +138,7 @@ def _sync_folder(path: Path) -> None:
 
 
 class Folder:
-    """A folder of files with plain relative names (`a.json`, `sub/b.txt`), read and written whole or by ranges.
+    """A `Store` on this machine, or on a file system that is mounted here.
 
     Nothing outside the folder is reachable through a name.
 
@@ -154,8 +146,11 @@ class Folder:
         token: of the hold under which it is changed (`storage.hold`); without one nobody else may change it.
     """
 
+    reads_at_once = 2
+
     def __init__(self, path: str | Path, token: str = ""):
         self.path = Path(path)
+        self.address = str(path)
         self._token = token
         self._readers: dict[str, Reader] = {}
         self._lock = threading.Lock()
@@ -198,11 +193,29 @@ class Folder:
             raise UserError(f"{self.path}: refused the file name {name!r}, which leads out of the folder")
         return self.path / name
 
+    def at(self, name: str) -> str:
+        return str(self.path / name)
+
     def exists(self) -> bool:
         return self.path.is_dir()
 
+    def is_empty(self) -> bool:
+        return not self.path.is_dir() or not any(self.path.iterdir())
+
+    def is_file(self) -> bool:
+        return self.path.exists() and not self.path.is_dir()
+
+    def overlaps(self, other: Store) -> str:
+        if not isinstance(other, Folder):
+            return ""
+        here, there = self.path.resolve(), other.path.resolve()
+        return "same" if here == there else "holds" if here in there.parents else ""
+
+    def folders(self) -> list[str]:
+        with plain_errors(self.path):
+            return [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
     def files(self, under: str = "") -> dict[str, FileStat]:
-        """Every file below, by name; hidden files and folders are left out."""
         found = {}
         for folder, folders, names in os.walk(self.path / under):
             folders[:] = sorted(n for n in folders if not n.startswith("."))
@@ -210,17 +223,23 @@ class Folder:
                 path = Path(folder, name)
                 if not name.startswith(".") and path.is_file():
                     stat = path.stat()
-                    found[path.relative_to(self.path).as_posix()] = FileStat(stat.st_size, stat.st_mtime_ns)
+                    relative = path.relative_to(self.path).as_posix()
+                    found[relative] = FileStat(stat.st_size, {"mtime_ns": stat.st_mtime_ns})
         return found
 
     def has(self, name: str) -> bool:
         return self._at(name).is_file()
 
+    def has_folder(self, name: str) -> bool:
+        return self._at(name).is_dir()
+
     def size(self, name: str) -> int:
         return self._at(name).stat().st_size
 
+    def changed(self, name: str) -> float:
+        return self._at(name).stat().st_mtime
+
     def reader(self, name: str) -> Reader:
-        """The file, opened once and kept open until `close`."""
         with self._lock:
             if name not in self._readers:
                 self._readers[name] = Reader(self._at(name))
@@ -237,7 +256,6 @@ class Folder:
             return self._at(name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file in one step."""
         self._at(name)
         writer = Writer(self, name, 0)
         try:
@@ -247,8 +265,7 @@ class Folder:
             writer.discard()
             raise
 
-    def append(self, name: str, data: bytes) -> None:
-        """Add to the end of a small file, or begin it."""
+    def append(self, name: str, data: bytes, now: bool = False) -> None:
         path = self._at(name)
         with plain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +273,6 @@ class Folder:
                 file.write(data)
 
     def create(self, name: str, size: int) -> Writer:
-        """Begin a file of `size` bytes that appears under its name when it is published."""
         self._at(name)
         return Writer(self, name, size)
 
@@ -266,7 +282,6 @@ class Folder:
             away.unlink(missing_ok=True)
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder, or a file, with all that is in it."""
         away = self._put_away(self._at(name))
         with plain_errors(self.path / name):
             if away.is_dir():
@@ -288,7 +303,7 @@ class Folder:
         return away
 
     def free_bytes(self) -> int:
-        """What the file system under the folder (or its nearest parent that exists) has left."""
+        """What the file system under the folder, or its nearest parent that exists, has left."""
         path = self.path.absolute()
         while not path.exists():
             path = path.parent

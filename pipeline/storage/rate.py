@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 ENOUGH_BYTES = 64 << 20
 """Of files together: of less nothing can be told."""
@@ -18,7 +17,7 @@ _THREADS = 2  # as a worker reads
 _SECONDS = 0.25
 
 
-def read_rate(files: Mapping[Path, int]) -> float | None:
+def read_rate(files: Mapping[str, int]) -> float | None:
     """Bytes a second, by reading for a quarter of a second at places all over some files; None if they are too small.
 
     Args:
@@ -46,7 +45,7 @@ def read_rate(files: Mapping[Path, int]) -> float | None:
     return nbytes / (time.perf_counter() - began)
 
 
-def _read(path: Path, start: int, buffer: mmap.mmap) -> int:
+def _read(path: str, start: int, buffer: mmap.mmap) -> int:
     direct = getattr(os, "O_DIRECT", 0)
     for flags in (os.O_RDONLY | direct, os.O_RDONLY) if direct else (os.O_RDONLY,):
         try:

@@ -31,6 +31,7 @@ from nodes import (
 from pipeline import UserError, prune
 from pipeline.run import Result, Watch
 from pipeline.status import status_facts
+from pipeline.storage.local import Folder
 
 ray = pytest.importorskip("ray")
 
@@ -158,9 +159,9 @@ def test_workers_that_are_killed_cost_time_only(model, undisturbed, nodes, add, 
 
 def test_a_node_that_does_not_see_the_files_is_named_at_once(model, nodes, add, monkeypatch):
     add()
-    monkeypatch.setattr("cluster.pool._sight", lambda *_: Sight({"/not/there": 5}, ("/nor/this", b"")))
+    monkeypatch.setattr("cluster.pool._sight", lambda *_: Sight({"/not": {"there": 5}}, Folder("/nor"), b""))
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"node .* does not see /nor/this as the driver does"):
+    with pytest.raises(UserError, match=r"node .* does not see /nor/fapm/run.json as the driver does"):
         prune(model.recipe(shard_size="6MB", workers=1), pool=ray_pool("auto"))
     assert time.monotonic() - began < 30
 

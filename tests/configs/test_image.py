@@ -41,7 +41,7 @@ def test_it_is_slim_pinned_and_nobody_in_particular():
 def test_what_is_pinned_is_what_the_project_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["ray"], *extras["kubernetes"]]
+    wanted = [*project["dependencies"], *extras["ray"], *extras["kubernetes"], *extras["s3"]]
     names = {re.split(r"[\[><=]", requirement)[0].lower() for requirement in wanted} - {"torch"}
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "configs/requirements.txt").read_text().splitlines()}
     assert names <= pinned

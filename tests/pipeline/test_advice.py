@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,9 +37,9 @@ def test_gpus_are_worth_having_where_cores_are_fewer_than_that():
 
 @pytest.fixture
 def files(tmp_path):
-    sizes = {tmp_path / "a": ENOUGH_BYTES // 2, tmp_path / "b": ENOUGH_BYTES // 2 + 12345}
+    sizes = {str(tmp_path / "a"): ENOUGH_BYTES // 2, str(tmp_path / "b"): ENOUGH_BYTES // 2 + 12345}
     for path, size in sizes.items():
-        path.write_bytes(np.zeros(size, np.uint8).data)
+        Path(path).write_bytes(np.zeros(size, np.uint8).data)
     return sizes
 
 
@@ -74,6 +75,6 @@ def test_a_file_system_that_knows_no_direct_reading_is_read_as_it_is(files, monk
 
 def test_of_little_nothing_is_told(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
-    assert read_rate({tmp_path / "a": 5}) is None
+    assert read_rate({str(tmp_path / "a"): 5}) is None
     with pytest.raises(OSError, match="No such file"):
-        read_rate({tmp_path / "not there": ENOUGH_BYTES})
+        read_rate({str(tmp_path / "not there"): ENOUGH_BYTES})

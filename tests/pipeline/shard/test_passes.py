@@ -18,7 +18,7 @@ from pipeline.scoring.device import make_engine
 from pipeline.scoring.threshold import Bracket, Threshold, histograms, key_of
 from pipeline.shard import passes
 from pipeline.shard.passes import Bench, BlockSums, Scratch
-from pipeline.shard.reading import NOTHING, Memory, Pieces, SectionReader
+from pipeline.shard.reading import NOTHING, Pieces, SectionReader
 from pipeline.shard.section import sections
 from pipeline.storage.local import Folder
 
@@ -62,7 +62,7 @@ class Setting:
         self.recipe = Recipe.of(**sides, **choices)
         self.plan: Plan = make_plan(self.recipe)
         (self.section,) = sections(self.plan.shards[0].tensors, list(self.plan.groups))
-        reader = SectionReader(Folder(sides["base"]), Folder(sides["finetuned"]), Memory(1 << 28))
+        reader = SectionReader(Folder(sides["base"]), Folder(sides["finetuned"]), 1 << 28)
         loads = reader.start(self.section) if self.resident else NOTHING
         pieces = Pieces(reader, self.section, loads)
         return Bench(self.recipe, make_engine(self.recipe.method, "cpu"), pieces, self.plan.groups)

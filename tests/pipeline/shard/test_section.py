@@ -16,7 +16,7 @@ from pipeline import Recipe, make_plan
 from pipeline.formats.header import TensorInfo
 from pipeline.plan import PairedTensor
 from pipeline.shard import section
-from pipeline.shard.reading import BUFFER_BYTES, NOTHING, Memory, Pieces, SectionReader
+from pipeline.shard.reading import BUFFER_BYTES, NOTHING, Pieces, SectionReader
 from pipeline.shard.section import MOST_RANGES, PIECE_BYTES, SMALL, sections
 from pipeline.storage.local import Folder
 
@@ -108,7 +108,7 @@ def test_what_is_read_is_what_was_stored_wherever_it_lies(tmp_path: Path, order:
         raw_tensors(tmp_path / role / "model.safetensors", entries)
     plan = make_plan(Recipe.of(**{side: str(tmp_path / side) for side in ("base", "finetuned", "out")}))
     folders = [Folder(tmp_path / role) for role in ("base", "finetuned")]
-    reader = SectionReader(*folders, Memory(1 << 28))
+    reader = SectionReader(*folders, 1 << 28)
     for one in sections(plan.shards[0].tensors):
         pieces = Pieces(reader, one, reader.start(one) if resident else NOTHING)
         for loaded in pieces:

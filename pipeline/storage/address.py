@@ -1,0 +1,108 @@
+"""Addresses of folders: a path, a bucket's, or a repository's. What they mean, and the store at each."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.storage.local import Folder
+from pipeline.storage.store import Store
+
+BUCKETS = ("s3", "gs", "az")
+"""Schemes of object stores."""
+
+HUB = "hf"
+
+_SHORT = re.compile(r"[\w][\w.-]*/[\w.-]+(@[^\s@]+)?")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+def scheme_of(address: str) -> str:
+    """`s3` of `s3://bucket/folder`; nothing of a local path."""
+    found = _SCHEME.match(address)
+    return found[1] if found else ""
+
+
+def open_store(address: str, token: str = "") -> Store:
+    """The folder at an address. Nothing is asked of it yet.
+
+    Args:
+        token: of the hold under which it is changed (`storage.hold`); without one nobody else may change it.
+
+    Raises:
+        UserError: there are no such addresses.
+    """
+    scheme = scheme_of(address)
+    if scheme in BUCKETS:
+        from pipeline.storage.bucket import Bucket
+
+        return Bucket(address, token)
+    if scheme == HUB:
+        from pipeline.storage.hub import Repository
+
+        return Repository(address)
+    if scheme:
+        raise UserError(f"{address}: there are paths, s3://, gs://, az:// and hf://, but no {scheme}://")
+    return Folder(address, token)
+
+
+def input_address(address: str) -> str:
+    """What a user means by the address of an input: a folder here if there is one, else `org/name` on the Hub; of a
+    repository the commit, so that it means the same for all workers, and tomorrow.
+
+    Raises:
+        UserError: the Hub has no such repository, or does not say.
+    """
+    scheme = scheme_of(address)
+    if not scheme and _SHORT.fullmatch(address) and not Path(address).exists() and not Path(address).parent.is_dir():
+        try:
+            return _pinned(f"{HUB}://{address}")
+        except UserError as error:
+            raise type(error)(f"there is no folder {address}; {error}") from None
+    return _pinned(address) if scheme == HUB else address
+
+
+def _pinned(address: str) -> str:
+    from pipeline.storage.hub import Repository
+
+    return Repository(address).pinned()
+
+
+def repository_of(address: str, pinned: bool = False) -> str:
+    """The name of a repository on the Hub, with its revision if `pinned`; nothing if the address is none of one."""
+    if scheme_of(address) != HUB:
+        return ""
+    name = address.removeprefix(f"{HUB}://")
+    return address if pinned else name.partition("@")[0]
+
+
+def absolute(address: str) -> str:
+    """The same for processes with another working directory."""
+    return address if scheme_of(address) else os.path.abspath(address)
+
+
+def split(address: str) -> tuple[str, str]:
+    """The address of the folder that holds it, and its name there."""
+    if not scheme_of(address):
+        path = Path(address)
+        return str(path.parent), path.name
+    address = address.partition("@")[0] if scheme_of(address) == HUB else address
+    parent, _, name = address.rstrip("/").rpartition("/")
+    return parent, name
+
+
+def inside(address: str, name: str) -> str:
+    """The address of a folder in another."""
+    return f"{address.rstrip('/')}/{name}" if scheme_of(address) else str(Path(address, name))
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses that match a pattern as of `glob`."""
+    if scheme_of(pattern):
+        from pipeline.storage import bucket
+
+        return bucket.matching(pattern)
+    return glob.glob(pattern)

@@ -1,0 +1,540 @@
+"""Folders in object stores: S3 and what is compatible with it, Google Cloud Storage, Azure Blob Storage.
+
+obstore moves the bytes; boto3, where it is installed, finds S3's credentials as every other tool does, and ends uploads
+that nobody will complete. There is no rename: an object appears when its upload is completed, whole or not at all. Who
+writes under a hold asks before each change whether a newer one is there; a successor ends all uploads that are under
+way, so that what began before it can never be completed after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import from_url
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from pipeline.errors import PassingError, UserError
+from pipeline.storage.store import FileStat, Store
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+LOCKS = "fapm/lock"
+PATIENCE_SECONDS = 120.0
+"""How long a request is tried again before a run gives up, with growing pauses of random length in between."""
+PART_BYTES = 8 << 20
+"""Of an upload, or so many that there are no more than MOST_PARTS."""
+MOST_PARTS = 9_000
+APPEND_SECONDS = 5.0
+"""Between two writings of a file that is added to: it is written anew each time."""
+
+_REQUEST_BYTES = 16 << 20  # of a file, at once
+_PARTS_AT_ONCE = 4
+CLIENT: ClientConfig = {
+    "connect_timeout": timedelta(seconds=5),
+    "read_timeout": timedelta(seconds=30),
+    "timeout": timedelta(seconds=300),
+}
+RETRY: RetryConfig = {
+    "max_retries": 8,
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+    "retry_timeout": timedelta(seconds=20),
+}
+_WRONG = {
+    "NoSuchBucket": "there is no such bucket",
+    "ContainerNotFound": "there is no such container",
+    "AccountIsDisabled": "the account is disabled",
+    "InvalidAccessKeyId": "the store does not know the access key",
+    "SignatureDoesNotMatch": "the store does not accept the secret key",
+    "ExpiredToken": "the credentials have expired",
+    "InvalidBucketName": "that is no name of a bucket",
+    "PermanentRedirect": "the bucket lies in another region: set AWS_REGION",
+    "AuthorizationHeaderMalformed": "the bucket lies in another region: set AWS_REGION",
+}
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_PROFILE, or the machine's role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with a key or token, or the machine's identity",
+    "hf": "`hf auth login` or HF_TOKEN; a gated repository wants its conditions accepted, too",
+}
+
+
+@contextlib.contextmanager
+def plain_errors(address: str) -> Iterator[None]:
+    """Turn what a store answers into a sentence. Nothing of the answer itself is shown but its code: it may hold
+    signatures."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        code = _code(str(error))
+        raise UserError(f"{address}: {_WRONG[code]}" if code in _WRONG else f"there is no {address}") from None
+    except BaseError as error:
+        raise _plain(address, error) from None
+
+
+def _plain(address: str, error: BaseError) -> UserError:
+    text = str(error)
+    code, status = _code(text), re.search(r"status code: (\d{3})", text)
+    if code in _WRONG:
+        return UserError(f"{address}: {_WRONG[code]}")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or (status and status[1] in ("401", "403")):
+        how = _CREDENTIALS[address.partition(":")[0]]
+        return UserError(f"{address}: the store denies access ({code or 'it says no more'}); credentials: {how}")
+    if isinstance(error, PreconditionError):
+        return UserError(f"{address} was replaced while it was in use; start again")
+    if status and status[1].startswith("4") and status[1] not in ("408", "429"):
+        return UserError(f"{address}: the store refuses it: {status[1]} {code}".rstrip())
+    if "source" not in text and "status" not in text and "timed out" not in text.lower() and "HTTP" not in text:
+        return UserError(f"{address}: {text.splitlines()[0][:200]}")
+    why = f"{status[1]} {code}".strip() if status else "it cannot be reached, or the connection breaks"
+    return PassingError(f"{address}: the store does not answer as it should ({why}); run the same command again later")
+
+
+def _code(text: str) -> str:
+    found = re.search(r"<Code>(\w+)</Code>", text)
+    return found[1] if found else ""
+
+
+Found = TypeVar("Found")
+
+
+def patiently(address: str, ask: Callable[[], Found], seconds: float | None = None) -> Found:
+    """The answer to a request that may be made twice, asked again while the reason for having none may pass.
+
+    Args:
+        seconds: for how long, PATIENCE_SECONDS by default.
+    """
+    tries = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, PassingError)),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        stop=stop_after_delay(PATIENCE_SECONDS if seconds is None else seconds),
+        reraise=True,
+    )
+
+    def once() -> Found:
+        with plain_errors(address):
+            return ask()
+
+    return tries(once)
+
+
+class _ShortError(BaseError):
+    """A body that is shorter than was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("source: HTTP: a short body")
+
+
+class ObjectReader:
+    """An object, read by ranges; if it is replaced meanwhile, that is an error."""
+
+    def __init__(self, client: Any, path: str, address: str, size: int, etag: str | None = None):
+        self._store, self._path, self._address = client, path, address
+        self.size, self._etag = size, etag
+
+    def read_into(self, offset: int, target: np.ndarray) -> None:
+        for start in range(0, target.size, _REQUEST_BYTES):
+            part = target[start : start + _REQUEST_BYTES]
+            patiently(self._address, functools.partial(self._get, offset + start, part))
+
+    def _get(self, offset: int, target: np.ndarray) -> None:
+        end = offset + target.size
+        if end > self.size:
+            raise UserError(f"{self._address}: the file ends at byte {self.size}; it was cut short while in use")
+        options: Any = {"range": (offset, end), "if_match": self._etag} if self._etag else {"range": (offset, end)}
+        done = 0
+        for data in obstore.get(self._store, self._path, options=options).stream(min_chunk_size=1 << 20):
+            here = np.frombuffer(memoryview(data), np.uint8)
+            target[done : done + here.size] = here[: target.size - done]
+            done += here.size
+        if done != target.size:
+            raise _ShortError
+
+    def read_rows(self, offsets: Sequence[int], rows: np.ndarray) -> None:
+        if not len(offsets):
+            return
+        lengths = [rows.shape[1]] * len(offsets)
+
+        def ask() -> None:
+            found = obstore.get_ranges(self._store, self._path, starts=list(offsets), lengths=lengths, coalesce=4096)
+            for row, data in zip(rows, found, strict=True):
+                if len(data) != row.size:
+                    raise _ShortError
+                row[:] = np.frombuffer(memoryview(data), np.uint8)
+
+        patiently(self._address, ask)
+
+    def read(self, offset: int, length: int) -> bytes:
+        target = np.empty(length, np.uint8)
+        self.read_into(offset, target)
+        return target.tobytes()
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class ObjectWriter:
+    """An object on its way; what is written must come in order."""
+
+    def __init__(self, folder: Bucket, name: str, size: int):
+        self._folder, self._name, self._address = folder, name, folder.at(name)
+        self._before = folder.head(name)
+        self._part = max(PART_BYTES, -(-size // MOST_PARTS))
+        with plain_errors(self._address):
+            self._file = obstore.open_writer(
+                folder.client, folder.key(name), buffer_size=self._part, max_concurrency=_PARTS_AT_ONCE
+            )
+        self._position = 0
+
+    def write(self, offset: int, data: np.ndarray | bytes) -> None:
+        assert offset == self._position, (offset, self._position)
+        view = memoryview(data) if isinstance(data, bytes) else data.data
+        with plain_errors(self._address):
+            for start in range(0, view.nbytes, self._part):
+                self._file.write(view[start : start + self._part])
+        self._position += view.nbytes
+
+    def publish(self) -> None:
+        self._folder.check()
+        try:
+            with plain_errors(self._address):
+                self._file.close()
+        except UserError:
+            self._folder.check()
+            if not self._is_there():
+                raise
+
+    def _is_there(self) -> bool:
+        """Whether the upload was completed all the same, and only the answer lost."""
+        now, before = self._folder.head(self._name), self._before
+        return bool(now and now["size"] == self._position and (not before or before["e_tag"] != now["e_tag"]))
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):
+            self._file.__exit__(RuntimeError, RuntimeError(), None)
+
+
+class Bucket:
+    """A `Store` in an object store.
+
+    Args:
+        address: like s3://bucket/folder.
+        token: of the hold under which it is changed, and `number`: of that hold's lock.
+    """
+
+    reads_at_once = 16
+
+    def __init__(self, address: str, token: str = "", number: int = 0):
+        self.address = address.rstrip("/")
+        self.token, self.number = token, number
+        scheme, _, rest = self.address.partition("://")
+        bucket, _, self._prefix = rest.partition("/")
+        if not bucket or "//" in rest or any(part in (".", "..") for part in rest.split("/")):
+            raise UserError(f"{address}: give {scheme}://BUCKET/FOLDER")
+        self._root = f"{scheme}://{bucket}"
+        self._readers: dict[str, ObjectReader] = {}
+        self._lock = threading.Lock()
+        self._added: dict[str, tuple[bytes, float]] = {}  # files that are added to, and when they were written
+
+    def __reduce__(self) -> tuple[type[Bucket], tuple[str, str, int]]:
+        return Bucket, (self.address, self.token, self.number)
+
+    @property
+    def client(self) -> Any:
+        return _client(self._root)
+
+    def key(self, name: str) -> str:
+        """The object's name in its bucket."""
+        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise UserError(f"{self.address}: refused the file name {name!r}, which leads out of the folder")
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def at(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def absolute(self) -> Bucket:
+        return self
+
+    def exists(self) -> bool:
+        return bool(self._list("", 1))
+
+    def is_empty(self) -> bool:
+        return not self.exists()
+
+    def is_file(self) -> bool:
+        return bool(self._prefix) and not self.exists() and self._head(self._prefix) is not None
+
+    def overlaps(self, other: Store) -> str:
+        if not isinstance(other, Bucket):
+            return ""
+        if self.address == other.address:
+            return "same"
+        return "holds" if other.address.startswith(self.address + "/") else ""
+
+    def files(self, under: str = "") -> dict[str, FileStat]:
+        found = {}
+        for meta in self._list(under):
+            name = meta["path"][len(self._prefix) + 1 if self._prefix else 0 :]
+            if not any(part.startswith(".") for part in name.split("/")):
+                found[name] = FileStat(meta["size"], {"etag": meta["e_tag"] or meta["last_modified"].isoformat()})
+        return found
+
+    def _list(self, under: str, most: int | None = None) -> list[Any]:
+        prefix = "/".join(part for part in (self._prefix, under) if part)
+
+        def ask() -> list[Any]:
+            found: list[Any] = []
+            for page in obstore.list(self.client, prefix or None, chunk_size=most or 1000):
+                found += page
+                if most and len(found) >= most:
+                    break
+            return found
+
+        return patiently(self.address, ask)
+
+    def folders(self) -> list[str]:
+        found = self._inside(self._prefix)
+        return [name for name in found if not name.startswith(".")]
+
+    def _inside(self, prefix: str) -> list[str]:
+        """The folders in one, by their last names."""
+        answer = patiently(self.address, lambda: obstore.list_with_delimiter(self.client, prefix or None))
+        return [path.rstrip("/").rpartition("/")[2] for path in answer["common_prefixes"]]
+
+    def has(self, name: str) -> bool:
+        return self.head(name) is not None
+
+    def head(self, name: str) -> Any:
+        """What the store knows of a file, or None if it is not there."""
+        return self._head(self.key(name))
+
+    def has_folder(self, name: str) -> bool:
+        return bool(self._list(name, 1))
+
+    def _head(self, key: str) -> Any:
+        def ask() -> Any:
+            try:
+                return obstore.head(self.client, key)
+            except FileNotFoundError as error:
+                if _code(str(error)) in _WRONG:
+                    raise
+                return None
+
+        return patiently(self.address, ask)
+
+    def _meta(self, name: str) -> Any:
+        return patiently(self.at(name), lambda: obstore.head(self.client, self.key(name)))
+
+    def size(self, name: str) -> int:
+        return int(self._meta(name)["size"])
+
+    def changed(self, name: str) -> float:
+        return float(self._meta(name)["last_modified"].timestamp())
+
+    def reader(self, name: str) -> ObjectReader:
+        with self._lock:
+            if name not in self._readers:
+                meta = self._meta(name)
+                found = ObjectReader(self.client, self.key(name), self.at(name), meta["size"], meta["e_tag"])
+                self._readers[name] = found
+            return self._readers[name]
+
+    def close(self) -> None:
+        with self._lock:
+            self._readers.clear()
+
+    def read(self, name: str) -> bytes:
+        return patiently(self.at(name), lambda: bytes(obstore.get(self.client, self.key(name)).bytes()))
+
+    def write(self, name: str, data: bytes) -> None:
+        self.check()
+        self._put(name, data)
+
+    def _put(self, name: str, data: bytes) -> None:
+        key = self.key(name)
+        patiently(self.at(name), lambda: obstore.put(self.client, key, data, use_multipart=False))
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        """Write a file that is not there; whether it was not."""
+        key = self.key(name)
+
+        def ask() -> bool:
+            try:
+                obstore.put(self.client, key, data, mode="create")
+            except AlreadyExistsError:
+                # Perhaps by this very request, whose answer was lost.
+                return bytes(obstore.get(self.client, key).bytes()) == data
+            return True
+
+        return patiently(self.at(name), ask)
+
+    def append(self, name: str, data: bytes, now: bool = False) -> None:
+        if name not in self._added:
+            self._added[name] = (self.read(name) if self.has(name) else b""), 0.0
+        before, written = self._added[name]
+        if now or time.monotonic() - written > APPEND_SECONDS:
+            self.write(name, before + data)
+            written = time.monotonic()
+        self._added[name] = before + data, written
+
+    def create(self, name: str, size: int) -> ObjectWriter:
+        self.check()
+        return ObjectWriter(self, name, size)
+
+    def remove(self, name: str) -> None:
+        self.check()
+        self._delete([self.key(name)])
+
+    def remove_folder(self, name: str) -> None:
+        self.check()
+        self._delete([meta["path"] for meta in self._list(name)])
+
+    def _delete(self, keys: list[str]) -> None:
+        def ask() -> None:
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self.client, key)
+
+        patiently(self.address, ask)
+
+    def free_bytes(self) -> None:
+        return None
+
+    # Under a hold.
+
+    def under(self, token: str, number: int) -> Bucket:
+        """The folder, to be changed under a hold."""
+        return Bucket(self.address, token, number)
+
+    def locks(self) -> list[int]:
+        """The numbers of the locks that are there."""
+        names = (meta["path"].rpartition("/")[2] for meta in self._list(LOCKS))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def check(self) -> None:
+        """Whether the hold is still the newest.
+
+        Raises:
+            PassingError: another run has taken the folder over.
+        """
+        if self.token and (not (there := self.locks()) or there[-1] != self.number):
+            raise PassingError(
+                f"--out {self.address} was taken over by another run or removed while this one was at work; "
+                "this one has ended without changing anything since"
+            )
+
+    def end_uploads(self) -> None:
+        """End all uploads into this folder that are under way; none can be completed after that. Only S3 says which
+        there are: in others such parts are removed by the store after a while."""
+        if not self._root.startswith("s3:"):
+            return
+        s3, bucket = _boto3(self._root), self._root.partition("://")[2]
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=self._prefix):
+                for upload in page.get("Uploads", ()):
+                    if not self._prefix or upload["Key"].startswith(self._prefix + "/"):
+                        with contextlib.suppress(s3.exceptions.NoSuchUpload):
+                            s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            raise UserError(
+                f"{self.address}: unfinished uploads cannot be listed and ended ({code}); allow "
+                "s3:ListBucketMultipartUploads and s3:AbortMultipartUpload"
+            ) from None
+        except BotoCoreError as error:
+            raise PassingError(f"{self.address}: the store does not answer ({type(error).__name__})") from None
+
+
+@functools.cache
+def _client(root: str) -> Any:
+    """obstore's client of a bucket, one a process."""
+    options: ClientConfig = dict(CLIENT)  # type: ignore[assignment]
+    config: dict[str, Any] = {}
+    if root.startswith("s3:"):
+        config = _as_boto3_does(root)
+        options["allow_http"] = str(config.get("endpoint", "")).startswith("http:")
+    with plain_errors(root):
+        return from_url(root, client_options=options, retry_config=RETRY, **config)
+
+
+def _as_boto3_does(root: str) -> dict[str, Any]:
+    """Credentials, region and endpoint by the usual chain: environment, profile, web identity, container, machine."""
+    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"):
+        return {"endpoint": endpoint} if (endpoint := os.environ.get("AWS_ENDPOINT_URL")) else {}
+    s3 = _boto3(root)
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    try:
+        provider = Boto3CredentialProvider(_session())
+    except ValueError:
+        raise UserError(f"{root}: no credentials were found; they come from {_CREDENTIALS['s3']}") from None
+    found: dict[str, Any] = {"credential_provider": provider, "region": s3.meta.region_name or "us-east-1"}
+    if ".amazonaws.com" not in s3.meta.endpoint_url:
+        found["endpoint"] = s3.meta.endpoint_url
+    return found
+
+
+@functools.cache
+def _session() -> Any:
+    try:
+        import boto3
+    except ImportError:
+        raise UserError("s3:// needs boto3: pip install 'fapm[s3]'") from None
+    return boto3.Session()
+
+
+@functools.cache
+def _boto3(root: str) -> Any:
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    config = Config(
+        request_checksum_calculation="when_required",  # what other servers than Amazon's know
+        response_checksum_validation="when_required",
+        retries={"mode": "standard", "max_attempts": 8},
+        connect_timeout=5,
+        read_timeout=30,
+    )
+    try:
+        return _session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"{root}: {error}") from None
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses of folders that match a pattern of `glob`, whose * stands for nothing with a slash in it."""
+    scheme, _, rest = pattern.partition("://")
+    bucket, *levels = rest.split("/")
+    store = Bucket(f"{scheme}://{bucket}")
+    found = [""]
+    for level in levels:
+        if not re.search(r"[*?[]", level):
+            found = [f"{prefix}/{level}".lstrip("/") for prefix in found]
+        else:
+            found = [
+                f"{prefix}/{name}".lstrip("/")
+                for prefix in found
+                for name in store._inside(prefix)
+                if fnmatch.fnmatchcase(name, level)
+            ]
+    return [f"{scheme}://{bucket}/{prefix}" for prefix in found]

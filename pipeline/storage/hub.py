@@ -1,0 +1,225 @@
+"""Repositories of the Hugging Face Hub as inputs: read by ranges, or from the local cache where it has the files.
+
+huggingface_hub finds the commit, the files and the token, and knows HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE; the bytes
+come through obstore like those of any object store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the client it uses
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from obstore.store import HTTPStore
+
+from pipeline.errors import PassingError, UserError
+from pipeline.storage.bucket import CLIENT, RETRY, ObjectReader, patiently
+from pipeline.storage.local import Reader
+from pipeline.storage.store import FileStat, Store
+
+_ADDRESS = re.compile(r"hf://([\w][\w.-]*/[\w.-]+)(?:@([^/@\s][^@\s]*))?")
+_SECONDS = 15.0
+
+
+@contextlib.contextmanager
+def plain_errors(address: str) -> Iterator[None]:
+    """Turn what the Hub answers into a sentence."""
+    try:
+        yield
+    except GatedRepoError:
+        raise UserError(
+            f"{address} is gated: accept its conditions on its page at {constants.ENDPOINT}, then `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no {address} on the Hub, or it is private: `hf auth login`, or set HF_TOKEN, to see it"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{address}: the repository has no such revision") from None
+    except HFValidationError:
+        raise _no_address(address) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise UserError(f"{address}: the Hub denies access ({status}); see `hf auth login`") from None
+        kind = UserError if 400 <= status < 500 and status not in (408, 429) else PassingError
+        raise kind(f"{address}: the Hub answers {status}; run the same command again later") from None
+    except (HTTPError, OSError) as error:
+        raise PassingError(f"{address}: the Hub does not answer ({type(error).__name__}); try again later") from None
+
+
+def _no_address(address: str) -> UserError:
+    return UserError(f"{address}: give hf://ORGANISATION/NAME, with @REVISION if not the main one is meant")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit of a repository, and its files."""
+
+    commit: str
+    files: dict[str, FileStat]
+
+
+class Repository:
+    """A `Store` that is only read.
+
+    Args:
+        address: like hf://org/name@revision.
+    """
+
+    reads_at_once = 16
+
+    def __init__(self, address: str):
+        found = _ADDRESS.fullmatch(address)
+        if not found:
+            raise _no_address(address)
+        self.address = address
+        self.name, self.revision = found[1], found[2] or "main"
+        self._readers: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Repository], tuple[str]]:
+        return Repository, (self.address,)
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        return _look(self.address, self.name, self.revision)
+
+    def pinned(self) -> str:
+        """The address of the commit that its revision means now."""
+        return f"hf://{self.name}@{self._snapshot.commit}"
+
+    def at(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def absolute(self) -> Repository:
+        return self
+
+    def exists(self) -> bool:
+        return bool(self._snapshot)
+
+    def is_empty(self) -> bool:
+        return not self._snapshot.files
+
+    def is_file(self) -> bool:
+        return False
+
+    def overlaps(self, other: Store) -> str:
+        return "same" if isinstance(other, Repository) and other.name == self.name else ""
+
+    def files(self, under: str = "") -> dict[str, FileStat]:
+        start = f"{under}/" if under else ""
+        found = {name: stat for name, stat in self._snapshot.files.items() if name.startswith(start)}
+        return {name: stat for name, stat in found.items() if not any(p.startswith(".") for p in name.split("/"))}
+
+    def folders(self) -> list[str]:
+        return sorted({name.partition("/")[0] for name in self.files() if "/" in name})
+
+    def has(self, name: str) -> bool:
+        return name in self._snapshot.files
+
+    def has_folder(self, name: str) -> bool:
+        return bool(self.files(name))
+
+    def size(self, name: str) -> int:
+        return self._stat(name).size
+
+    def _stat(self, name: str) -> FileStat:
+        if not self.has(name):
+            raise UserError(f"there is no {self.at(name)}")
+        return self._snapshot.files[name]
+
+    def changed(self, name: str) -> float:
+        return 0.0  # all of a commit at once
+
+    def cached(self, name: str) -> Path | None:
+        """Where a file lies in the local cache, if it does, whole."""
+        found = try_to_load_from_cache(self.name, name, revision=self._snapshot.commit)
+        if isinstance(found, str) and Path(found).is_file() and Path(found).stat().st_size == self._stat(name).size:
+            return Path(found)
+        return None
+
+    def reader(self, name: str) -> Any:
+        if name not in self._readers:
+            size, cached = self._stat(name).size, self.cached(name)
+            if cached:
+                self._readers[name] = Reader(cached)
+            else:
+                if constants.HF_HUB_OFFLINE:
+                    raise UserError(f"{self.at(name)} is not in the local cache, and HF_HUB_OFFLINE is set")
+                client = _client(self.name, self._snapshot.commit)
+                self._readers[name] = ObjectReader(client, name, self.at(name), size)
+        return self._readers[name]
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def read(self, name: str) -> bytes:
+        data: bytes = self.reader(name).read(0, self.size(name))
+        return data
+
+    def refuse(self, *_: Any) -> NoReturn:
+        raise UserError(f"{self.address}: the Hub is only read; write to a folder or a bucket, then `hf upload` it")
+
+    write = append = create = remove = remove_folder = free_bytes = refuse
+
+
+@functools.cache
+def _look(address: str, name: str, revision: str) -> Snapshot:
+    if constants.HF_HUB_OFFLINE:
+        return _in_cache(address, name, revision)
+
+    def ask() -> Any:
+        with plain_errors(address):  # before the others see what it is
+            return HfApi().repo_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
+
+    try:
+        info = patiently(address, ask, _SECONDS)
+    except PassingError:
+        with contextlib.suppress(UserError):  # perhaps the cache has all that is needed
+            return _in_cache(address, name, revision)
+        raise
+    files = {}
+    for entry in info.siblings or ():
+        oid = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        files[entry.rfilename] = FileStat(entry.size or 0, {"etag": oid or ""})
+    return Snapshot(str(info.sha), files)
+
+
+def _in_cache(address: str, name: str, revision: str) -> Snapshot:
+    """What the local cache has of a commit."""
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise UserError(f"{address} is not in the local cache, and the Hub cannot be asked (HF_HUB_OFFLINE)") from None
+    files = {
+        path.relative_to(folder).as_posix(): FileStat(path.stat().st_size, {"etag": path.resolve().name})
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return Snapshot(folder.name, files)
+
+
+@functools.cache
+def _client(name: str, commit: str) -> Any:
+    token = get_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    url = f"{constants.ENDPOINT}/{name}/resolve/{commit}"
+    options: Any = {**CLIENT, "default_headers": headers, "allow_http": url.startswith("http:")}
+    return HTTPStore.from_url(url, client_options=options, retry_config=RETRY)

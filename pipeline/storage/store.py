@@ -1,0 +1,135 @@
+"""A folder of files, wherever it is: what readers and writers ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """Size in bytes, and what is another thing after every change of the file: `mtime_ns`, nanoseconds since 1970, or a
+    store's `etag`; empty where neither is known."""
+
+    size: int
+    version: dict[str, Any]
+
+
+class Reader(Protocol):
+    """An open file, read by ranges, from any thread."""
+
+    size: int
+
+    def read_into(self, offset: int, target: np.ndarray) -> None:
+        """Fill `target` (contiguous uint8) with the bytes at `offset`."""
+        ...
+
+    def read_rows(self, offsets: Sequence[int], rows: np.ndarray) -> None:
+        """Fill each row of `rows` (n, length) with the bytes at its offset; for many short reads."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
+class Writer(Protocol):
+    """A file that appears when it is published, whole. What is written to it comes in order."""
+
+    def write(self, offset: int, data: np.ndarray | bytes) -> None: ...
+
+    def publish(self) -> None:
+        """Make the file durable and let it appear under its name, in one step."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+class Store(Protocol):
+    """A folder of files with plain relative names (`a.json`, `sub/b.txt`), read and written whole or by ranges.
+
+    Attributes:
+        address: as the user gave it.
+        reads_at_once: requests that are worth having under way at the same time.
+
+    Raises:
+        UserError, PassingError: from every method, where it cannot be done.
+    """
+
+    address: str
+    reads_at_once: int
+
+    def at(self, name: str) -> str:
+        """The address of a file."""
+        ...
+
+    def absolute(self) -> Store:
+        """The same for processes with another working directory."""
+        ...
+
+    def exists(self) -> bool: ...
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it, not even something hidden, or it is not there."""
+        ...
+
+    def is_file(self) -> bool:
+        """Whether its address is that of a file, not of a folder."""
+        ...
+
+    def overlaps(self, other: Store) -> str:
+        """`same` if the other is this folder, `holds` if it lies in it, else nothing."""
+        ...
+
+    def files(self, under: str = "") -> dict[str, FileStat]:
+        """Every file below, by name; hidden files and folders are left out."""
+        ...
+
+    def folders(self) -> list[str]:
+        """The names of the folders in it; hidden ones are left out."""
+        ...
+
+    def has(self, name: str) -> bool: ...
+
+    def has_folder(self, name: str) -> bool: ...
+
+    def size(self, name: str) -> int: ...
+
+    def changed(self, name: str) -> float:
+        """When a file was written last, by the clock of where it lies, in seconds since 1970."""
+        ...
+
+    def reader(self, name: str) -> Reader:
+        """The file, opened once and kept open until `close`."""
+        ...
+
+    def close(self) -> None: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file in one step."""
+        ...
+
+    def append(self, name: str, data: bytes, now: bool = False) -> None:
+        """Add to the end of a small file, or begin it.
+
+        Args:
+            now: it must not be lost with this process, as it may for some seconds where files cannot be added to.
+        """
+        ...
+
+    def create(self, name: str, size: int) -> Writer:
+        """Begin a file of `size` bytes that appears under its name when it is published."""
+        ...
+
+    def remove(self, name: str) -> None: ...
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder, or a file, with all that is in it."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """What there is room for; None where that is not limited."""
+        ...

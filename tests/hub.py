@@ -1,0 +1,170 @@
+"""A small Hugging Face Hub on this machine, for tests: what huggingface_hub asks of a repository, with ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from pipeline.storage import hub
+
+TOKEN = "hf_not-to-be-shown"
+
+
+class Hub:
+    """Repositories by name; each commit's files are those that a folder had when it was pushed.
+
+    Attributes:
+        url: its endpoint, and `cdn`, where large files lie, is another address of it.
+        private, gated: names of those that need a token; that nobody may read.
+        asked: the paths that were asked for, `read` bytes of files, and `seen` the tokens that the CDN was shown.
+    """
+
+    def __init__(self) -> None:
+        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.private: set[str] = set()
+        self.gated: set[str] = set()
+        self.asked: list[str] = []
+        self.seen: list[str] = []
+        self.read = 0
+        self.busy = 0  # so many answers are 503
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub._answer(self)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        port = self._server.server_address[1]
+        self.url, self.cdn = f"http://localhost:{port}", f"http://127.0.0.1:{port}"
+
+    def push(self, name: str, folder: Path) -> str:
+        """Make a folder the repository's newest commit; returns that."""
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        commits = self.commits.setdefault(name, {})
+        commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
+        commits[commit] = files
+        return commit
+
+    def _answer(self, asked: Any) -> None:
+        self.asked.append(asked.path)
+        path = asked.path.partition("?")[0]
+        if self.busy:
+            self.busy -= 1
+            return self._send(asked, 503, b"busy")
+        if path.startswith("/cdn/"):
+            self.seen.append(asked.headers.get("Authorization", ""))
+            _, _, name, commit, file = path.split("/", 4)
+            return self._file(asked, self.commits[name.replace("--", "/")][commit][file])
+        told = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(?:revision|tree)/(.+))?", path)
+        wanted = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        found = told or wanted
+        name = found[1] if found else ""
+        token = asked.headers.get("Authorization", "")
+        if name not in self.commits or (name in self.private and token != f"Bearer {TOKEN}"):
+            return self._send(asked, 401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        revision = (found[2] if found else "") or "main"
+        commits = self.commits[name]
+        commit = list(commits)[-1] if revision == "main" else revision
+        if commit not in commits:
+            return self._send(asked, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        files = commits[commit]
+        if told:
+            facts = self._facts(name, commit, files)
+            return self._send(asked, 200, json.dumps(_tree(facts) if "/tree/" in path else facts).encode())
+        if name in self.gated:
+            return self._send(asked, 403, b"{}", {"X-Error-Code": "GatedRepo"})
+        if wanted and wanted[3] not in files:
+            return self._send(asked, 404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        if wanted and wanted[3].endswith(".safetensors"):
+            where = f"{self.cdn}/cdn/{name.replace('/', '--')}/{commit}/{wanted[3]}?signature=abc"
+            data = files[wanted[3]]
+            linked = {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+            return self._send(asked, 302, b"", {"Location": where, "X-Repo-Commit": commit, **linked})
+        return self._file(asked, files[wanted[3] if wanted else ""], {"X-Repo-Commit": commit})
+
+    def _facts(self, name: str, commit: str, files: dict[str, bytes]) -> dict[str, Any]:
+        siblings = []
+        for file, data in files.items():
+            entry: dict[str, Any] = {"rfilename": file, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            if file.endswith(".safetensors"):
+                entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            siblings.append(entry)
+        return {"id": name, "modelId": name, "sha": commit, "private": name in self.private, "siblings": siblings}
+
+    def _file(self, asked: Any, data: bytes, headers: dict[str, str] | None = None) -> None:
+        etag = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes", **(headers or {})}
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d+)?", asked.headers.get("Range", ""))
+        if not ranged:
+            self.read += len(data)
+            return self._send(asked, 200, data, etag)
+        begin, end = int(ranged[1]), min(len(data), int(ranged[2] or len(data) - 1) + 1)
+        self.read += end - begin
+        etag["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+        return self._send(asked, 206, data[begin:end], etag)
+
+    def _send(self, asked: Any, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        asked.send_response_only(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            asked.send_header(name, value)
+        asked.end_headers()
+        if asked.command != "HEAD":
+            asked.wfile.write(data)
+
+
+def _tree(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same files as the Hub lists them in another of its answers."""
+    found = []
+    for entry in facts["siblings"]:
+        listed = {"type": "file", "path": entry["rfilename"], "size": entry["size"], "oid": entry["blobId"]}
+        if "lfs" in entry:
+            listed["lfs"] = {"oid": entry["lfs"]["sha256"], "size": entry["size"], "pointerSize": 130}
+        found.append(listed)
+    return found
+
+
+@contextmanager
+def served() -> Iterator[Hub]:
+    made = Hub()
+    threading.Thread(target=made._server.serve_forever, daemon=True).start()
+    try:
+        yield made
+    finally:
+        made._server.shutdown()
+        made._server.server_close()
+
+
+def use(patch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False, token: str = "") -> None:
+    """Let this process, and those that it starts, take `url` for the Hub, with a cache of their own."""
+    from huggingface_hub import file_download, hf_api
+
+    patch.setenv("HF_ENDPOINT", url)
+    patch.setenv("HF_HOME", str(home))
+    patch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+    patch.setenv("HF_HUB_DISABLE_XET", "1")
+    patch.setenv("HF_TOKEN", token)
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(hf_api.constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}", False)
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    hub._look.cache_clear()
+    hub._client.cache_clear()

@@ -1,0 +1,335 @@
+"""pytest tests/pipeline/storage/test_bucket.py: a folder in an object store is one like any other; on moto's server."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import s3
+
+from pipeline.errors import PassingError, UserError
+from pipeline.storage import bucket
+from pipeline.storage import hold as holding
+from pipeline.storage.address import inside, matching, open_store, split
+from pipeline.storage.bucket import Bucket
+from pipeline.storage.hold import hold, last_sign_of_life
+from pipeline.storage.store import Store
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with s3.moto() as found:
+        yield found
+
+
+@pytest.fixture
+def client(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    yield s3.use(monkeypatch, endpoint)
+    s3.forget()
+
+
+@pytest.fixture
+def name(client: Any) -> str:
+    """Of a new bucket."""
+    found = f"b-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=found)
+    return found
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path) -> Store:
+    """Both, so that what is said of one holds of the other."""
+    if request.param == "local":
+        return open_store(str(tmp_path / "out"))
+    return open_store(f"s3://{request.getfixturevalue('name')}/some/out")
+
+
+def bytes_of(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
+
+
+# What a store does.
+
+
+def test_files_come_and_go(folder):
+    assert not folder.exists() and folder.is_empty() and folder.files() == {} and not folder.is_file()
+    folder.write("a", b"1")
+    folder.write("sub/b", b"22")
+    folder.write(".hidden", b"3")
+    assert folder.exists() and not folder.is_empty()
+    assert {name: stat.size for name, stat in folder.files().items()} == {"a": 1, "sub/b": 2}
+    assert list(folder.files("sub")) == ["sub/b"]
+    assert [name for name in folder.folders() if name != "fapm"] == ["sub"]
+    assert (folder.has("a"), folder.has("b"), folder.has_folder("sub"), folder.has_folder("a b")) == (1, 0, 1, 0)
+    assert (folder.size("sub/b"), folder.read("sub/b")) == (2, b"22")
+    assert abs(folder.changed("a") - time.time()) < 60
+    folder.remove("a")
+    folder.remove("not there")
+    folder.remove_folder("sub")
+    folder.remove_folder("nor this")
+    assert folder.files() == {}
+
+
+def test_what_is_written_again_has_another_version(folder):
+    folder.write("a", b"1")
+    before = folder.files()["a"]
+    assert folder.files()["a"] == before
+    time.sleep(0.02)
+    folder.write("a", b"2")
+    assert folder.files()["a"].version != before.version
+
+
+def test_ranges_are_read_exactly(folder):
+    data = bytes_of(40 << 20)  # more than is asked for at once
+    folder.write("a", data)
+    reader = folder.reader("a")
+    assert reader.size == len(data)
+    for offset, length in ((0, len(data)), (5, 1), (7, 33 << 20), (len(data) - 3, 3), (9, 0)):
+        assert reader.read(offset, length) == data[offset : offset + length]
+    rows, offsets = np.empty((100, 256), np.uint8), list(range(0, 100 * 100_003, 100_003))
+    reader.read_rows(offsets, rows)
+    assert [row.tobytes() for row in rows] == [data[o : o + 256] for o in offsets]
+    with pytest.raises(UserError, match=r"a: the file ends at byte 41943040; it was cut short"):
+        reader.read(len(data) - 1, 2)
+    folder.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 << 20, 40_000_001])
+def test_a_file_appears_when_it_is_published_whole(folder, size):
+    data = bytes_of(size)
+    writer = folder.create("sub/a", size)
+    for start in range(0, size, 9_000_000):
+        writer.write(start, np.frombuffer(data[start : start + 9_000_000], np.uint8))
+    assert not folder.has("sub/a")
+    writer.publish()
+    assert folder.read("sub/a") == data
+
+
+def test_one_that_is_discarded_never_does(folder):
+    writer = folder.create("a", 20 << 20)
+    writer.write(0, bytes(20 << 20))
+    writer.discard()
+    assert folder.files() == {}
+    if isinstance(folder, Bucket):
+        assert s3.uploads(bucket._boto3(folder._root), folder._root.removeprefix("s3://")) == []
+
+
+def test_files_are_added_to(folder):
+    for i in range(20):
+        folder.append("log", b"%d\n" % i, now=i == 19)
+    assert folder.read("log") == b"".join(b"%d\n" % i for i in range(20))
+    again = open_store(folder.address)
+    again.append("log", b"more\n", now=True)
+    assert again.read("log").endswith(b"19\nmore\n")
+
+
+@pytest.mark.parametrize("bad", ["../a", "/a", "a/../../b", "a//b", "", ".", "a\0b"])
+def test_no_name_leads_out(folder, bad):
+    for work in (folder.read, folder.has, folder.remove, folder.reader, lambda name: folder.write(name, b"")):
+        with pytest.raises(UserError, match="leads out of the folder"):
+            work(bad)
+
+
+def test_it_travels(folder):
+    folder.write("a", b"1")
+    folder.reader("a")
+    assert pickle.loads(pickle.dumps(folder)).read("a") == b"1"
+    assert folder.absolute().read("a") == b"1"
+
+
+def test_overlaps(folder):
+    address = folder.address
+    assert folder.overlaps(open_store(address)) == "same"
+    assert folder.overlaps(open_store(inside(address, "sub"))) == "holds"
+    assert not open_store(inside(address, "sub")).overlaps(folder)
+    assert not folder.overlaps(open_store(address + "-2"))
+    assert split(inside(address, "sub")) == (address, "sub")
+
+
+def test_patterns(folder):
+    for name in ("2026-01-01/a/x", "2026-01-02/a/x", "2026-01-02/b/x", "other/a/x"):
+        folder.write(name, b"")
+    found = matching(inside(folder.address, "2026-*") + "/a")
+    assert sorted(found) == [inside(folder.address, f"2026-01-0{i}") + "/a" for i in (1, 2)]
+
+
+# What goes wrong.
+
+
+def test_what_is_not_there(name, client):
+    there = open_store(f"s3://{name}/x")
+    for work in (there.read, there.reader, there.size):
+        with pytest.raises(UserError, match=rf"^there is no s3://{name}/x/nothing$"):
+            work("nothing")
+    for work in (lambda s: s.exists(), lambda s: s.read("a"), lambda s: s.write("a", b"")):
+        with pytest.raises(UserError, match="no such bucket") as caught:
+            work(open_store("s3://not-a-bucket-of-anybody/x"))
+        assert not isinstance(caught.value, PassingError)
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://", "s3:///x", "s3://bucket//x", "s3://bucket/../x", "s4://bucket/x", "http://a/b"]
+)
+def test_addresses_that_cannot_be(address):
+    with pytest.raises(UserError, match="s3://"):
+        open_store(address)
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error(name, client):
+    there = open_store(f"s3://{name}/x")
+    there.write("a", b"12345")
+    reader = there.reader("a")
+    assert reader.read(1, 2) == b"23"
+    there.write("a", b"54321")
+    with pytest.raises(UserError, match="was replaced while it was in use"):
+        reader.read(1, 2)
+
+
+def test_without_credentials_it_is_said_which(name, monkeypatch):
+    for key in s3.KEYS:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3.forget()
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no credentials were found; they come from AWS_ACCESS_KEY_ID, AWS_PROFILE"):
+        open_store(f"s3://{name}/x").exists()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "passes", "sentence"),
+    [
+        ("status code: 403 Forbidden: <Code>SignatureDoesNotMatch</Code>", False, "does not accept the secret key"),
+        (
+            "status code: 403 Forbidden: <Code>AccessDenied</Code>",
+            False,
+            r"denies access \(AccessDenied\)",
+        ),
+        ("status code: 400 Bad Request: <Code>ExpiredToken</Code>", False, "credentials have expired"),
+        ("status code: 301: <Code>PermanentRedirect</Code>", False, "another region: set AWS_REGION"),
+        ("status code: 400 Bad Request: <Code>EntityTooSmall</Code>", False, "refuses it: 400 EntityTooSmall"),
+        (
+            "status code: 503 Slow: <Code>SlowDown</Code>?X-Amz-Signature=abc",
+            True,
+            r"\(503 SlowDown\)",
+        ),
+        ("status code: 429 Too Many Requests: ", True, r"\(429\)"),
+        (
+            "HTTP error: error sending request for http://h/?sig=abc",
+            True,
+            "cannot be reached",
+        ),
+    ],
+)
+def test_answers_in_a_sentence(answer, passes, sentence):
+    with pytest.raises(UserError, match=sentence) as caught, bucket.plain_errors("s3://b/x"):
+        raise bucket.BaseError(f"Generic S3 error: Error performing GET http://h/b/x in 1ms - Server {answer} source")
+    assert isinstance(caught.value, PassingError) == passes
+    assert "sig" not in str(caught.value).lower()
+
+
+def test_a_store_that_is_away_is_waited_for_within_bounds(monkeypatch):
+    s3.use(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setattr(bucket, "RETRY", {"max_retries": 0})
+    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.0)
+    began = time.monotonic()
+    with pytest.raises(PassingError, match="cannot be reached"):
+        open_store("s3://bucket/x").exists()
+    assert 1 <= time.monotonic() - began < 10
+    s3.forget()
+
+
+# Under a hold.
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(holding, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(holding, "LEASE_SECONDS", 2.0)
+
+
+def test_nothing_of_a_hold_is_left(name, client, quick):
+    with hold(f"s3://{name}/out") as out:
+        out.write("a", b"1")
+        assert last_sign_of_life(open_store(f"s3://{name}/out"))[0].startswith("process")
+    assert list(s3.download(client, f"s3://{name}/out")) == ["a"]
+    assert last_sign_of_life(open_store(f"s3://{name}/out")) is None
+
+
+def test_a_second_run_is_told_who_holds_it(name, client, quick):
+    with hold(f"s3://{name}/out") as out:
+        with pytest.raises(PassingError, match="is being written by process"):
+            hold(f"s3://{name}/out").__enter__()
+        out.write("a", b"1")
+    with hold(f"s3://{name}/out"):
+        pass
+
+
+CHANGES = {
+    "write": lambda out, begun: out.write("new", b"x"),
+    "append": lambda out, begun: out.append("new", b"x", now=True),
+    "create": lambda out, begun: out.create("new", 5),
+    "publish": lambda out, begun: begun.publish(),
+    "remove": lambda out, begun: out.remove("theirs"),
+    "remove_folder": lambda out, begun: out.remove_folder("folder"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_that_comes_back_changes_nothing(name, client, quick, monkeypatch, change):
+    monkeypatch.setattr(holding, "_beat", lambda *_: None)  # paused from the beginning
+    first = hold(f"s3://{name}/out")
+    out = first.__enter__()
+    begun = out.create("theirs", 20 << 20)
+    begun.write(0, bytes(20 << 20))
+    assert s3.uploads(client, name) == ["out/theirs"]
+    with hold(f"s3://{name}/out") as successor:
+        assert s3.uploads(client, name) == []
+        successor.write("theirs", b"n")
+        successor.write("folder/theirs", b"n")
+        with pytest.raises(PassingError, match="was taken over by another run or removed"):
+            CHANGES[change](pickle.loads(pickle.dumps(out)) if change != "append" else out, begun)
+        first.__exit__(None, None, None)
+        mine = successor.create("mine", 20 << 20)
+        mine.write(0, bytes(20 << 20))
+        mine.publish()
+    assert list(s3.download(client, f"s3://{name}/out")) == ["folder/theirs", "mine", "theirs"]
+    assert s3.uploads(client, name) == []
+
+
+def test_an_upload_that_was_ended_cannot_be_completed_however_late(name, client, quick):
+    """The check before it was made in time, and the pause came then."""
+    with hold(f"s3://{name}/out") as out:
+        begun = out.create("theirs", 20 << 20)
+        begun.write(0, bytes(20 << 20))
+        out.end_uploads()
+        with pytest.raises(UserError):
+            begun.publish()
+        assert not out.has("theirs")
+
+
+def test_of_many_at_once_one_wins(name, client, quick):
+    won, lost = [], []
+    ready = threading.Barrier(6)
+
+    def run() -> None:
+        ready.wait()
+        try:
+            with hold(f"s3://{name}/out"):
+                won.append(1)
+                time.sleep(3)
+        except PassingError:
+            lost.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 5)

@@ -1,0 +1,192 @@
+"""pytest tests/pipeline/storage/test_hub.py: inputs on the Hugging Face Hub, of which a small one is served here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub as server
+import pytest
+import torch
+from checkpoints import digests, gaussian
+from huggingface_hub import snapshot_download
+
+from pipeline import Recipe, UserError, prune
+from pipeline.checking.verify import verify
+from pipeline.errors import PassingError
+from pipeline.formats.checkpoint import open_checkpoint
+from pipeline.manifest import look
+from pipeline.storage import bucket
+from pipeline.storage.address import input_address, open_store, repository_of, split
+
+SHAPES = {"model.layers.0.a": (300, 400), "model.layers.0.norm": (64,), "model.layers.1.a": (512, 700)}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[server.Hub]:
+    with server.served() as made:
+        yield made
+
+
+@pytest.fixture
+def hub(served, tmp_path, monkeypatch, runner) -> server.Hub:
+    """With two repositories, which are in the runner's folder too."""
+    served.commits.clear()
+    for names in (served.private, served.gated):
+        names.clear()
+    served.asked.clear()
+    served.seen.clear()
+    served.read = served.busy = 0
+    server.use(monkeypatch, served.url, tmp_path / "home")
+    runner.write(*gaussian(SHAPES, torch.bfloat16), shards=(1, 2))
+    for side in ("base", "finetuned"):
+        (runner.folder / side / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        served.push(f"org/{side}", runner.folder / side)
+    monkeypatch.chdir(tmp_path)
+    return served
+
+
+def from_hub(runner, **choices) -> Recipe:
+    sides = {"base": "org/base", "finetuned": "hf://org/finetuned"}
+    return runner.recipe().model_copy(update=sides | choices)
+
+
+def test_the_same_bytes_as_from_a_folder_and_nothing_is_downloaded_twice(hub, runner):
+    expected, _ = runner.prune()
+    result = prune(from_hub(runner))
+    commits = {side: list(hub.commits[f"org/{side}"])[-1] for side in ("base", "finetuned")}
+    out = result.plan.recipe.out
+    paths = json.loads(Path(out, "fapm/manifest.json").read_text())
+    assert paths["paths"]["base"] == f"hf://org/base@{commits['base']}"
+    assert paths["paths"]["finetuned"] == f"hf://org/finetuned@{commits['finetuned']}"
+    assert paths["paths_given"]["base"] == "org/base"
+    weights = {name: digest for name, digest in digests(Path(out)).items() if name.endswith(".safetensors")}
+    assert weights == {n: d for n, d in digests(expected).items() if n.endswith(".safetensors")}
+    assert hub.read <= 1.02 * result.plan.pair_bytes + 20_000
+    assert prune(from_hub(runner, out=out)).nothing_to_do
+    assert verify(out) == []
+    assert not Path("home/hub").exists()
+
+
+def test_it_is_pinned_to_the_commit_that_the_revision_meant(hub, runner):
+    first = input_address("org/finetuned")
+    changed = runner.folder / "changed"
+    shutil.copytree(runner.folder / "finetuned", changed)
+    (changed / "config.json").write_text("{}")
+    last = changed / "model-00002-of-00002.safetensors"
+    last.write_bytes(last.read_bytes()[:-2] + b"\x12\x34")
+    hub.push("org/finetuned", changed)
+    assert open_store(first).read("config.json") == b'{"model_type": "llama"}'
+    server.hub._look.cache_clear()
+    second = input_address("org/finetuned")
+    assert second != first
+    assert open_store(second).read("config.json") == b"{}"
+    assert input_address(f"hf://org/finetuned@{first.partition('@')[2]}") == first
+    one = prune(from_hub(runner))
+    assert one.plan.recipe.finetuned == second
+    with pytest.raises(UserError, match=r"belongs to another run: finetuned: "):
+        prune(from_hub(runner, finetuned=first, out=one.plan.recipe.out))
+
+
+def test_a_folder_of_the_same_name_wins(hub, runner):
+    shutil.copytree(runner.folder / "base", Path("org/base"))
+    assert input_address("org/base") == "org/base"
+    assert input_address("hf://org/base").startswith("hf://org/base@")
+    with pytest.raises(UserError, match="there is no folder org/nothing"):  # there is a folder org
+        open_checkpoint("org/nothing", "base")
+
+
+def test_what_is_private_needs_the_token_which_the_cdn_never_sees(hub, runner, monkeypatch, tmp_path):
+    hub.private |= {"org/base", "org/finetuned"}
+    with pytest.raises(UserError, match=r"there is no hf://org/base on the Hub, or it is private: `hf auth login`"):
+        look(from_hub(runner))
+    server.use(monkeypatch, hub.url, tmp_path / "home", token=server.TOKEN)
+    out = prune(from_hub(runner)).plan.recipe.out
+    assert hub.seen and not any(hub.seen)
+    left = b"".join(path.read_bytes() for path in Path(out).rglob("*") if path.is_file())
+    assert server.TOKEN.encode() not in left
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("org/nothing", "there is no folder org/nothing; there is no hf://org/nothing on the Hub"),
+        ("hf://org/base@nothing", "hf://org/base@nothing: the repository has no such revision"),
+        ("hf://org", "give hf://ORGANISATION/NAME"),
+        ("hf://org/base/file", "give hf://ORGANISATION/NAME"),
+        ("hf://../..", "give hf://ORGANISATION/NAME"),
+    ],
+)
+def test_what_is_not_there(hub, address, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        input_address(address)
+    assert not isinstance(caught.value, PassingError)
+
+
+def test_a_gated_repository_says_so(hub, runner):
+    hub.gated.add("org/base")
+    with pytest.raises(UserError, match="a gated repository wants its conditions accepted"):
+        look(from_hub(runner))
+
+
+def test_a_busy_hub_is_waited_for_within_bounds(hub, runner, monkeypatch):
+    hub.busy = 3
+    assert input_address("org/base").startswith("hf://org/base@")
+    monkeypatch.setattr(server.hub, "_SECONDS", 1.0)
+    hub.busy = 10**6
+    server.hub._look.cache_clear()
+    began = time.monotonic()
+    with pytest.raises(PassingError, match="the Hub answers 503"):
+        input_address("hf://org/base")
+    assert time.monotonic() - began < 20
+
+
+def test_files_in_the_local_cache_are_read_there(hub, runner, monkeypatch, tmp_path):
+    for side in ("base", "finetuned"):
+        snapshot_download(f"org/{side}")
+    hub.read = 0
+    prune(from_hub(runner))
+    assert hub.read == 0
+    server.use(monkeypatch, "http://127.0.0.1:9", tmp_path / "home", offline=True)
+    asked = len(hub.asked)
+    offline = prune(from_hub(runner))
+    assert len(hub.asked) == asked
+    assert offline.plan.recipe.base == f"hf://org/base@{list(hub.commits['org/base'])[-1]}"
+    with pytest.raises(UserError, match=r"hf://org/nothing is not in the local cache, .*HF_HUB_OFFLINE"):
+        input_address("hf://org/nothing")
+
+
+def test_of_a_part_that_is_cached_the_rest_is_read_there(hub, runner):
+    snapshot_download("org/finetuned", allow_patterns=["model-00001*"])
+    (cached,) = Path("home/hub").rglob("snapshots/*/model-00001*")
+    hub.read = 0
+    result = prune(from_hub(runner))
+    assert hub.read <= 1.02 * (result.plan.pair_bytes - cached.stat().st_size) + 20_000
+
+
+def test_a_repository_is_no_output_yet(hub, runner):
+    with pytest.raises(UserError, match=r"--out hf://org/out: the Hub is only read"):
+        prune(from_hub(runner, out="hf://org/out"))
+
+
+def test_names():
+    assert repository_of("hf://org/name@abc") == "org/name"
+    assert repository_of("hf://org/name@abc", pinned=True) == "hf://org/name@abc"
+    assert repository_of("s3://org/name") == repository_of("org/name") == ""
+    assert split("hf://org/name@abc") == ("hf://org", "name")
+
+
+def test_bytes_that_break_off_are_asked_for_again(hub, runner, monkeypatch):
+    from faulty import proxy
+
+    expected = prune(from_hub(runner)).plan.recipe.out
+    with proxy(hub.url) as between:
+        monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 30.0)
+        hub.cdn = between.url
+        between.disturb(1, 0.4, ("truncate", "reset", "503", "drop"))
+        out = prune(from_hub(runner)).plan.recipe.out
+    assert sum(between.met[fault] for fault in ("truncate", "reset", "503", "drop")) > 2
+    assert digests(Path(out)) == digests(Path(expected))

@@ -1,0 +1,205 @@
+"""pytest tests/pipeline/storage/test_prune_in_buckets.py: whole prunes from and into an object store, moto's S3 server.
+
+A proxy before it counts what passes, and in the slow tests breaks it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3
+import torch
+from checkpoints import gaussian
+from faulty import Proxy, proxy
+
+from pipeline import Recipe, UserError, prune
+from pipeline.checking.verify import verify
+from pipeline.errors import PassingError
+from pipeline.status import status_facts
+from pipeline.storage import bucket
+
+SHAPES = {
+    "model.layers.0.a": (300, 400), "model.layers.0.norm": (64,), "model.layers.1.a": (512, 700), "z": (70_001,),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def between() -> Iterator[Proxy]:
+    with s3.moto() as endpoint, proxy(endpoint) as made:
+        yield made
+
+
+@pytest.fixture
+def client(between: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    between.disturb(0, 0.0)
+    yield s3.use(monkeypatch, between.url)
+    s3.forget()
+
+
+@pytest.fixture
+def home(client: Any, runner) -> str:
+    """A bucket with a pair in it, as it is in the runner's folder too."""
+    name = f"b-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name)
+    runner.write(*gaussian(SHAPES, torch.bfloat16), shards=(2, 1))
+    for side in ("base", "finetuned"):
+        s3.upload(client, runner.folder / side, f"s3://{name}/pair/{side}")
+    return f"s3://{name}"
+
+
+def recipe(home: str, runner, *far: str, **choices: Any) -> Recipe:
+    """One whose base, finetuned or out lies in the bucket."""
+    here = runner.recipe(**choices)
+    addresses = {side: f"{home}/pair/{side}" for side in ("base", "finetuned")}
+    addresses["out"] = f"{home}/{Path(here.out).name}"
+    return here.model_copy(update={side: addresses[side] for side in far})
+
+
+ALL = ("base", "finetuned", "out")
+
+
+def contents(client: Any, out: str) -> dict[str, bytes]:
+    """What makes the output a checkpoint."""
+    found = s3.download(client, out) if out.startswith("s3:") else {
+        str(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()
+    }  # fmt: skip
+    return {name: data for name, data in found.items() if not name.startswith("fapm/")}
+
+
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+@pytest.mark.parametrize("far", [ALL, ("base",), ("finetuned", "out"), ("out",)], ids="+".join)
+def test_the_same_bytes_wherever_the_sides_lie(client, home, runner, scope, far):
+    expected, _ = runner.prune(scope=scope, shard_size="400kB")
+    mixed = recipe(home, runner, *far, scope=scope, shard_size="400kB")
+    prune(mixed)
+    assert contents(client, mixed.out) == contents(client, str(expected))
+    assert verify(mixed.out) == []
+    assert prune(mixed).nothing_to_do
+    assert status_facts(mixed.out)["state"] == "finished"
+    assert s3.uploads(client, home.removeprefix("s3://")) == []
+
+
+def test_headers_are_all_that_a_plan_reads(client, home, runner, between):
+    from pipeline.manifest import look
+
+    between.reset()
+    plan, _ = look(recipe(home, runner, *ALL))
+    files = [path for side in ("base", "finetuned") for path in (runner.folder / side).glob("*.safetensors")]
+    headers = sum(int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+    assert between.read < 4 * headers + 40_000  # and listings
+    assert plan.pair_bytes > 2e6
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_what_fits_in_memory_is_read_once(client, home, runner, between, scope):
+    one = recipe(home, runner, "base", "finetuned", scope=scope, memory="256MiB", shard_size="400kB", density=0.3)
+    between.reset()
+    result = prune(one)
+    pair, sampled = result.plan.pair_bytes, 0
+    if scope == "global":  # of so small a model most
+        events = [json.loads(line) for line in Path(one.out, "fapm/log.jsonl").read_text().splitlines()]
+        sampled = sum(event["read_bytes"] for event in events if event["event"] == "sampled")
+    assert pair <= between.read <= 1.02 * pair + sampled + 60_000
+
+
+def test_a_changed_input_is_noticed(client, home, runner):
+    one = recipe(home, runner, *ALL)
+    prune(one)
+    name = home.removeprefix("s3://")
+    body = client.get_object(Bucket=name, Key="pair/finetuned/model.safetensors")["Body"].read()
+    client.put_object(Bucket=name, Key="pair/finetuned/model.safetensors", Body=body[:-2] + b"\x12\x34")
+    with pytest.raises(UserError, match=r"finetuned: model.safetensors has changed since \(it was written again\)"):
+        prune(one)
+
+
+def test_latest_and_the_date_in_a_bucket(client, home, runner):
+    s3.upload(client, runner.folder / "finetuned", f"{home}/runs/checkpoint-9")
+    s3.upload(client, runner.folder / "finetuned", f"{home}/runs/checkpoint-10")
+    sides = {"base": f"{home}/pair/base", "finetuned": f"{home}/runs/latest", "out": f"{home}/pruned/{{date}}"}
+    first = prune(Recipe.of(**sides, device="cpu"))
+    assert first.plan.recipe.finetuned == f"{home}/runs/checkpoint-10"
+    again = prune(Recipe.of(**sides, device="cpu"))
+    assert again.nothing_to_do and again.plan.recipe.out == first.plan.recipe.out
+
+
+def test_nothing_secret_is_left_anywhere(client, home, runner, capfd):
+    one = recipe(home, runner, *ALL)
+    prune(one)
+    everything = b"".join(s3.download(client, one.out).values()) + "".join(capfd.readouterr()).encode()
+    assert s3.KEYS["AWS_SECRET_ACCESS_KEY"].encode() not in everything
+    assert b"Signature" not in everything and b"Credential" not in everything
+
+
+def process(one: Recipe, **environment: str) -> subprocess.Popen[str]:
+    from cluster.options import as_arguments
+
+    command = [sys.executable, "-m", "cluster", "prune", *as_arguments(one), "--ray", "off"]
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_any_moment_it_goes_on_and_leaves_no_part_of_an_upload(client, home, runner):
+    """50 kills, five of each run."""
+    name = home.removeprefix("s3://")
+    runner.write(*gaussian({f"layers.{i}.w": (4096, 1024) for i in range(4)}, torch.bfloat16))
+    for side in ("base", "finetuned"):
+        s3.upload(client, runner.folder / side, f"{home}/large/{side}")
+    expected = contents(client, str(runner.prune(shard_size="18MB")[0]))
+    sides = {side: f"{home}/large/{side}" for side in ("base", "finetuned")}
+    dangling = 0
+    for seed in range(50):
+        one = Recipe.of(**sides, out=f"{home}/killed-{seed // 5}", shard_size="18MB", device="cpu", workers=1)
+        running = process(one)
+        time.sleep(random.Random(seed).uniform(0.7, 2.2))
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        dangling += bool(s3.uploads(client, name))
+        if seed % 5 == 4:
+            prune(one)
+            assert s3.uploads(client, name) == []
+            assert contents(client, one.out) == expected
+    assert dangling > 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, home, runner, between, monkeypatch):
+    """200 runs; the patience is short, so that some of them give up."""
+    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.5)
+    retry: Any = {"max_retries": 2, "backoff": {"init_backoff": bucket.timedelta(milliseconds=10)}}
+    monkeypatch.setattr(bucket, "RETRY", {**bucket.RETRY, **retry})
+    expected = {
+        scope: contents(client, str(runner.prune(scope=scope, shard_size="400kB")[0])) for scope in ("tensor", "global")
+    }
+    ended, said = {"done": 0, "gave up": 0}, set()
+    for seed in range(200):
+        scope = ("tensor", "global")[seed % 2]
+        one = recipe(home, runner, *ALL, scope=scope, shard_size="400kB")
+        between.disturb(seed, (0.02, 0.1, 0.3, 0.6)[seed % 4])
+        try:
+            prune(one)
+            ended["done"] += 1
+        except PassingError as error:
+            ended["gave up"] += 1
+            said.add(str(error))
+        between.disturb(0, 0.0)
+        prune(one)
+        assert contents(client, one.out) == expected[scope], seed
+        assert s3.uploads(client, home.removeprefix("s3://")) == []
+    assert min(ended.values()) > 10, ended
+    assert not any("\n" in line or "<" in line for line in said)
+    assert all(between.met[fault] > 20 for fault in ("drop", "lose", "truncate", "reset", "429", "503")), between.met
