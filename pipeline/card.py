@@ -135,7 +135,8 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
     lines = ["| tensors | number | elements | kept | kept share of ‖Δ‖² |", "| --- | ---: | ---: | ---: | ---: |"]
     for pattern, found in list(by_pattern.items())[:_MOST_ROWS]:
         numel, kept = (sum(row[key] or 0 for row in found) for key in ("pruned_numel", "kept"))
-        squares = [(row["norm_delta"] ** 2, row["kept_share"]) for row in found if row["kept_share"] is not None]
+        told = [row for row in found if row["kept_share"] is not None and row["norm_delta"] is not None]
+        squares = [(row["norm_delta"] ** 2, row["kept_share"]) for row in told]
         total = sum(square for square, _ in squares)
         share = f"{sum(square * part for square, part in squares) / total:.1%}" if total else "–"
         name = pattern.replace("|", "\\|").replace("`", "'")

@@ -119,7 +119,8 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     if overwrite or out.is_empty():
         return "new"
     if not out.has(RUN):
-        if set(out.files("fapm")) == set(out.files()) and not out.has(MANIFEST):
+        there = out.files()
+        if all(name.startswith("fapm/") for name in there) and MANIFEST not in there:
             return "new"  # killed before the first write was complete
         raise UserError(
             f"--out {out.address} is not empty and was not made by fapm; give another folder, or --overwrite "

@@ -16,6 +16,7 @@ from pipeline.plan import PairedTensor, Plan, group_of
 from pipeline.pool import cores
 from pipeline.recipe import format_bytes, parse_rule
 from pipeline.scoring.methods import METHODS
+from pipeline.storage.address import scheme_of
 
 if TYPE_CHECKING:
     from pipeline.run import Result
@@ -206,6 +207,8 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "wide_groups": sum(g.wide for g in plan.groups.values()),
         "competing_elements": sum(g.numel for g in plan.groups.values()),
         "kept_elements": sum(g.k for g in plan.groups.values()),
+        "inputs": {side.role: _where(side) for side in (plan.base, plan.finetuned)},
+        "upload_bytes": plan.write_bytes if scheme_of(plan.recipe.out) else 0,
         "read_bytes": plan.pair_bytes,
         "read_twice_bytes": to_measure(plan),
         "write_bytes": plan.write_bytes,
@@ -215,6 +218,14 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "storage": advise(rate, elements, plan.pair_bytes, to_measure(plan), cores()) if rate else None,
         "oddities": list(plan.oddities),
     }
+
+
+def _where(side: Checkpoint) -> dict[str, Any]:
+    """Where an input is, and how many bytes of its weights come over a network."""
+    folder, far = side.folder, bool(scheme_of(side.folder.address))
+    here = [name for name in side.identity if not far or folder.is_here(name)]
+    there = sum(of["size"] for name, of in side.identity.items() if name not in here)
+    return {"address": folder.address, "download_bytes": there}
 
 
 def densities(pruned: Iterable[tuple[str, float]]) -> dict[str, float]:
@@ -260,7 +271,8 @@ def plan_text(facts: dict[str, Any]) -> str:
     recipe, blends = facts["recipe"], METHODS[facts["recipe"]["method"]].score is None
     heading = f"{facts['out']}: {recipe['method']}, {'α' if blends else 'density'} {recipe['density']:g}"
     heading += ("" if blends else f", scope {recipe['scope']}") + _STATES[facts["state"]]
-    fields = [("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned")]
+    fields = [(role, _where_text(where)) for role, where in facts["inputs"].items()]
+    fields.append(("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned"))
     fields += [(what, _names(facts[key])) for key, what in _APART.items() if facts[key]]
     if facts["densities"]:
         fields.append(("densities", densities_text(facts["densities"])))
@@ -272,7 +284,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("groups", f"{facts['groups']:,}{wide}"),
         ("kept", f"{facts['kept_elements']:,} of {facts['competing_elements']:,} elements"),
         ("to read", format_bytes(facts["read_bytes"]) + (twice if facts["read_twice_bytes"] else "")),
-        ("to write", format_bytes(facts["write_bytes"])),
+        ("to write", format_bytes(facts["write_bytes"]) + (", all of it to upload" if facts["upload_bytes"] else "")),
         ("memory", f"{format_bytes(facts['memory_bytes_per_worker'])} a worker, beside the interpreter"),
         ("workers", f"{facts['workers']} here, up to {facts['workers_worth_having']:,} are worth having"),
     ]
@@ -281,6 +293,12 @@ def plan_text(facts: dict[str, Any]) -> str:
     if blends:
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
     return _with_oddities(heading, fields, facts["oddities"])
+
+
+def _where_text(where: dict[str, Any]) -> str:
+    if not scheme_of(where["address"]):
+        return f"{where['address']}, a folder here"
+    return f"{where['address']}, {format_bytes(where['download_bytes'])} to download"
 
 
 # A checkpoint.

@@ -68,7 +68,7 @@ class Proxy:
         if fault.isdigit():
             return self._answer(asked, int(fault), [("Content-Length", "0")], b"")
         if fault == "delay":
-            time.sleep(where)
+            time.sleep(where / 5)
         upstream = http.client.HTTPConnection(self._host, int(self._port), timeout=60)
         try:
             upstream.putrequest(asked.command, asked.path, skip_host=True, skip_accept_encoding=True)

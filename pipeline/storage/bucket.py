@@ -45,6 +45,8 @@ PART_BYTES = 8 << 20
 MOST_PARTS = 9_000
 APPEND_SECONDS = 5.0
 """Between two writings of a file that is added to: it is written anew each time."""
+CHECK_SECONDS = 1.0
+"""For so long one is taken for the holder who was it."""
 
 _REQUEST_BYTES = 16 << 20  # of a file, at once
 _PARTS_AT_ONCE = 4
@@ -86,11 +88,11 @@ def plain_errors(address: str) -> Iterator[None]:
     except FileNotFoundError as error:
         code = _code(str(error))
         raise UserError(f"{address}: {_WRONG[code]}" if code in _WRONG else f"there is no {address}") from None
-    except BaseError as error:
+    except (BaseError, OSError) as error:
         raise _plain(address, error) from None
 
 
-def _plain(address: str, error: BaseError) -> UserError:
+def _plain(address: str, error: Exception) -> UserError:
     text = str(error)
     code, status = _code(text), re.search(r"status code: (\d{3})", text)
     if code in _WRONG:
@@ -253,6 +255,7 @@ class Bucket:
         self._readers: dict[str, ObjectReader] = {}
         self._lock = threading.Lock()
         self._added: dict[str, tuple[bytes, float]] = {}  # files that are added to, and when they were written
+        self._checked = -CHECK_SECONDS
 
     def __reduce__(self) -> tuple[type[Bucket], tuple[str, str, int]]:
         return Bucket, (self.address, self.token, self.number)
@@ -346,6 +349,9 @@ class Bucket:
     def size(self, name: str) -> int:
         return int(self._meta(name)["size"])
 
+    def is_here(self, name: str) -> bool:
+        return False
+
     def changed(self, name: str) -> float:
         return float(self._meta(name)["last_modified"].timestamp())
 
@@ -365,7 +371,7 @@ class Bucket:
         return patiently(self.at(name), lambda: bytes(obstore.get(self.client, self.key(name)).bytes()))
 
     def write(self, name: str, data: bytes) -> None:
-        self.check()
+        self._check_now_and_then()
         self._put(name, data)
 
     def _put(self, name: str, data: bytes) -> None:
@@ -396,15 +402,15 @@ class Bucket:
         self._added[name] = before + data, written
 
     def create(self, name: str, size: int) -> ObjectWriter:
-        self.check()
+        self._check_now_and_then()
         return ObjectWriter(self, name, size)
 
     def remove(self, name: str) -> None:
-        self.check()
+        self._check_now_and_then()
         self._delete([self.key(name)])
 
     def remove_folder(self, name: str) -> None:
-        self.check()
+        self._check_now_and_then()
         self._delete([meta["path"] for meta in self._list(name)])
 
     def _delete(self, keys: list[str]) -> None:
@@ -441,6 +447,12 @@ class Bucket:
                 "this one has ended without changing anything since"
             )
 
+    def _check_now_and_then(self) -> None:
+        """For what is small: a hold is only lost by one that stands still for much longer."""
+        if time.monotonic() - self._checked > CHECK_SECONDS:
+            self.check()
+            self._checked = time.monotonic()
+
     def end_uploads(self) -> None:
         """End all uploads into this folder that are under way; none can be completed after that. Only S3 says which
         there are: in others such parts are removed by the store after a while."""
@@ -468,11 +480,10 @@ class Bucket:
 @functools.cache
 def _client(root: str) -> Any:
     """obstore's client of a bucket, one a process."""
-    options: ClientConfig = dict(CLIENT)  # type: ignore[assignment]
+    options: ClientConfig = {**CLIENT, "allow_http": True}  # where the user has named such an endpoint
     config: dict[str, Any] = {}
     if root.startswith("s3:"):
         config = _as_boto3_does(root)
-        options["allow_http"] = str(config.get("endpoint", "")).startswith("http:")
     with plain_errors(root):
         return from_url(root, client_options=options, retry_config=RETRY, **config)
 

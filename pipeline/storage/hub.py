@@ -143,6 +143,9 @@ class Repository:
             raise UserError(f"there is no {self.at(name)}")
         return self._snapshot.files[name]
 
+    def is_here(self, name: str) -> bool:
+        return self.cached(name) is not None
+
     def changed(self, name: str) -> float:
         return 0.0  # all of a commit at once
 

@@ -236,6 +236,9 @@ class Folder:
     def size(self, name: str) -> int:
         return self._at(name).stat().st_size
 
+    def is_here(self, name: str) -> bool:
+        return True
+
     def changed(self, name: str) -> float:
         return self._at(name).stat().st_mtime
 

@@ -96,6 +96,10 @@ class Store(Protocol):
 
     def size(self, name: str) -> int: ...
 
+    def is_here(self, name: str) -> bool:
+        """Whether a file is read from this machine, and not over a network."""
+        ...
+
     def changed(self, name: str) -> float:
         """When a file was written last, by the clock of where it lies, in seconds since 1970."""
         ...

