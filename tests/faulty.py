@@ -34,6 +34,8 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = 1 << 20
 
             def _pass(self) -> None:
                 proxy._handle(self)

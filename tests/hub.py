@@ -41,6 +41,8 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = 1 << 20
 
             def do_GET(self) -> None:
                 hub._answer(self)
