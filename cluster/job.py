@@ -65,8 +65,9 @@ def _staged() -> Iterator[str]:
 
 
 def requirements() -> list[str]:
-    """What fapm needs beside Ray, for pip."""
-    return [text for text in importlib.metadata.requires(NAME) or [] if "extra ==" not in text]
+    """What fapm needs beside Ray, for pip; also for buckets in S3."""
+    wanted = (text.partition("; extra ==") for text in importlib.metadata.requires(NAME) or [])
+    return [name for name, _, extra in wanted if extra.strip(" \"'") in ("", "s3")]
 
 
 def runtime_env(path: str | None, install: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ again over the same inputs finds the job of last time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -86,8 +87,9 @@ def _is_seen(recipe: Recipe) -> bool:
     for path in (recipe.base, recipe.finetuned):
         address = fields.fill(path, fields.times())
         folder, name = split(address)
-        if open_store(address).exists() or (name == LATEST and open_store(folder).exists()):
-            return True
+        with contextlib.suppress(UserError):  # perhaps only the cluster may look
+            if open_store(address).exists() or (name == LATEST and open_store(folder).exists()):
+                return True
     return False
 
 

@@ -63,12 +63,17 @@ def upload(client: Any, folder: Path, to: str) -> None:
 def download(client: Any, address: str) -> dict[str, bytes]:
     """Every object below an address, by its name there."""
     name, _, prefix = address.removeprefix("s3://").partition("/")
-    found = {}
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=prefix + "/"):
-        for entry in page.get("Contents", ()):
-            body = client.get_object(Bucket=name, Key=entry["Key"])["Body"].read()
-            found[entry["Key"].removeprefix(prefix + "/")] = body
-    return found
+    return {
+        found: client.get_object(Bucket=name, Key=f"{prefix}/{found}")["Body"].read()
+        for found in names(client, address)
+    }
+
+
+def names(client: Any, address: str) -> list[str]:
+    """Their names."""
+    name, _, prefix = address.removeprefix("s3://").partition("/")
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=prefix + "/")
+    return [entry["Key"].removeprefix(prefix + "/") for page in pages for entry in page.get("Contents", ())]
 
 
 def uploads(client: Any, name: str) -> list[str]:

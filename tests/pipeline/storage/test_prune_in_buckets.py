@@ -69,6 +69,7 @@ def recipe(home: str, runner, *far: str, **choices: Any) -> Recipe:
 
 
 ALL = ("base", "finetuned", "out")
+ROUNDS = int(os.environ.get("FAPM_ROUNDS", "20"))  # of runs that are broken or killed; 200 and 50 were done once
 
 
 def contents(client: Any, out: str) -> dict[str, bytes]:
@@ -155,7 +156,7 @@ def process(one: Recipe, **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_any_moment_it_goes_on_and_leaves_no_part_of_an_upload(client, home, runner):
-    """50 kills, five of each run."""
+    """Five times each."""
     name = home.removeprefix("s3://")
     for side in ("base", "finetuned"):
         shutil.rmtree(runner.folder / side)
@@ -165,7 +166,7 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_no_part_of_an_upload(client,
     expected = contents(client, str(runner.prune(shard_size="18MB")[0]))
     sides = {side: f"{home}/large/{side}" for side in ("base", "finetuned")}
     dangling = 0
-    for seed in range(50):
+    for seed in range(ROUNDS):
         one = Recipe.of(**sides, out=f"{home}/killed-{seed // 5}", shard_size="18MB", device="cpu", workers=1)
         running = process(one)
         time.sleep(random.Random(seed).uniform(0.7, 1.7))
@@ -176,14 +177,14 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_no_part_of_an_upload(client,
             prune(one)
             assert s3.uploads(client, name) == []
             assert contents(client, one.out) == expected
-    assert dangling > 3
+    assert dangling > ROUNDS // 20
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, home, runner, between, monkeypatch):
-    """200 runs; the patience is short, so that some of them give up."""
-    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.5)
+    """The patience is short, so that some give up."""
+    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 0.6)
     monkeypatch.setattr(holding, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(holding, "LEASE_SECONDS", 1.0)  # of a run that could not say that it has ended
     retry: Any = {"max_retries": 2, "backoff": {"init_backoff": bucket.timedelta(milliseconds=10)}}
@@ -192,7 +193,7 @@ def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, hom
         scope: contents(client, str(runner.prune(scope=scope, shard_size="400kB")[0])) for scope in ("tensor", "global")
     }
     ended, said = {"done": 0, "gave up": 0}, set()
-    for seed in range(200):
+    for seed in range(ROUNDS):
         scope = "global" if seed % 20 == 0 else "tensor"
         one = recipe(home, runner, *ALL, scope=scope, shard_size="400kB")
         between.disturb(seed, (0.02, 0.1, 0.2, 0.6)[seed % 4])
@@ -206,6 +207,8 @@ def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, hom
         prune(one)
         assert contents(client, one.out) == expected[scope], seed
         assert s3.uploads(client, home.removeprefix("s3://")) == []
-    assert min(ended.values()) > 10, ended
+    assert min(ended.values()) > ROUNDS // 10, ended
     assert not any("\n" in line or "<" in line for line in said)
-    assert all(between.met[fault] > 20 for fault in ("drop", "lose", "truncate", "reset", "429", "503")), between.met
+    assert all(between.met[fault] > ROUNDS for fault in ("drop", "lose", "truncate", "reset", "429", "503")), (
+        between.met
+    )
