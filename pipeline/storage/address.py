@@ -59,16 +59,16 @@ def input_address(address: str) -> str:
     scheme = scheme_of(address)
     if not scheme and _SHORT.fullmatch(address) and not Path(address).exists() and not Path(address).parent.is_dir():
         try:
-            return _pinned(f"{HUB}://{address}")
+            return _pinned(f"{HUB}://{address}", patient=False)  # perhaps it is but a path that is misspelt
         except UserError as error:
             raise type(error)(f"there is no folder {address}; {error}") from None
     return _pinned(address) if scheme == HUB else address
 
 
-def _pinned(address: str) -> str:
+def _pinned(address: str, patient: bool = True) -> str:
     from pipeline.storage.hub import Repository
 
-    return Repository(address).pinned()
+    return Repository(address).pinned(patient)
 
 
 def repository_of(address: str, pinned: bool = False) -> str:

@@ -496,7 +496,7 @@ def _as_boto3_does(root: str) -> dict[str, Any]:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     try:
-        provider = Boto3CredentialProvider(_session())
+        provider = Boto3CredentialProvider(_session(), ttl=timedelta(minutes=5))  # boto3 renews them ten before the end
     except ValueError:
         raise UserError(f"{root}: no credentials were found; they come from {_CREDENTIALS['s3']}") from None
     found: dict[str, Any] = {"credential_provider": provider, "region": s3.meta.region_name or "us-east-1"}

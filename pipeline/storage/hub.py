@@ -99,9 +99,13 @@ class Repository:
     def _snapshot(self) -> Snapshot:
         return _look(self.address, self.name, self.revision)
 
-    def pinned(self) -> str:
-        """The address of the commit that its revision means now."""
-        return f"hf://{self.name}@{self._snapshot.commit}"
+    def pinned(self, patient: bool = True) -> str:
+        """The address of the commit that its revision means now.
+
+        Args:
+            patient: ask again where the Hub does not answer.
+        """
+        return f"hf://{self.name}@{_look(self.address, self.name, self.revision, patient).commit}"
 
     def at(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -184,7 +188,7 @@ class Repository:
 
 
 @functools.cache
-def _look(address: str, name: str, revision: str) -> Snapshot:
+def _look(address: str, name: str, revision: str, patient: bool = True) -> Snapshot:
     if constants.HF_HUB_OFFLINE:
         return _in_cache(address, name, revision)
 
@@ -193,7 +197,7 @@ def _look(address: str, name: str, revision: str) -> Snapshot:
             return HfApi().repo_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
 
     try:
-        info = patiently(address, ask, _SECONDS)
+        info = patiently(address, ask, _SECONDS if patient else 0)
     except PassingError:
         with contextlib.suppress(UserError):  # perhaps the cache has all that is needed
             return _in_cache(address, name, revision)

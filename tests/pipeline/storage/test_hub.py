@@ -134,7 +134,12 @@ def test_a_gated_repository_says_so(hub, runner):
 
 def test_a_busy_hub_is_waited_for_within_bounds(hub, runner, monkeypatch):
     hub.busy = 3
-    assert input_address("org/base").startswith("hf://org/base@")
+    assert input_address("hf://org/base").startswith("hf://org/base@")
+    hub.busy, began = 10**6, time.monotonic()
+    server.hub._look.cache_clear()
+    with pytest.raises(PassingError, match="there is no folder org/base; hf://org/base: the Hub answers 503"):
+        input_address("org/base")  # perhaps a path that is misspelt: said at once
+    assert time.monotonic() - began < 3
     monkeypatch.setattr(server.hub, "_SECONDS", 1.0)
     hub.busy = 10**6
     server.hub._look.cache_clear()
