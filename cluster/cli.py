@@ -107,8 +107,8 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
     """
     recipe, ray, by = read_choices(config, choices)
     from cluster.progress import Progress
+    from pipeline.publish import prune
     from pipeline.report import prune_facts
-    from pipeline.run import prune
 
     with Progress() as progress:
         result = prune(recipe, overwrite=overwrite, pool=_pool(ray, by), watch=progress.watch())
@@ -154,18 +154,21 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     recipe, _, _ = read_choices(config, choices)
     from pipeline.manifest import look, unfinished_shards
     from pipeline.pool import default_workers
+    from pipeline.publish import staged_recipe
     from pipeline.report import plan_facts, plan_text
     from pipeline.run import check_disk
-    from pipeline.storage.address import scheme_of
+    from pipeline.storage.address import HUB, scheme_of
     from pipeline.storage.rate import read_rate
 
-    made, state = look(recipe, overwrite)
+    made, state = look(staged_recipe(recipe), overwrite)
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
     if state != "finished":
         check_disk(made, state)
     sides = [side for side in (made.base, made.finetuned) if not scheme_of(side.folder.address)]
     files = {side.folder.at(name): entry["size"] for side in sides for name, entry in side.identity.items()}
     facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)), read_rate(files))
+    if scheme_of(recipe.out) == HUB:
+        facts |= {"out": recipe.out, "upload_bytes": made.write_bytes}
     _print(facts, plan_text(facts), as_json)
 
 

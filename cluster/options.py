@@ -21,14 +21,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 _RECIPE_OPTIONS = (
-    click.option("--base", metavar="FOLDER", help="Folder of the pre-trained checkpoint."),
+    click.option(
+        "--base", metavar="FOLDER",
+        help="Folder of the pre-trained checkpoint: a path, s3://, gs:// or az://, or org/name[@revision] on the Hub.",
+    ),
     click.option(
         "--finetuned", metavar="FOLDER",
         help="Folder of the fine-tuned checkpoint; runs/latest is the newest in runs/ where nothing has that name.",
     ),
     click.option(
         "--out", metavar="FOLDER",
-        help="Folder for the pruned checkpoint; may hold {date}, {time}, {base}, {finetuned}, {method}, {scope} and "
+        help="Folder for the pruned checkpoint, or hf://org/name; may hold {date}, {time}, {base}, {finetuned}, {method}, {scope} and "
         "{density}.",
     ),
     click.option(
@@ -58,6 +61,11 @@ _RECIPE_OPTIONS = (
         "--device-memory", metavar="SIZE",
         help="Of its GPU for each worker, at least 256MiB.  [its share of what is free, less a margin]",
     ),
+    click.option(
+        "--staging", metavar="FOLDER",
+        help="Where an output for the Hub is put together, seen by all workers.  [a folder of this user's cache]",
+    ),
+    click.option("--visibility", metavar="WHOSE", help="Of a new repository: private or public.  [private]"),
     click.option(
         "--workers", metavar="N|MIN-MAX",
         help="How many work at once, 1 to 100,000; on Ray, begin with MIN and ask for MAX.  [one for each core or GPU]",

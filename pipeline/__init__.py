@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.errors import UserError as UserError
     from pipeline.plan import make_plan as make_plan
+    from pipeline.publish import prune as prune
     from pipeline.recipe import Recipe as Recipe
-    from pipeline.run import prune as prune
 
-_HOMES = {"Recipe": "recipe", "UserError": "errors", "make_plan": "plan", "prune": "run"}
+_HOMES = {"Recipe": "recipe", "UserError": "errors", "make_plan": "plan", "prune": "publish"}
 
 __all__ = ["Recipe", "UserError", "make_plan", "prune"]
 

@@ -107,7 +107,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     """
     out = open_store(plan.recipe.out)
     if scheme_of(plan.recipe.out) == HUB:
-        raise UserError(f"--out {out.address}: the Hub is only read; give a folder or a bucket, then `hf upload` it")
+        raise UserError(f"--out {out.address}: an output for the Hub is made by pipeline.publish")
     for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
         overlap = out.overlaps(side)
         if overlap == "same":

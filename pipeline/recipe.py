@@ -144,6 +144,8 @@ class Recipe(BaseModel):
     memory: Bytes = Field(2**30, ge=LEAST_MEMORY)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     device_memory: Annotated[Bytes, Field(ge=LEAST_DEVICE_MEMORY)] | None = None
+    staging: str | None = Field(None, min_length=1)
+    visibility: Literal["private", "public"] = "private"
     workers: Annotated[Workers, BeforeValidator(parse_workers), PlainSerializer(Workers.plain)] | None = None
     cpus_per_worker: int | None = Field(None, ge=1, le=1024)
     gpus_per_worker: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -195,7 +197,7 @@ class Recipe(BaseModel):
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
-        means = {*PATHS, "memory", "device", "device_memory", "workers", *ON_RAY_ONLY}
+        means = {*PATHS, "memory", "device", "device_memory", "staging", "visibility", "workers", *ON_RAY_ONLY}
         return self.model_dump(mode="json", exclude=means)
 
     @property

@@ -110,7 +110,13 @@ def _prune(plan: Plan, state: manifest.State, out: Store, pool: MakePool, watch:
     facts: dict[str, Any] = {"resumed": len(plan.shards) - len(todo)}
     to_deal_with = bytes_to_deal_with(plan, todo)
     log.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_deal_with, **facts)
-    watch = replace(watch, note=log.add)
+    also = watch.note
+
+    def note(event: str, **facts: Any) -> None:
+        log.add(event, **facts)
+        also(event, **facts)
+
+    watch = replace(watch, note=note)
     try:
         if todo:
             watch.begin(plan, to_deal_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -37,6 +38,10 @@ class Hub:
         self.seen: list[str] = []
         self.read = 0
         self.busy = 0  # so many answers are 503
+        self.blobs: dict[str, bytes] = {}
+        self.uploaded: list[str] = []  # sha256 of what was sent
+        self.messages: list[str] = []  # of commits made over the network
+        self.deaf: set[str] = set()  # parts of paths whose requests are not answered well
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,6 +53,11 @@ class Hub:
                 hub._answer(self)
 
             do_HEAD = do_GET  # noqa: N815
+
+            def do_POST(self) -> None:
+                hub._take(self)
+
+            do_PUT = do_POST  # noqa: N815
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -64,6 +74,71 @@ class Hub:
         commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
         commits[commit] = files
         return commit
+
+    def _take(self, asked: Any) -> None:
+        """What changes something."""
+        path = asked.path.partition("?")[0]
+        body = asked.rfile.read(int(asked.headers.get("Content-Length") or 0))
+        self.asked.append(path)
+        if any(part in path for part in self.deaf):
+            return self._send(asked, 503, b"busy")
+        if path.startswith("/lfs/"):
+            oid = hashlib.sha256(body).hexdigest()
+            assert oid == path.removeprefix("/lfs/")
+            self.blobs[oid] = body
+            self.uploaded.append(oid)
+            return self._send(asked, 200, b"")
+        if asked.headers.get("Authorization", "") != f"Bearer {TOKEN}":
+            return self._send(asked, 401, b"{}")
+        if path == "/api/validate-yaml":
+            return self._json(asked, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            if name in self.commits:
+                return self._send(asked, 409, json.dumps({"url": f"{self.url}/{name}"}).encode())
+            self.commits[name] = {hashlib.sha1(name.encode()).hexdigest(): {".gitattributes": b""}}
+            if wanted.get("private") or wanted.get("visibility") == "private":
+                self.private.add(name)
+            return self._json(asked, {"url": f"{self.url}/{name}"})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = []
+            for entry in json.loads(body)["objects"]:
+                actions = {"upload": {"href": f"{self.cdn}/lfs/{entry['oid']}"}}
+                objects.append({**entry, **({} if entry["oid"] in self.blobs else {"actions": actions})})
+            return self._json(asked, {"transfer": "basic", "objects": objects})
+        _, _, _, org, name, what, *_ = path.split("/")
+        if what == "preupload":
+            files = [
+                {"path": file["path"], "shouldIgnore": False, "oid": None}
+                | {"uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                for file in json.loads(body)["files"]
+            ]
+            return self._json(asked, {"files": files})
+        return self._commit(asked, f"{org}/{name}", [json.loads(line) for line in body.splitlines()])
+
+    def _commit(self, asked: Any, name: str, lines: list[dict[str, Any]]) -> None:
+        header = lines[0]["value"]
+        head = list(self.commits[name])[-1]
+        if header.get("parentCommit") not in (None, head):
+            return self._send(asked, 412, json.dumps({"error": "A commit has happened since."}).encode())
+        files = dict(self.commits[name][head])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        commit = hashlib.sha1(f"{name} {len(self.commits[name])}".encode()).hexdigest()
+        self.commits[name][commit] = files
+        self.messages.append(header["summary"])
+        url = f"{self.url}/{name}/commit/{commit}"
+        return self._json(asked, {"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""})
+
+    def _json(self, asked: Any, answer: dict[str, Any]) -> None:
+        self._send(asked, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, asked: Any) -> None:
         self.asked.append(asked.path)
@@ -168,5 +243,6 @@ def use(patch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False, 
     patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}", False)
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # which wants a server of its own
     hub._look.cache_clear()
     hub._client.cache_clear()

@@ -14,13 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the client it uses
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -49,6 +58,8 @@ def plain_errors(address: str) -> Iterator[None]:
         raise UserError(
             f"there is no {address} on the Hub, or it is private: `hf auth login`, or set HF_TOKEN, to see it"
         ) from None
+    except LocalTokenNotFoundError:
+        raise UserError(f"{address}: nobody is logged in: `hf auth login`, or set HF_TOKEN") from None
     except RevisionNotFoundError:
         raise UserError(f"{address}: the repository has no such revision") from None
     except HFValidationError:
@@ -182,7 +193,7 @@ class Repository:
         return data
 
     def refuse(self, *_: Any) -> NoReturn:
-        raise UserError(f"{self.address}: the Hub is only read; write to a folder or a bucket, then `hf upload` it")
+        raise UserError(f"{self.address}: a repository changes by commits only")
 
     write = append = create = remove = remove_folder = free_bytes = refuse
 
@@ -230,3 +241,82 @@ def _client(name: str, commit: str) -> Any:
     url = f"{constants.ENDPOINT}/{name}/resolve/{commit}"
     options: Any = {**CLIENT, "default_headers": headers, "allow_http": url.startswith("http:")}
     return HTTPStore.from_url(url, client_options=options, retry_config=RETRY)
+
+
+class Target:
+    """A repository that is written to, by one commit.
+
+    Args:
+        address: like hf://org/name@branch.
+        private: what it becomes if it is not there yet.
+    """
+
+    def __init__(self, address: str, private: bool):
+        found = _ADDRESS.fullmatch(address)
+        if not found:
+            raise _no_address(address)
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"--out {address}: HF_HUB_OFFLINE is set, and nothing can be uploaded")
+        self.address, self.name, self.branch = address, found[1], found[2] or "main"
+        self._private = private
+        self._head: str | None = None
+        self._files: list[str] = []
+        self._api = HfApi()
+
+    def read(self, *names: str) -> dict[str, bytes]:
+        """Those of some files that the newest commit has; nothing if there is no such repository."""
+        _look.cache_clear()
+        try:
+            there = Repository(f"hf://{self.name}@{_look(self.address, self.name, self.branch).commit}")
+        except PassingError:
+            raise
+        except UserError:
+            return {}
+        return {name: there.read(name) for name in names if there.has(name)}
+
+    def begin(self) -> None:
+        """Make the repository and the branch if they are not there, and remember the commit that comes before.
+
+        Raises:
+            UserError: the token does not allow it.
+        """
+        with plain_errors(self.address):
+            self._api.create_repo(self.name, private=self._private, exist_ok=True)
+            if self.branch != "main":
+                self._api.create_branch(self.name, branch=self.branch, exist_ok=True)
+            info = self._api.model_info(self.name, revision=self.branch, timeout=_SECONDS)
+        self._head, self._files = info.sha, [entry.rfilename for entry in info.siblings or ()]
+
+    def upload(self, name: str, source: Any) -> CommitOperationAdd:
+        """Bring a large file's bytes to the Hub, where nobody sees them before the commit."""
+        addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=source)
+
+        def ask() -> CommitOperationAdd:
+            with plain_errors(self.address):
+                self._api.preupload_lfs_files(self.name, [addition], revision=self.branch, free_memory=False)
+            return addition
+
+        return patiently(self.address, ask)
+
+    def commit(self, uploaded: dict[str, CommitOperationAdd], files: dict[str, bytes], message: str) -> None:
+        """Let all appear, and what a checkpoint there was before consisted of disappear, in one step.
+
+        Raises:
+            UserError: another commit came in between.
+        """
+        operations: list[Any] = [*uploaded.values()]
+        operations += [CommitOperationAdd(path_in_repo=n, path_or_fileobj=data) for n, data in sorted(files.items())]
+        mine = uploaded.keys() | files.keys()
+        old = [n for n in self._files if n.endswith((".safetensors", ".safetensors.index.json")) and "/" not in n]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in old if name not in mine]
+        try:
+            with plain_errors(self.address):
+                self._api.create_commit(
+                    self.name, operations, commit_message=message, revision=self.branch, parent_commit=self._head
+                )
+        except UserError as error:
+            if "412" in str(error) or "409" in str(error):
+                raise UserError(
+                    f"{self.address} has got another commit since this run began; look at it, then run again"
+                ) from None
+            raise

@@ -92,7 +92,8 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 def test_every_option_arrives(pair):
     given = {
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
-        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base", "device-memory": "2GB",
+        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
+        "device-memory": "2GB", "staging": "st", "visibility": "public",
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=spot",
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -102,7 +103,8 @@ def test_every_option_arrives(pair):
         "base": "base", "finetuned": "finetuned", "out": "out", "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
-        "device_memory": 2_000_000_000, "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
+        "staging": "st", "visibility": "public", "device_memory": 2_000_000_000,
+        "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hub as server
 import pytest
+import s3
 import torch
 from checkpoints import digests, gaussian
 from huggingface_hub import snapshot_download
@@ -18,7 +19,9 @@ from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
 from pipeline.errors import PassingError
 from pipeline.formats.checkpoint import open_checkpoint
-from pipeline.manifest import look
+from pipeline.manifest import look, version
+from pipeline.publish import prune as publish
+from pipeline.run import Watch
 from pipeline.storage import bucket
 from pipeline.storage.address import input_address, open_store, repository_of, split
 
@@ -172,9 +175,121 @@ def test_of_a_part_that_is_cached_the_rest_is_read_there(hub, runner):
     assert hub.read <= 1.02 * (result.plan.pair_bytes - cached.stat().st_size) + 20_000
 
 
-def test_a_repository_is_no_output_yet(hub, runner):
-    with pytest.raises(UserError, match=r"--out hf://org/out: the Hub is only read"):
-        prune(from_hub(runner, out="hf://org/out"))
+# As output.
+
+
+@pytest.fixture
+def logged_in(hub, tmp_path, monkeypatch):
+    server.use(monkeypatch, hub.url, tmp_path / "home", token=server.TOKEN)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for kept in (hub.uploaded, hub.messages):
+        kept.clear()
+    hub.blobs.clear()
+    hub.deaf.clear()
+    return hub
+
+
+def to_hub(runner, **choices) -> Recipe:
+    return from_hub(runner, out="hf://org/out", shard_size=300_000, **choices)
+
+
+def newest(hub, name="org/out") -> dict[str, bytes]:
+    return list(hub.commits[name].values())[-1]
+
+
+def test_one_commit_private_with_card_and_no_path_of_this_machine(logged_in, runner, tmp_path):
+    expected, _ = runner.prune(shard_size=300_000)
+    said: list[str] = []
+    result = publish(to_hub(runner), watch=Watch(say=said.append))
+    files = newest(logged_in)
+    weights = {path.name: path.read_bytes() for path in expected.glob("*.safetensors*")}
+    assert len(weights) > 2
+    assert {name: files[name] for name in weights} == weights
+    assert "org/out" in logged_in.private
+    assert logged_in.messages == [f"fapm, density 0.1, scope tensor (fapm {version()})"]
+    assert files["README.md"].startswith(b"---\nbase_model:\n- org/base\n- org/finetuned\n")
+    everything = b"".join(files.values())
+    assert str(tmp_path).encode() not in everything and server.TOKEN.encode() not in everything
+    assert b"hf://org/out" in files["fapm/manifest.json"]
+    assert result.plan.recipe.out == "hf://org/out"
+    assert not any((tmp_path / "cache/fapm/staging").iterdir())
+    assert any("is put together in" in line for line in said)
+    logged_in.asked.clear()
+    assert publish(to_hub(runner)).nothing_to_do
+    assert not any("commit" in path or "preupload" in path for path in logged_in.asked)
+    assert verify("hf://org/out") == []
+
+
+def test_what_is_uploaded_is_not_uploaded_again(logged_in, runner, monkeypatch):
+    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.0)
+    logged_in.deaf.add("/commit/")
+    with pytest.raises(PassingError, match="the Hub answers 503"):
+        publish(to_hub(runner))
+    before = list(logged_in.uploaded)
+    assert len(before) > 2 and list(newest(logged_in)) == [".gitattributes"]
+    logged_in.deaf.clear()
+    result = publish(to_hub(runner))
+    assert logged_in.uploaded == before
+    assert "fapm/manifest.json" in newest(logged_in)
+    assert not result.plan.recipe.staging
+
+
+def test_another_s_commit_in_between_is_not_written_over(logged_in, runner):
+    logged_in.push("org/out", runner.folder / "base")
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        if line.startswith("model-00001"):
+            logged_in.push("org/out", runner.folder / "finetuned")
+        said.append(line)
+
+    with pytest.raises(UserError, match="has got another commit since this run began"):
+        publish(to_hub(runner), watch=Watch(say=say))
+    publish(to_hub(runner))
+    files = newest(logged_in)
+    shards = {name for name in files if name.endswith(".safetensors")}
+    index = json.loads(files["model.safetensors.index.json"])["weight_map"]
+    assert shards == set(index.values())  # what the other one had is gone
+    assert len(logged_in.messages) == 1
+
+
+def test_staging_in_a_folder_that_was_named_stays(logged_in, runner, tmp_path):
+    publish(to_hub(runner, staging=str(tmp_path / "stage"), visibility="public"))
+    assert (tmp_path / "stage/fapm/manifest.json").exists()
+    assert "org/out" not in logged_in.private
+
+
+def test_from_a_bucket_in_which_it_is_put_together(logged_in, runner, monkeypatch):
+    expected, _ = runner.prune(shard_size=300_000)
+    with s3.moto() as endpoint:
+        s3.use(monkeypatch, endpoint).create_bucket(Bucket="stage")
+        publish(to_hub(runner, staging="s3://stage/out"))
+        publish(to_hub(runner, staging="s3://stage/out"))
+    s3.forget()
+    files = newest(logged_in)
+    assert all(files[path.name] == path.read_bytes() for path in expected.glob("*.safetensors"))
+    assert len(logged_in.messages) == 1
+
+
+def test_a_plan_for_the_hub(logged_in, runner):
+    from click.testing import CliRunner
+
+    from cluster.cli import cli
+
+    shown = CliRunner().invoke(
+        cli, ["plan", "--base", "org/base", "--finetuned", "org/finetuned", "--out", "hf://org/out"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "hf://org/out: fapm, density 0.1" in shown.stdout
+    assert "all of it to upload" in shown.stdout
+    assert "to download" in shown.stdout
+    assert "org/out" not in logged_in.commits
+
+
+def test_without_a_token_it_is_said_before_anything_is_done(hub, runner):
+    with pytest.raises(UserError, match=r"hf://org/out: (the Hub denies access|nobody is logged in)"):
+        publish(to_hub(runner))
+    assert hub.read < 20_000
 
 
 def test_names():
