@@ -31,8 +31,8 @@ _RECIPE_OPTIONS = (
     ),
     click.option(
         "--out", metavar="FOLDER",
-        help="Folder for the pruned checkpoint, or hf://org/name; may hold {date}, {time}, {base}, {finetuned}, {method}, {scope} and "
-        "{density}.",
+        help="Folder for the pruned checkpoint, or hf://org/name; may hold {date}, {time}, {base}, {finetuned}, "
+        "{method}, {scope} and {density}.",
     ),
     click.option(
         "--density", metavar="SHARE",
