@@ -20,10 +20,8 @@ import pytest
 from pipeline.storage import bucket
 
 ACCOUNT = "devstoreaccount1"
-KEY = (
-    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-    """The emulator's, which everybody knows."""
-)
+KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The emulator's, which everybody knows."""
 _HERE = Path(__file__).parents[1] / ".venv/node/node_modules/.bin/azurite-blob"  # where CI puts it
 
 

@@ -484,8 +484,11 @@ def _client(root: str) -> Any:
     config: dict[str, Any] = {}
     if root.startswith("s3:"):
         config = _as_boto3_does(root)
-    with plain_errors(root):
+    try:
         return from_url(root, client_options=options, retry_config=RETRY, **config)
+    except (BaseError, ValueError) as error:
+        why = re.sub(r"\?\S*", "", str(error).splitlines()[0])  # what follows may be a signature
+        raise UserError(f"{root}: what the environment says of this store cannot be used: {why}") from None
 
 
 def _as_boto3_does(root: str) -> dict[str, Any]:

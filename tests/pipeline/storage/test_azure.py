@@ -81,6 +81,11 @@ def test_one_at_a_time(home):
 def test_what_is_wrong_is_said(home, endpoint, monkeypatch):
     with pytest.raises(UserError, match="az://nothing-there/x: there is no such container"):
         open_store("az://nothing-there/x").exists()
+    azurite.use(monkeypatch, endpoint, key="no key")
+    with pytest.raises(
+        UserError, match=r"what the environment says of this store cannot be used: .*Invalid Access Key"
+    ):
+        open_store(f"{home}/x").exists()
     azurite.use(monkeypatch, endpoint, key=base64.b64encode(b"x" * 64).decode())
     with pytest.raises(UserError, match=r"the store denies access .* AZURE_STORAGE_ACCOUNT_NAME"):
         open_store(f"{home}/x").exists()
