@@ -29,9 +29,8 @@ from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
 from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
-from pipeline.storage.hold import LOCKS
 from pipeline.storage.local import TEMPORARY
-from pipeline.storage.store import Store
+from pipeline.storage.store import LOCKS, Store
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"

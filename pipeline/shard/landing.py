@@ -20,7 +20,7 @@ from pipeline.scoring.engine import DeviceEngine, StoredChunk
 from pipeline.scoring.methods import BLOCK
 from pipeline.shard.chunk import stored_chunk
 from pipeline.shard.section import Piece, Section, Sizes, Slice, slack
-from pipeline.shard.writing import BUFFERS
+from pipeline.shard.writing import BUFFERS, at_once
 
 RING = 4
 """Buffers between storage and device, and reads under way at once."""
@@ -108,7 +108,7 @@ class Landing:
         self._threads = ThreadPoolExecutor(RING, thread_name_prefix="land")
         self._ring: queue.SimpleQueue[tuple[np.ndarray, Callable[[], None]]] = queue.SimpleQueue()
         for _ in range(RING):
-            self._ring.put((device.host(shares.ring), _at_once))
+            self._ring.put((device.host(shares.ring), at_once))
         self._room = shares.resident
         self._spare = shares.resident // 2  # stays free of what is only kept
         self._kept: dict[_Key, _Kept] = {}
@@ -175,7 +175,7 @@ class Landing:
             made = iter([stored_chunk(part, self._device.put(*sides), self._recipe) for part, sides in puts])
             sent = self._device.sent()
         except BaseException:
-            self._ring.put((buffer, _at_once))  # whatever is on its way from it will not be used
+            self._ring.put((buffer, at_once))  # whatever is on its way from it will not be used
             raise
         self._ring.put((buffer, sent))
         return Landed(piece, [chunk or next(made) for chunk in known], nbytes, seconds)
@@ -188,7 +188,3 @@ def _key(part: Slice) -> _Key:
 def _parts(section: Section) -> dict[_Key, Slice]:
     """What goes to the device."""
     return {_key(part): part for piece in section.on_device for part in piece.slices}
-
-
-def _at_once() -> None:
-    """Nothing to wait for."""

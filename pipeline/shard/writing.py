@@ -34,7 +34,7 @@ class Sink:
         writer: Writer,
         size: int,
         buffers: Sequence[np.ndarray] = (),
-        filled: Callable[[], Callable[[], None]] = lambda: _at_once,
+        filled: Callable[[], Callable[[], None]] = lambda: at_once,
     ):
         self._writer = writer
         self._size = size
@@ -112,5 +112,5 @@ class Sink:
             self._free.put(buffer)
 
 
-def _at_once() -> None:
+def at_once() -> None:
     """Nothing to wait for."""

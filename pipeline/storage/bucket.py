@@ -32,12 +32,11 @@ from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from pipeline.errors import PassingError, UserError
-from pipeline.storage.store import FileStat, Store
+from pipeline.storage.store import LOCKS, FileStat, Store
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
-LOCKS = "fapm/lock"
 PATIENCE_SECONDS = 120.0
 """How long a request is tried again before a run gives up, with growing pauses of random length in between."""
 PART_BYTES = 8 << 20
@@ -372,9 +371,6 @@ class Bucket:
 
     def write(self, name: str, data: bytes) -> None:
         self._check_now_and_then()
-        self._put(name, data)
-
-    def _put(self, name: str, data: bytes) -> None:
         key = self.key(name)
         patiently(self.at(name), lambda: obstore.put(self.client, key, data, use_multipart=False))
 

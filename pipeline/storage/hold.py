@@ -33,9 +33,8 @@ from typing import Any
 from pipeline.errors import PassingError, UserError
 from pipeline.storage.address import open_store
 from pipeline.storage.local import TEMPORARY, Folder, plain_errors
-from pipeline.storage.store import Store
+from pipeline.storage.store import LOCKS, Store
 
-LOCKS = "fapm/lock"
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 30.0
 
@@ -93,19 +92,15 @@ def hold(address: str, say: Callable[[str], None] = lambda line: None) -> Iterat
 @contextlib.contextmanager
 def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Folder]:
     held = Folder(there.path, me.token)
-    ended = threading.Event()
     try:
         number = _take(there, me, say)
         with open(there.path / _lock(number), "rb") as lock:
             touch = functools.partial(os.utime, lock.fileno())  # one that has been replaced is not touched
-            beat = threading.Thread(target=_beat, args=(touch, ended), name="hold", daemon=True)
-            beat.start()
             try:
-                _sweep(held, me, number)
-                yield held
+                with _beating(touch):
+                    _sweep(held, me, number)
+                    yield held
             finally:
-                ended.set()
-                beat.join()
                 with contextlib.suppress(UserError):  # it is the successor's, or cannot be written any more
                     held.remove(_lock(number))
     finally:
@@ -114,7 +109,6 @@ def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Fol
 
 @contextlib.contextmanager
 def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None]) -> Iterator[Any]:
-    ended = threading.Event()
     while True:
         number = max(there.locks(), default=0)
         if number:
@@ -125,17 +119,14 @@ def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None]) -> Iterator
     held = there.under(me.token, number)
     beats = itertools.count()
     beat_now = functools.partial(_beat_bucket, there, number, beats)
-    beat = threading.Thread(target=_beat, args=(beat_now, ended), name="hold", daemon=True)
-    beat.start()
     try:
-        held.end_uploads()
-        for name in there.files(LOCKS):
-            if int(name.rpartition("/")[2].split(".")[0]) < number:
-                there.remove(name)
-        yield held
+        with _beating(beat_now):
+            held.end_uploads()
+            for name in there.files(LOCKS):
+                if int(name.rpartition("/")[2].split(".")[0]) < number:
+                    there.remove(name)
+            yield held
     finally:
-        ended.set()
-        beat.join()
         with contextlib.suppress(UserError):
             held.check()  # else they are the successor's
             held.end_uploads()  # of workers that were lost
@@ -267,6 +258,19 @@ def last_sign_of_life(folder: Store) -> tuple[str, float] | None:
         return None
     touched = max(folder.changed(name) for name in (_lock(number), f"{_lock(number)}.beat") if folder.has(name))
     return str(holder or "another run"), max(0.0, time.time() - touched)
+
+
+@contextlib.contextmanager
+def _beating(touch: Callable[[], None]) -> Iterator[None]:
+    """Touch a lock meanwhile, on a thread."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(touch, ended), name="hold", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _beat(touch: Callable[[], None], ended: threading.Event) -> None:

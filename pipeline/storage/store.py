@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+LOCKS = "fapm/lock"
+"""In an output folder, the locks of the runs that want it (`storage.hold`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileStat:

@@ -171,7 +171,9 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_no_part_of_an_upload(client,
         between.disturb(seed, 0.7, ("delay",))  # so that more uploads are under way
         running = process(one)
         next((line for line in running.stdout if line.startswith("pruning")), "")  # or it is finished
-        time.sleep(random.Random(seed).uniform(0, 2.5))
+        until = time.monotonic() + random.Random(seed).uniform(0, 2.5)
+        while time.monotonic() < until or (seed % 2 and running.poll() is None and not s3.uploads(client, name)):
+            time.sleep(0.02)  # half of the kills wait for an upload
         running.send_signal(signal.SIGKILL)
         running.wait()
         between.disturb(0, 0.0)
@@ -180,7 +182,7 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_no_part_of_an_upload(client,
             prune(one)
             assert s3.uploads(client, name) == []
             assert contents(client, one.out) == expected
-    assert dangling or ROUNDS < 50  # a few may all miss
+    assert dangling > ROUNDS // 20
 
 
 @pytest.mark.slow
@@ -199,7 +201,7 @@ def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, hom
     for seed in range(ROUNDS):
         scope = "global" if seed % 20 == 0 else "tensor"
         one = recipe(home, runner, *ALL, scope=scope, shard_size="400kB")
-        between.disturb(seed, (0.02, 0.1, 0.2, 0.6)[seed % 4])
+        between.disturb(seed, (0.02, 0.1, 0.2, 0.9)[seed % 4])
         try:
             prune(one)
             ended["done"] += 1
@@ -210,7 +212,8 @@ def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, hom
         prune(one)
         assert contents(client, one.out) == expected[scope], seed
         assert s3.uploads(client, home.removeprefix("s3://")) == []
-    assert sum(ended.values()) == ROUNDS
-    assert min(ended.values()) or ROUNDS < 50, ended  # how many give up depends on the machine
+    assert min(ended.values()) > ROUNDS // 10, ended
     assert not any("\n" in line or "<" in line for line in said)
-    assert all(between.met[fault] for fault in ("drop", "lose", "truncate", "reset", "429", "503")), between.met
+    assert all(between.met[fault] > ROUNDS for fault in ("drop", "lose", "truncate", "reset", "429", "503")), (
+        between.met
+    )
