@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from http_server import make_server, running
 
 FAULTS = ("drop", "lose", "delay", "truncate", "reset", "429", "500", "503")
 """Drop: no answer, and nothing done; lose: done, and no answer; truncate and reset: in the middle of a body."""
@@ -30,24 +32,8 @@ class Proxy:
         self.met: Counter[str] = Counter()
         self._random, self._share, self._faults = random.Random(0), 0.0, FAULTS
         self._lock = threading.Lock()
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-            wbufsize = 1 << 20
-
-            def _pass(self) -> None:
-                proxy._handle(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        for method in ("GET", "PUT", "POST", "DELETE", "HEAD"):
-            setattr(Handler, f"do_{method}", Handler._pass)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.server = make_server(self._handle)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def disturb(self, seed: int, share: float, faults: tuple[str, ...] = FAULTS) -> None:
         """From now on a share of the requests meets a fault."""
@@ -120,10 +106,5 @@ class Proxy:
 @contextmanager
 def proxy(upstream: str) -> Iterator[Proxy]:
     made = Proxy(upstream)
-    thread = threading.Thread(target=made._server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with running(made.server):
         yield made
-    finally:
-        made._server.shutdown()
-        made._server.server_close()

@@ -6,14 +6,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_server import make_server, running
 from huggingface_hub import constants
 
 from pipeline.storage import hub
@@ -42,29 +41,8 @@ class Hub:
         self.uploaded: list[str] = []  # sha256 of what was sent
         self.messages: list[str] = []  # of commits made over the network
         self.deaf: set[str] = set()  # parts of paths whose requests are not answered well
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-            wbufsize = 1 << 20
-
-            def do_GET(self) -> None:
-                hub._answer(self)
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def do_POST(self) -> None:
-                hub._take(self)
-
-            do_PUT = do_POST  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        port = self._server.server_address[1]
+        self.server = make_server(self._handle)
+        port = self.server.server_address[1]
         self.url, self.cdn = f"http://localhost:{port}", f"http://127.0.0.1:{port}"
 
     def push(self, name: str, folder: Path) -> str:
@@ -74,6 +52,9 @@ class Hub:
         commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
         commits[commit] = files
         return commit
+
+    def _handle(self, asked: Any) -> None:
+        (self._answer if asked.command in ("GET", "HEAD") else self._take)(asked)
 
     def _take(self, asked: Any) -> None:
         """What changes something."""
@@ -220,12 +201,8 @@ def _tree(facts: dict[str, Any]) -> list[dict[str, Any]]:
 @contextmanager
 def served() -> Iterator[Hub]:
     made = Hub()
-    threading.Thread(target=made._server.serve_forever, daemon=True).start()
-    try:
+    with running(made.server):
         yield made
-    finally:
-        made._server.shutdown()
-        made._server.server_close()
 
 
 def use(patch: pytest.MonkeyPatch, url: str, home: Path, offline: bool = False, token: str = "") -> None:
