@@ -38,9 +38,9 @@ def gateway() -> Iterator[str]:
     try:
         with log.open("wb") as out:
             script = Path(__file__).with_name("ceph_up.sh")
-            subprocess.run(
-                ["bash", str(script), str(folder), str(port)], stdout=out, stderr=out, timeout=180, check=True
-            )
+            began = subprocess.run(["bash", str(script), str(folder), str(port)], stdout=out, stderr=out, timeout=180)
+        if began.returncode:
+            raise RuntimeError(f"Ceph did not start:\n{log.read_text()}")
         yield f"http://127.0.0.1:{port}"
     finally:
         pids = [int(path.read_text()) for path in folder.glob("run/*.pid")]

@@ -136,7 +136,8 @@ class Worker:
 
     def _equip(self, use: Use) -> None:
         """Get ready to read, and where there is a device, to bring there what is read."""
-        self.use, memory, device = use, self._recipe.memory - OVERHEAD_BYTES, self._engine.device
+        self.use, device = use, self._engine.device
+        memory = self._recipe.memory - OVERHEAD_BYTES - self._out.writing_bytes
         if device is None or use is Use.NONE:
             self._engine = make_engine(self._recipe.method, "cpu")
             self._reader = SectionReader(*self._inputs, memory)

@@ -210,7 +210,7 @@ class ObjectWriter:
         view = memoryview(data) if isinstance(data, bytes) else data.data
         with plain_errors(self._address):
             for start in range(0, view.nbytes, self._part):
-                self._file.write(view[start : start + self._part])
+                self._file.write(bytes(view[start : start + self._part]))  # it is sent later, and not copied before
         self._position += view.nbytes
 
     def publish(self) -> None:
@@ -242,6 +242,7 @@ class Bucket:
     """
 
     reads_at_once = 16
+    writing_bytes = (_PARTS_AT_ONCE + 1) * PART_BYTES
 
     def __init__(self, address: str, token: str = "", number: int = 0):
         self.address = address.rstrip("/")

@@ -94,6 +94,7 @@ class Repository:
     """
 
     reads_at_once = 16
+    writing_bytes = 0
 
     def __init__(self, address: str):
         found = _ADDRESS.fullmatch(address)

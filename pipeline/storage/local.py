@@ -147,6 +147,7 @@ class Folder:
     """
 
     reads_at_once = 2
+    writing_bytes = 0
 
     def __init__(self, path: str | Path, token: str = ""):
         self.path = Path(path)

@@ -40,7 +40,9 @@ class Reader(Protocol):
 class Writer(Protocol):
     """A file that appears when it is published, whole. What is written to it comes in order."""
 
-    def write(self, offset: int, data: np.ndarray | bytes) -> None: ...
+    def write(self, offset: int, data: np.ndarray | bytes) -> None:
+        """Add to it; `data` may be changed as soon as this returns."""
+        ...
 
     def publish(self) -> None:
         """Make the file durable and let it appear under its name, in one step."""
@@ -55,6 +57,7 @@ class Store(Protocol):
     Attributes:
         address: as the user gave it.
         reads_at_once: requests that are worth having under way at the same time.
+        writing_bytes: memory that a file takes while it is written.
 
     Raises:
         UserError, PassingError: from every method, where it cannot be done.
@@ -62,6 +65,7 @@ class Store(Protocol):
 
     address: str
     reads_at_once: int
+    writing_bytes: int
 
     def at(self, name: str) -> str:
         """The address of a file."""

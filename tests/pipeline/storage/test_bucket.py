@@ -111,6 +111,17 @@ def test_a_file_appears_when_it_is_published_whole(folder, size):
     assert folder.read("sub/a") == data
 
 
+def test_a_buffer_may_be_used_again_once_it_is_written(folder):
+    size, buffer = 4 << 20, np.empty(4 << 20, np.uint8)
+    writer = folder.create("big", 16 * size)
+    for number in range(16):
+        buffer[:] = number
+        writer.write(number * size, buffer)
+    buffer[:] = 255
+    writer.publish()
+    assert folder.read("big") == b"".join(bytes([number]) * size for number in range(16))
+
+
 def test_one_that_is_discarded_never_does(folder):
     writer = folder.create("a", 20 << 20)
     writer.write(0, bytes(20 << 20))

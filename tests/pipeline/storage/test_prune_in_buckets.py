@@ -93,6 +93,14 @@ def test_the_same_bytes_wherever_the_sides_lie(client, home, runner, scope, far)
     assert s3.uploads(client, home.removeprefix("s3://")) == []
 
 
+def test_the_same_bytes_in_many_parts(client, home, runner):
+    runner.write(*gaussian({"a": (9, 1 << 20), "b": (7, 1 << 20)}, torch.bfloat16), shards=(2, 1))
+    expected, _ = runner.prune(shard_size="1GB", memory="64MiB")
+    far = recipe(home, runner, "out", shard_size="1GB", memory="64MiB")
+    prune(far)
+    assert contents(client, far.out) == contents(client, str(expected))
+
+
 def test_headers_are_all_that_a_plan_reads(client, home, runner, between):
     from pipeline.manifest import look
 
