@@ -33,12 +33,15 @@ def _free_port() -> int:
 @contextmanager
 def gateway() -> Iterator[str]:
     """Its endpoint."""
-    folder, port = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp")), _free_port()
+    folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
+    port, monitor = _free_port(), _free_port()
     log = folder.with_suffix(".log")
     try:
         with log.open("wb") as out:
             script = Path(__file__).with_name("ceph_up.sh")
-            began = subprocess.run(["bash", str(script), str(folder), str(port)], stdout=out, stderr=out, timeout=180)
+            began = subprocess.run(
+                ["bash", script, folder, str(port), str(monitor)], stdout=out, stderr=out, timeout=180
+            )
         if began.returncode:
             raise RuntimeError(f"Ceph did not start:\n{log.read_text()}")
         yield f"http://127.0.0.1:{port}"
