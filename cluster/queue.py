@@ -5,7 +5,7 @@ that takes far longer than others did is given up, the last tasks are given to i
 long, and the first whole result counts. Tasks that fail have a budget of their own: lost workers do not use it up.
 
 A worker with a task keeps the one that it gets next, so that it can begin to read for it; others take that one only
-when nothing else is waiting.
+when nothing else is waiting. What it did in the step before it gets again, as far as it can be had, its last first.
 
 It knows neither Ray nor clocks: time comes with every event, in seconds.
 """
@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+from pipeline.pool import Did, preference
 
 Task = int
 """The index of a shard."""
@@ -136,6 +138,9 @@ class Queue:
         self._sizes: dict[Task, float] = {}
         self._waiting: deque[Task] = deque()
         self._kept: dict[Task, int] = {}  # of those that wait: the worker that gets it next
+        self._did: dict[Task, Did] = {}
+        self._before: dict[Task, Did] = {}  # this step
+        self._number = 0
         self._gathered = False
         self._left: set[Task] = set()
         self._last = True
@@ -189,6 +194,7 @@ class Queue:
         self._waiting = deque(sizes)
         self._left = set(sizes)
         self._last = last
+        self._before = dict(self._did)
         self._kept, self._tries, self._failed, self._crashes, self._paces = {}, {}, {}, {}, []
         return self._go_on(now)
 
@@ -214,6 +220,8 @@ class Queue:
         if task not in self._left:
             return self._go_on(now)  # another worker was faster
         self._left.discard(task)
+        self._number += 1
+        self._did[task] = worker, self._number
         self._put_away(task)
         accepted: list[Action] = [Accept(worker, task, self._tries.get(task, 1))]
         beaten = [Release(name) for name in self.workers_on(task) if len(self._workers[name].tasks) == 1]
@@ -303,22 +311,24 @@ class Queue:
         return None
 
     def _take_for(self, worker: int) -> Task | None:
-        """A waiting task: the one that the worker keeps, else one that nobody keeps, else any.
+        """A waiting task: the one that the worker keeps, else one that nobody keeps, else any; of those the one that
+        it prefers.
 
         Not one that has failed on this worker, unless it has on all that could take it.
         """
         able = [name for name, w in self._workers.items() if not w.draining]
-        best: tuple[int, Task] | None = None
+        best: tuple[tuple[int, int, int], Task] | None = None
         for task in self._waiting:
             failed = self._failed.get(task, [])
             if worker in failed and not all(name in failed for name in able):
                 continue
             keeper = self._kept.get(task)
-            rank = 0 if keeper == worker else 1 if keeper is None else 2
+            if keeper == worker:
+                best = (0, 0, 0), task
+                break
+            rank = (1 if keeper is None else 2, *preference(worker, self._before.get(task)))
             if best is None or rank < best[0]:
                 best = rank, task
-            if rank == 0:
-                break
         if best is None:
             return None
         self._put_away(best[1])
@@ -333,7 +343,7 @@ class Queue:
         if list(self._kept.values()).count(worker) >= self.slots:
             return None
         free = (t for t in self._waiting if t not in self._kept and worker not in self._failed.get(t, []))
-        task = next(free, None)
+        task = min(free, key=lambda task: preference(worker, self._before.get(task)), default=None)
         if task is not None:
             self._kept[task] = worker
         return task

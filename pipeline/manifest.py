@@ -30,7 +30,7 @@ from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
 from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
 from pipeline.storage.local import TEMPORARY
-from pipeline.storage.store import LOCKS, Store
+from pipeline.storage.store import LOCKS, Store, overlapped
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"
@@ -256,8 +256,10 @@ def load_manifest(path: str) -> dict[str, Any]:
 
 def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
-    records = [_read_json(out, record_name(s.index)) for s in plan.shards]
-    measured = np.concatenate([np.frombuffer(out.read(rows_name(s.index)), MEASURED) for s in plan.shards])
+    names, at_once = [record_name(s.index) for s in plan.shards], out.reads_at_once
+    records = list(overlapped(functools.partial(_read_json, out), names, at_once))
+    rows = overlapped(out.read, [rows_name(s.index) for s in plan.shards], at_once)
+    measured = np.concatenate([np.frombuffer(data, MEASURED) for data in rows])
     literal = {side: fields.literal(path) for side, path in _paths(plan.recipe).items()}
     out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
     out.write(TABLE, to_parquet(plan.shards, plan.groups, measured))
@@ -327,7 +329,8 @@ def replaceable_bytes(plan: Plan, state: State) -> int:
 
 
 def _read_to_measure(out: Store) -> int:
-    return sum(saved_read_bytes(out, name) for name in out.files(WORK) if name.endswith(ARRAYS))
+    names = [name for name in out.files(WORK) if name.endswith(ARRAYS)]
+    return sum(overlapped(functools.partial(saved_read_bytes, out), names, out.reads_at_once))
 
 
 def _config(plan: Plan) -> bytes:

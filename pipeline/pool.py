@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -61,13 +60,31 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Deal:
-    """Hands out tasks in order. With one comes the next that the same worker will probably get; it is given to another
-    only when nothing else is left."""
+Did = tuple[int, int]
+"""Who finished a task in a step before, and its place among all that were finished."""
 
-    def __init__(self, tasks: Sequence[Task]):
-        self._waiting = deque(tasks)
+
+def preference(worker: int, did: Did | None) -> tuple[int, int]:
+    """How gladly a worker takes a task, the least first: what it finished last, which it may have in memory; what
+    nobody did; what others did, their first ones first."""
+    if did is None:
+        return 1, 0
+    return (0, -did[1]) if did[0] == worker else (2, did[1])
+
+
+class Deal:
+    """Hands out tasks. With one comes the next that the same worker will probably get; it is given to another only
+    when nothing else is left.
+
+    Args:
+        tasks: in the order in which they are wanted.
+        did: who finished which shards in the steps before; those of this step are added.
+    """
+
+    def __init__(self, tasks: Sequence[Task], did: dict[int, Did]):
+        self._waiting = list(tasks)
         self._kept: dict[int, Task] = {}
+        self._did, self._before = did, dict(did)
         self._lock = threading.Lock()
 
     def next(self, worker: int) -> tuple[Task, Task | None] | None:
@@ -76,14 +93,24 @@ class Deal:
             if worker in self._kept:
                 task = self._kept.pop(worker)
             elif self._waiting:
-                task = self._waiting.popleft()
+                task = self._take(worker)
             elif self._kept:
                 task = self._kept.popitem()[1]
             else:
                 return None
             if self._waiting:
-                self._kept[worker] = self._waiting.popleft()
+                self._kept[worker] = self._take(worker)
             return task, self._kept.get(worker)
+
+    def _take(self, worker: int) -> Task:
+        best = min(self._waiting, key=lambda task: preference(worker, self._before.get(task.shard.index)))
+        self._waiting.remove(best)
+        return best
+
+    def done(self, worker: int, shard: int) -> None:
+        with self._lock:
+            self._did.pop(shard, None)
+            self._did[shard] = worker, 1 + max((number for _, number in self._did.values()), default=0)
 
 
 class Threads:
@@ -107,18 +134,21 @@ class Threads:
     ):
         self.workers = workers
         self.lost: dict[str, int] = {}
+        self._did: dict[int, Did] = {}
         self._cancelled = threading.Event()
         self._end_announcing = announce(say)
         self._workers = [Worker(recipe, out, progress, self._cancelled, 1 / workers) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
-        deal = Deal(tasks)
+        deal = Deal(tasks, self._did)
         results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
 
         def work(number: int) -> None:
             try:
                 while not self._cancelled.is_set() and (dealt := deal.next(number)):
-                    results.put(step(self._workers[number], *dealt))
+                    done = step(self._workers[number], *dealt)
+                    deal.done(number, done.shard)
+                    results.put(done)
             except BaseException as error:  # raised by the thread that asked
                 results.put(error)
                 self._cancelled.set()

@@ -22,7 +22,7 @@ from pipeline.shard.task import Done, Task, known_threshold, load_arrays, measur
 from pipeline.shard.worker import Worker
 from pipeline.storage.address import open_store
 from pipeline.storage.hold import hold
-from pipeline.storage.store import Store
+from pipeline.storage.store import Store, overlapped
 
 
 @dataclass(frozen=True)
@@ -258,12 +258,16 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
 def first_brackets(plan: Plan, out: Store, pool: Pool, names: Sequence[str], watch: Watch) -> dict[str, Bracket]:
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
-    tasks = [Task(s, groups_of(plan, s)) for s in shards if not out.has(sample_name(s.index))]
+    there = out.files(manifest.WORK)
+    tasks = [Task(s, groups_of(plan, s)) for s in shards if sample_name(s.index) not in there]
     for _ in _each(plan, pool.map(Worker.sample, tasks), "sampled", watch):
         pass
     surveys = {name: Survey() for name in names}
-    for shard in shards:
-        groups, saved = load_arrays(out, sample_name(shard.index), "weights", "variance")
+
+    def load(shard: Shard) -> tuple[list[str], dict[str, np.ndarray]]:
+        return load_arrays(out, sample_name(shard.index), "weights", "variance")
+
+    for groups, saved in overlapped(load, shards, out.reads_at_once):
         for name, weights, variance in zip(groups, saved["weights"], saved["variance"], strict=True):
             if name in surveys:
                 surveys[name].weights += weights
@@ -282,9 +286,9 @@ def measured(plan: Plan, out: Store, pool: Pool, brackets: dict[str, Bracket], r
             sums.above[place[name]] += saved["above"][i]
             sums.of(place[name])[:] += saved["bins"][saved["starts"][i] : saved["starts"][i + 1]]
 
-    tasks = []
+    tasks, there = [], out.files(manifest.WORK)
     for shard in holders(plan, brackets):
-        if out.has(measure_name(shard.index, round_)):
+        if measure_name(shard.index, round_) in there:
             add(shard.index)
         else:
             groups = groups_of(plan, shard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -18,6 +19,11 @@ from huggingface_hub import constants
 from pipeline.storage import hub
 
 TOKEN = "hf_not-to-be-shown"
+
+
+@functools.lru_cache(64)
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Hub:
@@ -154,7 +160,7 @@ class Hub:
         if wanted and wanted[3].endswith(".safetensors"):
             where = f"{self.cdn}/cdn/{name.replace('/', '--')}/{commit}/{wanted[3]}?signature=abc"
             data = files[wanted[3]]
-            linked = {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+            linked = {"X-Linked-Etag": f'"{_sha256(data)}"', "X-Linked-Size": str(len(data))}
             return self._send(asked, 302, b"", {"Location": where, "X-Repo-Commit": commit, **linked})
         return self._file(asked, files[wanted[3] if wanted else ""], {"X-Repo-Commit": commit})
 
@@ -163,12 +169,12 @@ class Hub:
         for file, data in files.items():
             entry: dict[str, Any] = {"rfilename": file, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
             if file.endswith(".safetensors"):
-                entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {"sha256": _sha256(data), "size": len(data), "pointerSize": 130}
             siblings.append(entry)
         return {"id": name, "modelId": name, "sha": commit, "private": name in self.private, "siblings": siblings}
 
     def _file(self, asked: Any, data: bytes, headers: dict[str, str] | None = None) -> None:
-        etag = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes", **(headers or {})}
+        etag = {"ETag": f'"{_sha256(data)}"', "Accept-Ranges": "bytes", **(headers or {})}
         ranged = re.fullmatch(r"bytes=(\d+)-(\d+)?", asked.headers.get("Range", ""))
         if not ranged:
             self.read += len(data)

@@ -118,7 +118,7 @@ def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str
         if digest.hexdigest() != record["xxh3_128"]:
             problems.append(f"{name}: its xxh3-128 is {digest.hexdigest()} and should be {record['xxh3_128']}")
         try:
-            found = read_header(reader, name, name)
+            found = read_header(reader, name, name).tensors
         except UserError as error:
             problems.append(str(error))
             unreadable.add(name)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.formats.header import TensorInfo, read_header
+from pipeline.formats.header import Header, TensorInfo, read_header
 from pipeline.storage.address import open_store
-from pipeline.storage.store import Store
+from pipeline.storage.store import Store, overlapped
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -57,21 +56,19 @@ def open_checkpoint(path: str, role: str) -> Checkpoint:
     files, index = _weight_files(folder, top, role, oddities)
     tensors: dict[str, TensorInfo] = {}
     identity = {}
-    for name in files:
-        reader = folder.reader(name)
-        for tensor in read_header(reader, name, f"{role}: {folder.at(name)}"):
+
+    def read(name: str) -> Header:
+        return read_header(folder.reader(name), name, f"{role}: {folder.at(name)}")
+
+    for name, header in zip(files, overlapped(read, files, folder.reads_at_once), strict=True):
+        for tensor in header.tensors:
             if tensor.name in tensors:
                 raise UserError(
                     f"{role}: tensor {tensor.name!r} is in both {tensors[tensor.name].file} and {name} of {path}; "
                     "keep one copy, or an index that names the files that belong together"
                 )
             tensors[tensor.name] = tensor
-        header = reader.read(0, min(reader.size, 8 + int.from_bytes(reader.read(0, 8), "little")))
-        identity[name] = {
-            "size": found[name].size,
-            **found[name].version,
-            "header": hashlib.blake2b(header, digest_size=16).hexdigest(),
-        }
+        identity[name] = {"size": found[name].size, **found[name].version, "header": header.digest}
     folder.close()
     _compare_with_index(index, tensors, role, oddities)
     side_files, left = _side_files(found)

@@ -7,6 +7,7 @@ it: a header is a claim by a stranger.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -39,8 +40,16 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def read_header(reader: Reader, file: str, where: str) -> list[TensorInfo]:
-    """The tensors of one file, in the order of their bytes.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a file in the order of their bytes, and a digest of the header's bytes."""
+
+    tensors: list[TensorInfo]
+    digest: str
+
+
+def read_header(reader: Reader, file: str, where: str) -> Header:
+    """What one file holds.
 
     Args:
         reader: an open file.
@@ -56,13 +65,15 @@ def read_header(reader: Reader, file: str, where: str) -> list[TensorInfo]:
 
     if reader.size < 8:
         raise bad(f"it has {reader.size} bytes")
-    length = int.from_bytes(reader.read(0, 8), "little")
+    begins = reader.read(0, 8)
+    length = int.from_bytes(begins, "little")
     if length > MAX_HEADER_BYTES:
         raise bad(f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
     if 8 + length > reader.size:
         raise bad(f"it is truncated: the header claims {length} bytes and the file has {reader.size}")
+    text = reader.read(8, length)
     tensors = []
-    for name, entry in _parse_json(reader.read(8, length), bad).items():
+    for name, entry in _parse_json(text, bad).items():
         if name != "__metadata__":
             tensors.append(_tensor(name, entry, file, 8 + length, bad))
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
@@ -76,7 +87,7 @@ def read_header(reader: Reader, file: str, where: str) -> list[TensorInfo]:
         raise bad(f"it is truncated: the tensors need {position} bytes and the file has {reader.size}")
     if position < reader.size:
         raise bad(f"{reader.size - position} bytes follow the last tensor")
-    return tensors
+    return Header(tensors, hashlib.blake2b(begins + text, digest_size=16).hexdigest())
 
 
 def _parse_json(text: bytes, bad: Any) -> dict[str, Any]:

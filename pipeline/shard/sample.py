@@ -37,7 +37,7 @@ a sixteenth is enough."""
 REPORTED = 1 << 13
 """Elements behind the quantiles of a tensor."""
 
-RUN, LONG_RUN = 128, 1024
+RUN, LONG_RUN = 128, 1 << 14
 """Elements side by side, at most; and where each run is a request over a network."""
 
 _FEWEST_RUNS = 16  # of a tensor, so that their differences say something

@@ -357,11 +357,12 @@ class Bucket:
 
     def reader(self, name: str) -> ObjectReader:
         with self._lock:
-            if name not in self._readers:
-                meta = self._meta(name)
-                found = ObjectReader(self.client, self.key(name), self.at(name), meta["size"], meta["e_tag"])
-                self._readers[name] = found
-            return self._readers[name]
+            if name in self._readers:
+                return self._readers[name]
+        meta = self._meta(name)
+        found = ObjectReader(self.client, self.key(name), self.at(name), meta["size"], meta["e_tag"])
+        with self._lock:
+            return self._readers.setdefault(name, found)
 
     def close(self) -> None:
         with self._lock:
@@ -412,9 +413,14 @@ class Bucket:
 
     def _delete(self, keys: list[str]) -> None:
         def ask() -> None:
-            for key in keys:
-                with contextlib.suppress(FileNotFoundError):
-                    obstore.delete(self.client, key)
+            for first in range(0, len(keys), 1000):
+                many = keys[first : first + 1000]
+                try:
+                    obstore.delete(self.client, many)
+                except FileNotFoundError:  # of one, at which some stores stop
+                    for key in many:
+                        with contextlib.suppress(FileNotFoundError):
+                            obstore.delete(self.client, key)
 
         patiently(self.address, ask)
 

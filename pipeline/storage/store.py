@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -144,3 +146,22 @@ class Store(Protocol):
     def free_bytes(self) -> int | None:
         """What there is room for; None where that is not limited."""
         ...
+
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+def overlapped(ask: Callable[[Item], Answer], items: Iterable[Item], at_once: int) -> Iterator[Answer]:
+    """What `ask` answers for each item, in their order; so many are asked for at once, and no more are held."""
+    waiting: deque[Future[Answer]] = deque()
+    with ThreadPoolExecutor(at_once, thread_name_prefix="ask") as threads:
+        try:
+            for item in items:
+                if len(waiting) == at_once:
+                    yield waiting.popleft().result()
+                waiting.append(threads.submit(ask, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from faulty import proxy
 
 from pipeline import Recipe, prune
 from pipeline.storage.bucket import PART_BYTES, Bucket
+from pipeline.storage.hub import Repository, _client
 
 RANGE = 16 << 20
 
@@ -78,9 +82,34 @@ def timed(recipe: Recipe, client: Any = None) -> float:
     return time.perf_counter() - began
 
 
+SERVE = """
+import pathlib, sys
+sys.path.append("tests")
+import hub
+with hub.served() as served:
+    for side in ("base", "finetuned"):
+        served.push(f"org/{side}", pathlib.Path(sys.argv[1], side))
+    print(served.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def hub_of(folder: Path) -> Iterator[str]:
+    """A Hub with the pair, in a process of its own: its Python is not to hold up ours."""
+    command, root = [sys.executable, "-c", SERVE, str(folder)], Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdin
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+
+
 def show(what: str, pair: int, pruned: list[float], plain: list[float]) -> None:
     ratio = min(pruned) / min(plain)
-    print(f"{what:34}{min(pruned):7.2f} s{pair / min(pruned) / 1e9:7.2f} GB/s{min(plain):9.2f} s plain{ratio:7.2f} ×")
+    print(
+        f"{what:34}{min(pruned):7.2f} s{pair / min(pruned) / 1e9:7.2f} GB/s{min(plain):9.2f} s plain{ratio:7.2f} ×",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -117,17 +146,13 @@ def main() -> None:
                 between.reset()
                 timed(recipe, client)
                 share, many = between.read / pair, between.requests / (pair / 1e9)
-                print(f"  {scope}: {share:.3f} of the inputs' bytes read, {many:.0f} requests a GB of them")
+                print(f"  {scope}: {share:.3f} of the inputs' bytes read, {many:.0f} requests a GB of them", flush=True)
     s3.forget()
-    with hub_server.served() as served:
-        for side in sizes:
-            served.push(f"org/{side}", folder / side)
-        hub_server.use(patch, served.url, folder / "home")
+    with hub_of(folder) as url:
+        hub_server.use(patch, url, folder / "home")
         recipe = Recipe.of(base="org/base", finetuned="org/finetuned", out=str(folder / "out"), device="cpu")
         pruned, plain = [], []
         for _ in range(chosen.rounds):
-            from pipeline.storage.hub import Repository, _client
-
             sides = [Repository(f"hf://org/{side}") for side in sizes]
             stores = [_client(side.name, side._snapshot.commit) for side in sides]
             sources = [(client, "model.safetensors", size) for client, size in zip(stores, sizes.values(), strict=True)]

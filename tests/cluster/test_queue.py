@@ -301,6 +301,20 @@ def test_what_a_worker_keeps_is_taken_by_others_only_at_the_end():
     assert world.running[0] == 3  # nothing else was waiting
 
 
+def test_a_worker_gets_what_it_did_in_the_step_before_its_last_first():
+    world = with_workers(2, 6, last=False)
+    did: dict[int, list[int]] = {0: [], 1: []}
+    for worker in (0, 1, 1, 0, 1, 0):
+        did[worker].append(world.running[worker])
+        world.done(worker)
+    world.begin(6)
+    again: dict[int, list[int]] = {0: [], 1: []}
+    for worker in (0, 1, 1, 0, 1, 0):
+        again[worker].append(world.running[worker])
+        world.done(worker)
+    assert again == {0: did[0][::-1], 1: did[1][::-1]}
+
+
 def test_what_a_worker_kept_that_is_lost_or_leaving_is_free_again():
     for change in (lambda w: w.lost(0), lambda w: w.do(w.queue.draining(0, 0.0))):
         world = with_workers(2, 9)

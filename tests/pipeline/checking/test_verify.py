@@ -432,7 +432,7 @@ def test_the_librarys_opinion_counts_too(tmp_path):
     make_pair(tmp_path)
     folder = Folder(pruned(tmp_path))
     (name,) = [n for n in folder.files() if n.endswith(".safetensors")]
-    found = read_header(folder.reader(name), name, name)
+    found = read_header(folder.reader(name), name, name).tensors
     assert read_as_consumers_do(folder, name, found) == []
     first, *others = found
     assert "only one of" in read_as_consumers_do(folder, name, others)[0]
@@ -452,7 +452,7 @@ def test_the_library_reads_every_dtype_of_weights(tmp_path, dtype):
     shapes = {"matrix": (5, 7), "vector": (3,), "scalar": (), "empty": (0, 4), "cube": (2, 3, 4)}
     save_file({name: torch.rand(shape).to(dtype) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
     folder = Folder(tmp_path)
-    found = read_header(folder.reader("a.safetensors"), "a.safetensors", "a")
+    found = read_header(folder.reader("a.safetensors"), "a.safetensors", "a").tensors
     assert read_as_consumers_do(folder, "a.safetensors", found) == []
 
 

@@ -36,7 +36,7 @@ layouts = st.dictionaries(names.filter(lambda n: n != "__metadata__"), st.tuples
 def read(path):
     reader = Reader(path)
     try:
-        return read_header(reader, path.name, str(path))
+        return read_header(reader, path.name, str(path)).tensors
     finally:
         reader.close()
 
