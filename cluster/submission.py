@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.formats.newest import LATEST
 from pipeline.manifest import State, identity, look
 from pipeline.recipe import PATHS, Recipe
-from pipeline.storage.address import HUB, absolute, open_store, scheme_of, split
+from pipeline.storage.address import HUB, absolute, input_elsewhere, open_store, scheme_of, split
 
 NAME = "fapm"
 
@@ -61,7 +61,8 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
     Raises:
         UserError: what `fapm prune` would raise before it begins.
     """
-    given = recipe.model_copy(update={side: absolute(getattr(recipe, side)) for side in PATHS})
+    inputs = {side: input_elsewhere(getattr(recipe, side)) for side in ("base", "finetuned")}
+    given = recipe.model_copy(update=inputs | {"out": absolute(recipe.out)})
     if scheme_of(given.out) == HUB:
         return Submission(given, _digest(given, None), None, ray, overwrite)
     if not _is_seen(given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -57,12 +58,26 @@ def input_address(address: str) -> str:
         UserError: the Hub has no such repository, or does not say.
     """
     scheme = scheme_of(address)
-    if not scheme and _SHORT.fullmatch(address) and not Path(address).exists() and not Path(address).parent.is_dir():
+    if _is_short(address):
         try:
             return _pinned(f"{HUB}://{address}", patient=False)  # perhaps it is but a path that is misspelt
         except UserError as error:
             raise type(error)(f"there is no folder {address}; {error}") from None
     return _pinned(address) if scheme == HUB else address
+
+
+def _is_short(address: str) -> bool:
+    """Whether `org/name` means a repository: no folder of that name is here, nor one in which it could be."""
+    may_be = not scheme_of(address) and bool(_SHORT.fullmatch(address))
+    return may_be and not Path(address).exists() and not Path(address).parent.is_dir()
+
+
+def input_elsewhere(address: str) -> str:
+    """The same input for processes on other machines; of a repository the commit, if the Hub says it here."""
+    found = f"{HUB}://{address}" if _is_short(address) else absolute(address)
+    with contextlib.suppress(UserError):
+        return _pinned(found, patient=False) if scheme_of(found) == HUB else found
+    return found
 
 
 def _pinned(address: str, patient: bool = True) -> str:

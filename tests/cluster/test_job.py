@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hub as hub_server
 import pytest
 import torch
 from checkpoints import digests, gaussian, save
@@ -252,6 +253,25 @@ def test_inputs_that_are_not_seen_from_here_are_left_to_the_cluster(model, fapm,
     assert not first["nothing_to_do"]
     assert submit()["nothing_to_do"]
     assert os.listdir(tmp_path / "out") == [Path(first["out"]).name]
+
+
+def test_from_the_hub_into_the_hub(model, fapm, tmp_path):
+    with hub_server.served() as hub:
+        for side in ("base", "finetuned"):
+            hub.push(f"org/{side}", tmp_path / side)
+        there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, "HF_HOME": str(tmp_path / "home")}
+        there["HF_HUB_DISABLE_XET"] = "1"
+        (tmp_path / "env.yaml").write_text(json.dumps({"env_vars": there}))
+        sides = ["--base", "org/base", "--finetuned", "org/finetuned", "--out", "hf://org/out"]
+        command = ["submit", "recipe.yaml", *sides, "--runtime-env", "env.yaml"]
+        fapm(*command, **there).ended()
+        commits = list(hub.commits["org/out"].values())
+        local, _ = model.prune(shard_size="65kB")
+        for name in sorted(path.name for path in local.glob("model*")):
+            assert commits[-1][name] == (local / name).read_bytes()
+        again = fapm(*command, "--json", **there)
+        assert json.loads(again.ended())["nothing_to_do"]
+        assert list(hub.commits["org/out"].values()) == commits
 
 
 def test_the_wrong_token_and_the_wrong_address_are_told_apart(fapm, head, tmp_path):
