@@ -45,6 +45,10 @@ _RECIPE_OPTIONS = (
         help="What becomes of the tensors whose name matches: prune, base, finetuned, or a density of their own. The "
         "first match decides; rules given here replace the recipe's. Repeatable.",
     ),
+    click.option(
+        "--rename", "renames", metavar="FROM=TO", multiple=True,
+        help="base's names that begin with FROM are finetuned's that begin with TO. Repeatable.",
+    ),
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
     click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),
     click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),

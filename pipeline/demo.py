@@ -19,7 +19,8 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import open_checkpoint
 from pipeline.formats.dtypes import bits, round_to, upcast
-from pipeline.formats.header import TensorInfo, build_header
+from pipeline.formats.header import build_header
+from pipeline.formats.tensor import TensorInfo
 from pipeline.manifest import INDEX
 from pipeline.recipe import Recipe
 from pipeline.run import Result, Watch, prune

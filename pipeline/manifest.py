@@ -293,7 +293,7 @@ def _paths(recipe: Recipe) -> dict[str, str]:
 
 def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """What makes shards a checkpoint, in the order in which it appears: the index and the configuration last."""
-    read = plan.finetuned.folder.read
+    read = plan.finetuned.read
     for name in plan.finetuned.side_files:
         if name != "config.json":
             yield name, functools.partial(read, name)
@@ -335,7 +335,7 @@ def _read_to_measure(out: Store) -> int:
 
 def _config(plan: Plan) -> bytes:
     """finetuned's configuration, with the dtype that was asked for, if one was."""
-    text = plan.finetuned.folder.read("config.json")
+    text = plan.finetuned.read("config.json")
     if plan.recipe.dtype is None:
         return text
     try:

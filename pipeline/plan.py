@@ -21,8 +21,10 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
-from pipeline.formats.header import TensorInfo, build_header
+from pipeline.formats.header import build_header
+from pipeline.formats.names import packed_like, renamed
 from pipeline.formats.newest import newest
+from pipeline.formats.tensor import TensorInfo
 from pipeline.formats.vocabulary import moved, tied_to, token_ids, vocabularies
 from pipeline.recipe import Recipe, Rule
 from pipeline.scoring.methods import METHODS
@@ -134,7 +136,8 @@ def make_plan(recipe: Recipe) -> Plan:
     finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
     found = recipe.model_copy(update={"base": base, "finetuned": finetuned})
     with without_collection():
-        plan = plan_pair(found, open_checkpoint(base, "base"), open_checkpoint(finetuned, "finetuned"))
+        known = open_checkpoint(base, "base")
+        plan = plan_pair(found, known, open_checkpoint(finetuned, "finetuned", known, found.renames))
         return replace(plan, given=recipe, oddities=(*not_base, *not_finetuned, *plan.oddities))
 
 
@@ -153,6 +156,7 @@ def without_collection() -> Iterator[None]:
 def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     """The plan for two opened checkpoints; pure."""
     oddities = [*base.oddities, *finetuned.oddities]
+    base = _as_finetuned_names_it(recipe, base, finetuned, oddities)
     left_out = tuple(sorted(base.tensors.keys() - finetuned.tensors.keys()))
     added = tuple(sorted(finetuned.tensors.keys() - base.tensors.keys()))
     if len(added) == len(finetuned.tensors):
@@ -180,6 +184,15 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     oddities += _ignored_settings(recipe, [t.name for t in paired])
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
     return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, tuple(oddities))
+
+
+def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> Checkpoint:
+    """base with its tensors named and packed as finetuned's are."""
+    wanted = finetuned.tensors
+    if base.tensors.keys() >= wanted.keys():
+        return base
+    tensors = renamed(base.tensors, wanted, recipe.renames, oddities)
+    return replace(base, tensors=packed_like(tensors, wanted, oddities))
 
 
 def _first(names: Iterable[str], count: int = 3) -> str:

@@ -27,6 +27,8 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
+_LATER = ("renames",)
+
 Action = Literal["prune", "base", "finetuned"]
 
 
@@ -137,6 +139,7 @@ class Recipe(BaseModel):
     density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
     rules: tuple[str, ...] = ()
+    renames: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"
@@ -169,6 +172,15 @@ class Recipe(BaseModel):
     def _an_output(cls, path: str) -> str:
         return fields.check(path, fields.TIMES + fields.CHOICES)
 
+    @field_validator("renames")
+    @classmethod
+    def _renames(cls, renames: tuple[str, ...]) -> tuple[str, ...]:
+        for text in renames:
+            before, equals, after = text.partition("=")
+            if not equals or before == after:
+                raise ValueError(f"{text!r} is not FROM=TO, the beginnings of base's and finetuned's names")
+        return renames
+
     @field_validator("rules", mode="before")
     @classmethod
     def _well_formed(cls, rules: Any) -> Any:
@@ -198,7 +210,9 @@ class Recipe(BaseModel):
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
         means = {*PATHS, "memory", "device", "device_memory", "staging", "visibility", "workers", *ON_RAY_ONLY}
-        return self.model_dump(mode="json", exclude=means)
+        found = self.model_dump(mode="json", exclude=means)
+        # What could not be chosen before is left out where it is not chosen, so that a run begun then can go on.
+        return {name: value for name, value in found.items() if value or name not in _LATER}
 
     @property
     def parsed_rules(self) -> tuple[Rule, ...]:
@@ -265,7 +279,7 @@ def binary(nbytes: int) -> str:
 
 def option_of(field: str) -> str:
     """What the command line calls a field."""
-    return "--" + {"rules": "rule", "labels": "label"}.get(field, field.replace("_", "-"))
+    return "--" + {"rules": "rule", "renames": "rename", "labels": "label"}.get(field, field.replace("_", "-"))
 
 
 def _sentence(error: Any, choices: dict[str, Any]) -> str:

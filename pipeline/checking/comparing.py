@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
-from pipeline.formats.header import TensorInfo
+from pipeline.formats.tensor import Part, Sides, TensorInfo
 from pipeline.manifest import TABLE
 from pipeline.plan import PairedTensor, Plan
 from pipeline.scoring.methods import METHODS, evaluate, stream_of
@@ -71,7 +71,7 @@ class Comparison:
 
     def __init__(self, plan: Plan, folder: Store, tensor: PairedTensor, there: TensorInfo, progress: Progress):
         self._recipe = plan.recipe
-        self._folders = {"base": plan.base.folder, "finetuned": plan.finetuned.folder, "out": folder}
+        self._sides, self._out = Sides(plan.base.folder, plan.finetuned.folder), folder
         self._tensor = tensor
         self._infos = {"base": tensor.base, "finetuned": tensor.finetuned, "out": there}
         self._progress = progress
@@ -81,7 +81,10 @@ class Comparison:
         info = self._infos[side]
         assert info
         stored = np.empty(end - begin, np.uint8)
-        self._folders[side].reader(info.file).read_into(info.offset + begin, stored)
+        if side == "out":
+            self._out.reader(info.file).read_into(info.offset + begin, stored)
+        else:
+            self._sides.read_into(Part("base" if side == "base" else "finetuned", info), begin, end, stored)
         return stored
 
     def _elements(self, side: str, start: int, stop: int) -> np.ndarray:

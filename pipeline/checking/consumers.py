@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.formats.dtypes import TORCH_NAMES, itemsize
-from pipeline.formats.header import TensorInfo
+from pipeline.formats.tensor import TensorInfo
 from pipeline.storage.local import Folder
 from pipeline.storage.store import Store
 

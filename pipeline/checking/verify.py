@@ -19,7 +19,8 @@ from pipeline.checking.comparing import Budget, Comparison, Progress
 from pipeline.checking.consumers import read_as_consumers_do
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.header import TensorInfo, read_header
+from pipeline.formats.header import read_header
+from pipeline.formats.tensor import TensorInfo
 from pipeline.manifest import INDEX, TABLE, load_manifest, read_table
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import Recipe

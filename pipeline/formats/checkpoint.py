@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.formats.header import Header, TensorInfo, read_header
+from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
+from pipeline.formats.header import Header, read_header
+from pipeline.formats.names import unwrapped
+from pipeline.formats.tensor import TensorInfo
 from pipeline.storage.address import open_store
 from pipeline.storage.store import Store, overlapped
 
@@ -25,6 +30,7 @@ class Checkpoint:
             another file than it was.
         side_files: the small files that come along (configuration, tokenizer, templates).
         oddities: sentences worth showing to the user.
+        borrowed: where those side files lie that are not in its folder.
     """
 
     role: str
@@ -33,14 +39,23 @@ class Checkpoint:
     identity: dict[str, dict[str, Any]]
     side_files: tuple[str, ...]
     oddities: tuple[str, ...] = field(default=())
+    borrowed: Mapping[str, Store] = field(default_factory=dict)
+
+    def read(self, name: str) -> bytes:
+        """A side file."""
+        return self.borrowed.get(name, self.folder).read(name)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def open_checkpoint(path: str, role: str) -> Checkpoint:
+def open_checkpoint(path: str, role: str, base: Checkpoint | None = None, renames: Sequence[str] = ()) -> Checkpoint:
     """Read the headers of the checkpoint in the folder `path`.
+
+    Args:
+        base: what an adapter is added to. Without it an adapter's own tensors are what is found.
+        renames: FROM=TO, beginnings of base's names and the adapter's.
 
     Raises:
         UserError: there is no such folder, it holds no safetensors, a shard is missing, or a header lies.
@@ -69,12 +84,42 @@ def open_checkpoint(path: str, role: str) -> Checkpoint:
                 )
             tensors[tensor.name] = tensor
         identity[name] = {"size": found[name].size, **found[name].version, "header": header.digest}
-    folder.close()
     _compare_with_index(index, tensors, role, oddities)
     side_files, left = _side_files(found)
     if left:
         oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
-    return Checkpoint(role, folder, tensors, identity, side_files, tuple(oddities))
+    tensors = unwrapped(tensors, role, oddities)
+    checkpoint = Checkpoint(role, folder, tensors, identity, side_files, tuple(oddities))
+    if WEIGHTS in files:
+        checkpoint = _with_adapter(checkpoint, base, renames)
+    folder.close()
+    return checkpoint
+
+
+def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequence[str]) -> Checkpoint:
+    """base with an adapter: base's tensors and side files, and what the adapter brings of its own."""
+    folder, where = adapter.folder, f"{adapter.role}: {adapter.folder.address}"
+    if adapter.role == "base":
+        raise UserError(f"{where} holds a LoRA adapter, which is no base; give it as --finetuned")
+    if not folder.has(CONFIG):
+        raise UserError(f"{where} holds a LoRA adapter without its {CONFIG}")
+    if folder.size(CONFIG) > _MAX_CONFIG_BYTES:
+        raise UserError(f"{where}: {CONFIG} has {folder.size(CONFIG)} bytes, more than any configuration")
+    text = folder.read(CONFIG)
+    said = read_adapter(text, where)
+    version = folder.files()[CONFIG]
+    known = {"size": version.size, **version.version, "header": hashlib.blake2b(text, digest_size=16).hexdigest()}
+    identity = {**adapter.identity, CONFIG: known}
+    if base is None:
+        return replace(adapter, identity=identity)
+    oddities = [*adapter.oddities]
+    tensors = with_adapter(said, adapter.tensors, base.tensors, renames, where, oddities)
+    own = [name for name in adapter.side_files if name not in (CONFIG, "README.md") and name.startswith(_TOKENIZER)]
+    borrowed = {name: base.folder for name in base.side_files if name not in own}
+    oddities.append(f"{adapter.role}: an adapter; what base becomes with it is formed while it is read")
+    return Checkpoint(
+        adapter.role, folder, tensors, identity, tuple(sorted({*own, *borrowed})), tuple(oddities), borrowed
+    )
 
 
 def _weight_files(
@@ -99,8 +144,6 @@ def _weight_files(
     if "model.safetensors" in weights:
         _mention_ignored(weights, ["model.safetensors"], role, oddities)
         return ["model.safetensors"], None
-    if "adapter_model.safetensors" in weights:
-        raise UserError(f"{role}: {folder.address} holds a LoRA adapter; merge it into its base first")
     parts = [name for name in weights if not name.startswith("consolidated")] or weights
     if not parts:
         pickled = sorted(n for n in top if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
@@ -148,6 +191,8 @@ _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken"
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".pkl")
 _NOT_THE_MODEL = ("fapm", "runs", "logs", "checkpoint-", "original", "global_step")
+_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+_MAX_CONFIG_BYTES = 16 << 20
 _MAX_SIDE_BYTES = 256 << 20
 _TRAINING_STATE = ("trainer_state.json", "README.md")
 

@@ -18,26 +18,11 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import BITS
+from pipeline.formats.tensor import TensorInfo
 from pipeline.storage.store import Reader
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_NUMEL = 1 << 48
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies. `offset` is in bytes from the start of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.header import TensorInfo
+from pipeline.formats.tensor import TensorInfo
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -21,7 +21,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if "config.json" not in checkpoint.side_files:
         return {}
     try:
-        config = json.loads(checkpoint.folder.read("config.json"))
+        config = json.loads(checkpoint.read("config.json"))
     except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -56,7 +56,7 @@ def vocabularies(base: Checkpoint, finetuned: Checkpoint) -> tuple[bytes, bytes,
     """The files of both sides that say which token has which id, of one name, and their name."""
     for name in _FILES:
         if name in base.side_files and name in finetuned.side_files:
-            return base.folder.read(name), finetuned.folder.read(name), name
+            return base.read(name), finetuned.read(name), name
     return None
 
 

@@ -44,7 +44,7 @@ _VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(formulas).encode(), 
 _njit: Any = functools.partial(njit, nogil=True, error_model="numpy")
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compile when it is first called, and keep the result, unless no folder can be written."""
     folder = _folder()
     if folder is None:
@@ -126,7 +126,7 @@ def _value_overload(x):  # type: ignore[no-untyped-def]
     return lambda x: x
 
 
-@_jit
+@compiled
 def abs_sums(p, starts, sums, squares):  # type: ignore[no-untyped-def]
     """Σ|p| and Σp² of each block of a chunk, in float64."""
     lanes = np.empty(LANES)
@@ -156,7 +156,7 @@ def abs_sums(p, starts, sums, squares):  # type: ignore[no-untyped-def]
             block += 1
 
 
-@_jit
+@compiled
 def _total(lanes):  # type: ignore[no-untyped-def]
     width = lanes.size
     while width > 1:
@@ -369,7 +369,7 @@ def kernels(name: str) -> Kernels:
             counts[1, r] = n_changed
             counts[2, r] = n_both
 
-    return Kernels(_jit(_named(select, name)), _jit(_named(count, name)), _jit(_named(apply, name)))
+    return Kernels(compiled(_named(select, name)), compiled(_named(count, name)), compiled(_named(apply, name)))
 
 
 def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:

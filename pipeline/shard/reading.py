@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.formats.dtypes import itemsize
+from pipeline.formats.tensor import Part, Range, Side, Sides
 from pipeline.plan import PairedTensor
 from pipeline.recipe import Recipe
 from pipeline.scoring.engine import DeviceEngine, StoredChunk
@@ -106,7 +107,7 @@ class SectionReader:
     """
 
     def __init__(self, base: Store, finetuned: Store, budget: int):
-        self._folders = base, finetuned
+        self._sides = Sides(base, finetuned)
         self._at_once = max(base.reads_at_once, finetuned.reads_at_once)
         self.is_far = self._at_once > _FEWEST
         self.memory = Memory(budget if self.is_far else min(budget, ENOUGH_BYTES))
@@ -219,34 +220,51 @@ class SectionReader:
         """Read a piece, neighbouring bytes of a file in one go."""
         began = time.perf_counter()
         whole = np.frombuffer(buffer, np.uint8)
-        ranges: list[tuple[bool, str, int, int, int]] = []  # finetuned's, file, offset, bytes, number
+        ranges: list[tuple[Part, int, int]] = []  # and bytes of it, from and to
         for part in piece.slices:
             for side in part.sources:
                 many = len(side) > 1
-                of_finetuned = part.tensors[0].base is not side[0]
+                of: Side = "base" if part.tensors[0].base is side[0] else "finetuned"
                 for source in side:
                     width = 1 if part.raw or many else itemsize(source.dtype)
                     begin, end = (0, source.nbytes) if many else (part.start * width, part.stop * width)
-                    ranges.append((of_finetuned, source.file, source.offset + begin, end - begin, len(ranges)))
+                    ranges.append((Part(of, source), begin, end))
         places = [0] * len(ranges)
         position = 0
-        runs: list[tuple[bool, str, int, int, int]] = []  # finetuned's, file, offset, bytes, place in the buffer
-        for of_finetuned, file, offset, nbytes, number in sorted(ranges):
-            if runs and runs[-1][:2] == (of_finetuned, file) and runs[-1][2] + runs[-1][3] == offset:
-                runs[-1] = (of_finetuned, file, runs[-1][2], runs[-1][3] + nbytes, runs[-1][4])
+        stored = [
+            (part.side, part.info.file, part.info.offset + begin, end - begin, number)
+            for number, (part, begin, end) in enumerate(ranges)
+            if part.info.form is None
+        ]
+        runs: list[tuple[Side, str, int, int, int]] = []  # offset, bytes, place in the buffer
+        for of, file, offset, nbytes, number in sorted(stored):
+            if runs and runs[-1][:2] == (of, file) and runs[-1][2] + runs[-1][3] == offset:
+                runs[-1] = (of, file, runs[-1][2], runs[-1][3] + nbytes, runs[-1][4])
             else:
                 position += (offset - position) % (ALIGN if nbytes >= LARGE else ALIGN_SMALL)
-                runs.append((of_finetuned, file, offset, nbytes, position))
+                runs.append((of, file, offset, nbytes, position))
             places[number] = position
             position += nbytes
-        for of_finetuned, file, offset, nbytes, place in runs:
-            self._folders[of_finetuned].reader(file).read_into(offset, whole[place : place + nbytes])
+        for of, file, offset, nbytes, place in runs:
+            self._sides.folder(of).reader(file).read_into(offset, whole[place : place + nbytes])
+        if len(stored) < len(ranges):
+            loaded: dict[Range, np.ndarray] = {
+                (of, file, offset, offset + nbytes): whole[places[number] : places[number] + nbytes]
+                for of, file, offset, nbytes, number in stored
+            }
+            sides = self._sides.beside(loaded)
+            for number, (source_of, begin, end) in enumerate(ranges):
+                if source_of.info.form:
+                    position += -position % (ALIGN if end - begin >= LARGE else ALIGN_SMALL)
+                    places[number] = position
+                    sides.read_into(source_of, begin, end, whole[position : position + end - begin])
+                    position += end - begin
         views: list[list[np.ndarray]] = []
         number = 0
         for part in piece.slices:
             views.append([])
             for side in part.sources:
-                spans = [(places[i], ranges[i][3]) for i in range(number, number + len(side))]
+                spans = [(places[i], ranges[i][2] - ranges[i][1]) for i in range(number, number + len(side))]
                 views[-1].append(_side_by_side(whole, spans))
                 number += len(side)
         return Loaded(piece, views, time.perf_counter() - began)
@@ -255,10 +273,10 @@ class SectionReader:
         """Bytes of short runs of elements, base's and finetuned's, without loading the tensor."""
         sides, began = [], time.perf_counter()
         for source in tensor.sources:
-            reader = self._folders[source is not tensor.base].reader(source.file)
+            part = Part("base" if source is tensor.base else "finetuned", source)
             width = itemsize(source.dtype)
             target = np.empty((len(starts), length * width), np.uint8)
-            reader.read_rows((source.offset + starts * width).tolist(), target)
+            self._sides.read_rows(part, (starts * width).tolist(), target)
             self.bytes_read += target.nbytes
             sides.append(target.reshape(-1))
         self.seconds += time.perf_counter() - began

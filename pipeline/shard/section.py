@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.formats.dtypes import itemsize
-from pipeline.formats.header import TensorInfo
+from pipeline.formats.tensor import TensorInfo
 from pipeline.plan import PairedTensor
 from pipeline.scoring.methods import BLOCK
 

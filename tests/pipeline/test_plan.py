@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import Recipe, UserError, make_plan
 from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.header import TensorInfo
+from pipeline.formats.tensor import TensorInfo
 from pipeline.plan import MOST_TENSORS, PairedTensor, cut, group, group_of, index_json, plan_pair
 from pipeline.run import to_measure
 from pipeline.storage.local import Folder

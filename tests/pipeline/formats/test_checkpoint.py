@@ -70,7 +70,7 @@ def test_pickled_weights_only(tmp_path, name):
 def test_an_adapter(tmp_path):
     save(tmp_path, TENSORS)
     (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
-    assert "LoRA adapter" in error_of(tmp_path)
+    assert "holds a LoRA adapter without its adapter_config.json" in error_of(tmp_path)
 
 
 def test_a_directory_with_a_weights_name(tmp_path):

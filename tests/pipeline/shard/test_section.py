@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import Recipe, make_plan
-from pipeline.formats.header import TensorInfo
+from pipeline.formats.tensor import TensorInfo
 from pipeline.plan import PairedTensor
 from pipeline.shard import section
 from pipeline.shard.reading import BUFFER_BYTES, NOTHING, Pieces, SectionReader

@@ -1,0 +1,207 @@
+"""Tensors to which an adapter adds a low-rank update, formed block by block and never stored.
+
+Plain LoRA (arXiv 2106.09685): W + s·B·A, with s = alpha/r, or alpha/√r where it is rank-stabilized (2312.03732).
+DoRA (2402.09353): each output's weights scaled to a magnitude of their own, (W + s·B·A) · magnitude / ‖W + s·B·A‖.
+
+All in float32, each product and each sum rounded, in the order of the ranks; one rounding to the tensor's dtype. A
+norm is the square root of a float64 sum in the order of the elements. So no bit depends on how a tensor is cut up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from pipeline.formats.dtypes import itemsize, round_to, upcast, values
+from pipeline.formats.tensor import Part, Sides
+from pipeline.scoring.compiled import compiled
+
+TILE = 1 << 16
+"""Elements formed at once."""
+
+
+@compiled
+def _add(out, first, columns, left, right, scale):  # type: ignore[no-untyped-def]
+    """out[i] += scale · Σ_k left[row, k]·right[k, column], for the elements of a matrix from the flat index `first`."""
+    done = 0
+    sums = np.empty(columns, np.float32)
+    while done < out.size:
+        row, begin = (first + done) // columns, (first + done) % columns
+        end = min(columns, begin + out.size - done)
+        sums[: end - begin] = 0
+        for k in range(right.shape[0]):
+            factor = left[row, k]
+            for j in range(end - begin):
+                sums[j] += factor * right[k, begin + j]
+        for j in range(end - begin):
+            out[done + j] += scale * sums[j]
+        done += end - begin
+
+
+@compiled
+def _add_squares(sums, first, columns, elements, by_column):  # type: ignore[no-untyped-def]
+    """Add the squares of a matrix's elements from the flat index `first` on to the sum of their row or column."""
+    for i in range(elements.size):
+        at = (first + i) % columns if by_column else (first + i) // columns
+        value = np.float64(elements[i])
+        sums[at] += value * value
+
+
+@compiled
+def _multiply(out, first, columns, factors, by_column):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] *= factors[(first + i) % columns if by_column else (first + i) // columns]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A matrix, or a stack of them, plus a low-rank update.
+
+    Attributes:
+        over: the tensor (…, rows, columns) that it is added to.
+        a: A, (r, in), of a stack (n·r, in); b: B, (out, r), of a stack (out, r·n) with the rank first.
+        scale: s.
+        rows, columns: of a stored matrix.
+        stack: how many of them the adapter knows, n; `first` is the one with which `over` begins, and `row` the row.
+        transposed: stored as (in, out).
+        magnitude: of the outputs, for DoRA.
+    """
+
+    over: Part
+    a: Part
+    b: Part
+    scale: float
+    rows: int
+    columns: int
+    stack: int = 1
+    first: int = 0
+    row: int = 0
+    transposed: bool = False
+    magnitude: Part | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.over, self.a, self.b, *((self.magnitude,) if self.magnitude else ()))
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        width = itemsize(self.over.info.dtype)
+        factors = sides.remember((self, "factors"), partial(self._norm_factors, sides))[0] if self.magnitude else None
+        for begin in range(start, stop, TILE):
+            end = min(begin + TILE, stop)
+            formed = self._sum(begin, end, sides)
+            if factors is not None:
+                _multiply(formed, begin, self.columns, factors, self.transposed)
+            done = (begin - start) * width
+            out[done : done + formed.size * width] = round_to(formed, self.over.info.dtype).view(np.uint8)
+
+    def _sum(self, start: int, stop: int, sides: Sides) -> np.ndarray:
+        """W + s·B·A of some elements."""
+        dtype = self.over.info.dtype
+        width = itemsize(dtype)
+        found = upcast(values(sides.take(self.over, start * width, stop * width), dtype)).copy()
+        size, done = self.rows * self.columns, start
+        while done < stop:
+            number = done // size
+            end = min(stop, (number + 1) * size)
+            left, right = sides.remember((self, number), partial(self._factors, number, sides))
+            _add(found[done - start : end - start], done - number * size, self.columns, left, right, self._scale)
+            done = end
+        return found
+
+    @property
+    def _scale(self) -> np.float32:
+        return np.float32(self.scale)
+
+    def _factors(self, number: int, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, r) and (r, columns) in float32, whose product is the update of one matrix before it is scaled."""
+        a, b = (_floats(part, sides) for part in (self.a, self.b))
+        rank = a.shape[0] // self.stack
+        expert = self.first + number
+        a = a[expert * rank : (expert + 1) * rank]
+        b = b.reshape(b.shape[0], rank, self.stack)[:, :, expert]
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        return np.ascontiguousarray(left[self.row : self.row + self.rows]), np.ascontiguousarray(right)
+
+    def _norm_factors(self, sides: Sides) -> tuple[np.ndarray]:
+        """magnitude / ‖W + s·B·A‖ of each output, (out,) float32."""
+        assert self.magnitude
+        size = self.rows * self.columns
+        sums = np.zeros(self.columns if self.transposed else self.rows)
+        for begin in range(0, size, TILE):
+            elements = self._sum(begin, min(begin + TILE, size), sides)
+            _add_squares(sums, begin, self.columns, elements, self.transposed)
+        norms = np.sqrt(sums).astype(np.float32)
+        return (_floats(self.magnitude, sides).reshape(-1) / norms,)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A tensor plus another of its size times `scale`: a bias and that of an adapter's B."""
+
+    over: Part
+    other: Part
+    scale: float
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.over, self.other
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        dtype = self.over.info.dtype
+        p = upcast(values(sides.take(self.over, start * itemsize(dtype), stop * itemsize(dtype)), dtype))
+        out[:] = round_to(p + np.float32(self.scale) * _floats(self.other, sides)[start:stop], dtype).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A tensor in another dtype, each value rounded once."""
+
+    of: Part
+    dtype: str
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.of,)
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        stored, width = self.of.info.dtype, itemsize(self.of.info.dtype)
+        taken = sides.take(self.of, start * width, stop * width)
+        out[:] = round_to(upcast(values(taken, stored)), self.dtype).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix some rows of which are another's.
+
+    Attributes:
+        rows: which, in the order of the other's.
+        other: (n, columns).
+    """
+
+    over: Part
+    other: Part
+    rows: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.over, self.other
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        info = self.over.info
+        width = itemsize(info.dtype)
+        out[:] = sides.take(self.over, start * width, stop * width)
+        columns = info.shape[1]
+        theirs = _floats(self.other, sides)
+        for place, row in enumerate(self.rows):
+            begin, end = max(start, row * columns), min(stop, (row + 1) * columns)
+            if begin < end:
+                new = round_to(theirs[place, begin - row * columns : end - row * columns], info.dtype)
+                out[(begin - start) * width : (end - start) * width] = new.view(np.uint8)
+
+
+def _floats(part: Part, sides: Sides) -> np.ndarray:
+    """All of a small tensor, in float32."""
+    info = part.info
+    return upcast(values(sides.whole(part), info.dtype)).astype(np.float32, copy=False).reshape(info.shape)

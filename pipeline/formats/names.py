@@ -1,0 +1,217 @@
+"""Which tensor of base is which of finetuned where the two name or pack them differently: by tables, not by shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.formats.dtypes import itemsize
+from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, alias, formed
+
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, data parallelism, PEFT and FSDP put into names."""
+
+_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("model.language_model.", "language_model.model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.", "transformer."),
+    ("model.", ""),
+    ("transformer.", ""),
+    ("bert.", ""),
+    ("roberta.", ""),
+    ("distilbert.", ""),
+)
+"""How the same text model is called on its own, inside a multimodal one, and without its head."""
+
+
+def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str]) -> dict[str, TensorInfo]:
+    """The tensors by their names without what wraps them in training.
+
+    Raises:
+        UserError: two would have one name.
+    """
+    found: dict[str, TensorInfo] = {}
+    seen: dict[str, str] = {}
+    for name, info in tensors.items():
+        bare = name
+        for wrapper in _WRAPPERS:
+            bare = re.sub(rf"(?:^|(?<=\.)){re.escape(wrapper)}", "", bare)
+        if bare in found:
+            raise UserError(f"{role}: {seen[bare]!r} and {name!r} are both {bare!r} without what training has added")
+        seen[bare] = name
+        found[bare] = info if bare == name else replace(info, name=bare)
+    changed = next((name for bare, name in seen.items() if bare != name), None)
+    if changed:
+        bare = next(bare for bare, name in seen.items() if name == changed)
+        oddities.append(f"{role}: names are taken without what training has added: {changed} is {bare}")
+    return found
+
+
+def renamed(
+    base: Mapping[str, TensorInfo], wanted: Iterable[str], renames: Sequence[str], oddities: list[str]
+) -> dict[str, TensorInfo]:
+    """base's tensors by finetuned's names.
+
+    Args:
+        wanted: finetuned's names.
+        renames: FROM=TO, as the user gave them; before them the names that agree, after them what is known.
+
+    Raises:
+        UserError: a rename matches nothing, or gives two tensors one name.
+    """
+    wanted = set(wanted)
+    found = dict(base)
+    given = [(text.partition("=")[0], text.partition("=")[2]) for text in renames]
+    known = [pair for one, other in _PREFIXES for pair in ((one, other), (other, one))]
+    for before, after in [*given, *known]:
+        moves = {
+            name: after + name[len(before) :]
+            for name in found
+            if name.startswith(before) and name not in wanted and after + name[len(before) :] in wanted - found.keys()
+        }
+        if moves:
+            found = {moves.get(name, name): info for name, info in found.items()}
+            oddities.append(f"base's {before}* is compared with finetuned's {after}* ({len(moves)} tensors)")
+        elif (before, after) in given:
+            raise UserError(f"--rename {before}={after}: base has no tensor that would then be one of finetuned's")
+    return {name: info if info.name == name else replace(info, name=name) for name, info in found.items()}
+
+
+# Experts, one by one or all of a layer in one tensor, as transformers keeps them in memory (its conversion tables).
+
+_ONE_BY_ONE = (
+    (re.compile(r"(.+)\.block_sparse_moe\.experts\.(\d+)\.(w1|w3|w2)\.weight"), "mlp.experts", ("w1", "w3", "w2")),
+    (
+        re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight"),
+        "mlp.experts",
+        ("gate_proj", "up_proj", "down_proj"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A tensor of one expert: the rows from `row` on of the matrix `expert` of a stack."""
+
+    name: str
+    expert: int
+    row: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Experts (n, rows, columns) in the order of their bytes."""
+
+    members: tuple[Member, ...]
+    shape: tuple[int, int, int]
+    dtype: str
+
+
+def stacks(tensors: Mapping[str, TensorInfo]) -> dict[str, Stack]:
+    """The stacks that experts which are kept one by one would make, by their names in memory."""
+    layers: dict[tuple[str, int], dict[tuple[int, str], TensorInfo]] = {}
+    for name, info in tensors.items():
+        for family, (pattern, _, _) in enumerate(_ONE_BY_ONE):
+            matched = pattern.fullmatch(name)
+            if matched:
+                layers.setdefault((matched[1], family), {})[int(matched[2]), matched[3]] = info
+    found = {}
+    for (layer, family), experts in layers.items():
+        _, path, (gate, up, down) = _ONE_BY_ONE[family]
+        for parameter, kinds in (("gate_up_proj", (gate, up)), ("down_proj", (down,))):
+            made = _stack(experts, kinds)
+            if made:
+                found[f"{layer}.{path}.{parameter}"] = made
+    return found
+
+
+def _stack(experts: Mapping[tuple[int, str], TensorInfo], kinds: tuple[str, ...]) -> Stack | None:
+    count = 1 + max(number for number, _ in experts)
+    keys = [(number, kind) for number in range(count) for kind in kinds]
+    infos = [experts.get(key) for key in keys]
+    first = infos[0]
+    if first is None or len(first.shape) != 2:
+        return None
+    members, (rows, columns) = [], first.shape
+    for (number, kind), info in zip(keys, infos, strict=True):
+        if info is None or (info.shape, info.dtype) != (first.shape, first.dtype):
+            return None
+        members.append(Member(info.name, number, kinds.index(kind) * rows, rows, columns))
+    return Stack(tuple(members), (count, len(kinds) * rows, columns), first.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Concatenated:
+    """Tensors of one dtype, one after the other."""
+
+    parts: tuple[Part, ...]
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        width, at = itemsize(self.parts[0].info.dtype), 0
+        for part in self.parts:
+            begin, end = max(start, at), min(stop, at + part.info.numel)
+            if begin < end:
+                target = out[(begin - start) * width : (end - start) * width]
+                sides.read_into(part, (begin - at) * width, (end - at) * width, target)
+            at += part.info.numel
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Elements of a tensor from `first` on."""
+
+    of: Part
+    first: int
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.of,)
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        width = itemsize(self.of.info.dtype)
+        sides.read_into(self.of, (self.first + start) * width, (self.first + stop) * width, out)
+
+
+def packed_like(
+    base: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], oddities: list[str], side: Side = "base"
+) -> dict[str, TensorInfo]:
+    """base's tensors, its experts packed as finetuned has them: stacked or one by one."""
+    found, how = dict(base), {"stacked": 0, "one by one": 0}
+    for name, stack in stacks(base).items():
+        if name in wanted and name not in base:
+            parts = tuple(Part(side, base[member.name]) for member in stack.members)
+            found[name] = formed(name, stack.dtype, stack.shape, Concatenated(parts))
+            for member in stack.members:
+                found.pop(member.name)
+            how["stacked"] += len(stack.members)
+    for name, stack in stacks(wanted).items():
+        known = any(member.name in base for member in stack.members)
+        if name in base and not known and base[name].shape == stack.shape:
+            whole = found.pop(name)
+            for member in stack.members:
+                first = (member.expert * stack.shape[1] + member.row) * stack.shape[2]
+                shape = (member.rows, member.columns)
+                found[member.name] = formed(member.name, whole.dtype, shape, Cut(Part(side, whole), first))
+            how["one by one"] += len(stack.members)
+    for layout, count in how.items():
+        if count:
+            oddities.append(f"base's experts are compared as finetuned keeps them, {layout} ({count} matrices)")
+    return found
+
+
+def as_in_memory(base: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, Stack]]:
+    """base's tensors by the names under which a model has them in memory, and the stacks among them."""
+    made = stacks(base)
+    found = {name: alias("base", info) for name, info in base.items()}
+    for name, stack in made.items():
+        parts = tuple(Part("base", base[member.name]) for member in stack.members)
+        found[name] = formed(name, stack.dtype, stack.shape, Concatenated(parts))
+    return found, made

@@ -1,0 +1,251 @@
+"""pytest tests/pipeline/formats/test_adapter.py: what base becomes with an adapter, against PEFT's merge_and_unload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from checkpoints import digests, load, save
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from pipeline import Recipe, UserError, make_plan, prune
+from pipeline.checking.verify import verify
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": lambda **more: transformers.LlamaConfig(**SMALL, **HEADS, attention_bias=True, **more),
+    "mixtral": lambda **more: transformers.MixtralConfig(
+        **SMALL, **HEADS, num_local_experts=4, num_experts_per_tok=2, **more
+    ),
+    "gpt2": lambda **more: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_inner=48, **more),
+    "gpt_oss": lambda **more: transformers.GptOssConfig(
+        **SMALL, **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2,
+        **more,
+    ),
+}  # fmt: skip
+
+
+def make(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    """base/, adapter/ and merged/: with random numbers wherever PEFT begins with zeros. Returns the merged model."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
+    model.save_pretrained(folder / "base")
+    lora.setdefault("target_modules", ["q_proj", "down_proj"])
+    wrapped = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM"} | lora))
+    for name, tensor in wrapped.named_parameters():
+        if tensor.requires_grad:
+            with torch.no_grad():
+                noise = torch.randn_like(tensor, dtype=torch.float32) * 0.1
+                tensor.copy_(tensor.abs() + noise.abs() if "magnitude" in name else tensor + noise)
+    wrapped.save_pretrained(folder / "adapter")
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    return merged
+
+
+def all_of(folder: Path, **choices: Any) -> dict[str, torch.Tensor]:
+    """Everything that finetuned is, by keeping all of it."""
+    sides = {"base": str(folder / "base"), "finetuned": str(folder / "adapter")}
+    recipe = Recipe.of(**sides, out=str(folder / "out"), density=1.0, device="cpu", workers=1, **choices)
+    prune(recipe)
+    assert verify(recipe.out) == []
+    return load(folder / "out")
+
+
+def assert_like(found: dict[str, torch.Tensor], merged: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+    assert found.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {}),
+    "rank-stabilized": ("llama", {"use_rslora": True}),
+    "patterns": ("llama", {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {r"layers\.0.*": 7}}),
+    "dora": ("llama", {"use_dora": True}),
+    "embeddings and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "modules to save": ("llama", {"modules_to_save": ["lm_head", "norm"]}),
+    "tokens": ("llama", {"trainable_token_indices": {"embed_tokens": [3, 0, 95]}}),
+    "all biases": ("llama", {"bias": "all"}),
+    "its own biases": ("llama", {"bias": "lora_only"}),
+    "bias of B": ("llama", {"lora_bias": True, "target_modules": ["q_proj"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "conv1d with dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    "embeddings of gpt2": ("gpt2", {"target_modules": ["wte", "wpe"], "fan_in_fan_out": True}),
+    "experts": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "one kind of experts": (
+        "mixtral",
+        {"target_modules": [], "target_parameters": ["experts.down_proj"], "rank_pattern": {"experts.down_proj": 2}},
+    ),
+    "transposed experts": (
+        "gpt_oss",
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_base_becomes_is_what_peft_makes_of_it(tmp_path, case):
+    kind, lora = CASES[case]
+    make(tmp_path, kind, **lora)
+    found, merged = all_of(tmp_path, memory="64MiB"), load(tmp_path / "merged")
+    assert_like(found, merged, rtol=1e-5, atol=1e-6)
+    base = load(tmp_path / "base")
+    assert any(not torch.equal(base[name], merged[name]) for name in base)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_in_bfloat16_it_is_the_sum_in_float32_rounded_once(tmp_path, kind):
+    make(tmp_path, kind, torch.bfloat16, target_modules=["q_proj", "down_proj"])
+    base, adapter = load(tmp_path / "base"), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    found = all_of(tmp_path)
+    checked = 0
+    for name, p in base.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"
+        if key not in adapter:
+            assert torch.equal(found[name], p)
+            continue
+        a, b = adapter[key].float(), adapter[key.replace("lora_A", "lora_B")].float()
+        total = torch.zeros(b.shape[0], a.shape[1])
+        for k in range(a.shape[0]):
+            total = total + b[:, k : k + 1] * a[k]
+        assert torch.equal(found[name], (p.float() + np.float32(10 / 4) * total).bfloat16())
+        checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("case", ["dora", "experts", "conv1d with dora"])
+def test_pruning_with_an_adapter_is_pruning_the_merged_checkpoint(tmp_path, case, scope):
+    """To the bit, however the shards are cut and in whatever memory: the merged one is what density 1 gives."""
+    kind, lora = CASES[case]
+    make(tmp_path, kind, torch.bfloat16, **lora)
+    save(tmp_path / "whole", all_of(tmp_path))
+    outs = {}
+    for side, workers, shard_size in (("whole", 1, "1GB"), ("adapter", 2, "20kB")):
+        out = tmp_path / f"of-{side}"
+        sides = {"base": str(tmp_path / "base"), "finetuned": str(tmp_path / side), "out": str(out)}
+        prune(Recipe.of(**sides, density=0.2, scope=scope, device="cpu", workers=workers, shard_size=shard_size))
+        assert verify(str(out)) == []
+        outs[side] = load(out)
+    assert outs["whole"].keys() == outs["adapter"].keys()
+    for name, tensor in outs["whole"].items():
+        assert torch.equal(tensor.view(torch.uint8), outs["adapter"][name].view(torch.uint8)), name
+
+
+def test_a_large_matrix_in_little_memory_has_the_same_bits(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    base = {"model.layers.0.q_proj.weight": torch.randn(3000, 2000, generator=generator).bfloat16()}
+    save(tmp_path / "base", base)
+    name = "base_model.model.model.layers.0.q_proj"
+    shapes = {"lora_A.weight": (5, 2000), "lora_B.weight": (3000, 5), "lora_magnitude_vector": (3000,)}
+    (tmp_path / "adapter").mkdir()
+    tensors = {f"{name}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 5, "lora_alpha": 3, "use_dora": True}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    found = set()
+    for memory, workers in (("64MiB", 2), ("1GiB", 1)):
+        out = tmp_path / memory
+        sides = {"base": str(tmp_path / "base"), "finetuned": str(tmp_path / "adapter"), "out": str(out)}
+        prune(Recipe.of(**sides, device="cpu", memory=memory, workers=workers))
+        found.add(tuple(digests(out).values()))
+    assert len(found) == 1
+
+
+def test_side_files_are_base_s_and_the_tokenizer_the_adapter_s_if_it_has_one(tmp_path):
+    make(tmp_path, "llama")
+    (tmp_path / "base" / "tokenizer.json").write_text('{"of": "base"}')
+    (tmp_path / "base" / "generation_config.json").write_text('{"of": "base"}')
+    (tmp_path / "adapter" / "tokenizer.json").write_text('{"of": "adapter"}')
+    all_of(tmp_path)
+    out = tmp_path / "out"
+    assert json.loads((out / "tokenizer.json").read_text()) == {"of": "adapter"}
+    assert json.loads((out / "generation_config.json").read_text()) == {"of": "base"}
+    assert not (out / "adapter_config.json").exists()
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(out)) is transformers.LlamaForCausalLM
+
+
+def test_a_changed_configuration_is_another_input(tmp_path):
+    make(tmp_path, "llama")
+    all_of(tmp_path)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 10', '"lora_alpha": 11'))
+    with pytest.raises(UserError, match=r"finetuned: adapter_config\.json has changed since"):
+        all_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "VERA"}, "an adapter of type 'VERA'; LORA is read here"),
+        ({"use_qalora": True}, "use_qalora is not read here"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is not read here"),
+        ({"init_lora_weights": "pissa_niter_4"}, "trained on a base that this changed"),
+        ({"r": 1 << 40}, "1099511627776 where a whole number should be"),
+        ({"r": "4"}, "4 where a whole number should be"),
+        ({"r": 8}, "the rank 8, and its A has 4"),
+        ({"lora_alpha": float("nan")}, "nan where a number should be"),
+        ({"rank_pattern": {"(a+)+b": 4}}, "is not one of module names"),
+        ({"rank_pattern": {"(": 4}}, "adapter_config.json"),
+        ({"rank_pattern": 3}, "adapter_config.json"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+    ],
+)
+def test_what_cannot_be_formed_exactly_is_refused_by_name(tmp_path, changes, said):
+    make(tmp_path, "llama")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(changes if isinstance(changes, str) else json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError) as error:
+        plan_of(tmp_path)
+    assert said in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def plan_of(folder: Path, **choices: Any) -> Any:
+    sides = {"base": str(folder / "base"), "finetuned": str(folder / "adapter"), "out": str(folder / "out")}
+    return make_plan(Recipe.of(**sides, **choices))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t | {"base_model.model.model.layers.9.q_proj.lora_A.weight": torch.zeros(4, 32)}, "does not have"),
+        (lambda t: {n: v for n, v in t.items() if "lora_B" not in n}, "is not A and B of a LoRA"),
+        (lambda t: {n: v[:, :5] if "lora_A" in n else v for n, v in t.items()}, "do not fit base's"),
+        (lambda t: {n: v[..., None, None] if "lora_A" in n else v for n, v in t.items()}, "is no matrix"),
+    ],
+)
+def test_what_does_not_fit_base_is_said(tmp_path, change, said):
+    make(tmp_path, "llama")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n: v.contiguous() for n, v in change(load_file(path)).items()}, path)
+    with pytest.raises(UserError, match=said):
+        plan_of(tmp_path)
+
+
+def test_an_adapter_is_no_base(tmp_path):
+    make(tmp_path, "llama")
+    with pytest.raises(UserError, match="holds a LoRA adapter, which is no base"):
+        make_plan(Recipe.of(base=str(tmp_path / "adapter"), finetuned=str(tmp_path / "base"), out=str(tmp_path / "o")))
+
+
+def test_vera_is_refused_as_peft_writes_it(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, peft.VeraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="an adapter of type 'VERA'"):
+        plan_of(tmp_path)
