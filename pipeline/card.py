@@ -11,8 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData, RepoCard
 
 from pipeline.errors import UserError
-from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.vocabulary import read_config
+from pipeline.formats.checkpoint import Checkpoint, read_config
 from pipeline.plan import Plan
 from pipeline.recipe import option_of
 from pipeline.scoring.methods import METHODS

@@ -1,5 +1,16 @@
 """The errors that are not bugs."""
 
+from __future__ import annotations
+
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text in which a stranger's names cannot steer a terminal: no escapes, no other direction of writing."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
 
 class UserError(Exception):
     """Something in what the user gave: one sentence that says what is wrong, where, and what to do.
@@ -7,6 +18,9 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with 1, since the same will fail again; every other
     exception is a bug and shows one.
     """
+
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence))
 
 
 class PassingError(UserError):

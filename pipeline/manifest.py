@@ -334,9 +334,10 @@ def _read_to_measure(out: Store) -> int:
 
 
 def _config(plan: Plan) -> bytes:
-    """finetuned's configuration, with the dtype that was asked for, if one was."""
+    """finetuned's configuration, with the dtype that was asked for, if one was, and without what speaks of codes."""
     text = plan.finetuned.read("config.json")
-    if plan.recipe.dtype is None:
+    dtype = plan.recipe.dtype or ("bfloat16" if plan.finetuned.quantized else None)
+    if dtype is None:
         return text
     try:
         config = json.loads(text)
@@ -346,7 +347,9 @@ def _config(plan: Plan) -> bytes:
         return text
     for key in ("dtype", "torch_dtype"):
         if key in config:
-            config[key] = plan.recipe.dtype
+            config[key] = dtype
+    if plan.finetuned.quantized:
+        config.pop("quantization_config", None)
     return (json.dumps(config, indent=2) + "\n").encode()
 
 

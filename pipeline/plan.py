@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from pipeline import fields
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.formats.header import build_header
@@ -183,7 +183,9 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
     oddities += _ignored_settings(recipe, [t.name for t in paired])
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
-    return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, tuple(oddities))
+    return Plan(
+        recipe, recipe, base, finetuned, shards, group(shards), left_out, added, tuple(map(printable, oddities))
+    )
 
 
 def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> Checkpoint:

@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
 from pipeline.formats.header import Header, read_header
 from pipeline.formats.names import unwrapped
-from pipeline.formats.tensor import TensorInfo
+from pipeline.formats.quantized import dequantized
+from pipeline.formats.tensor import Side, TensorInfo
 from pipeline.storage.address import open_store
 from pipeline.storage.store import Store, overlapped
 
@@ -31,6 +32,8 @@ class Checkpoint:
         side_files: the small files that come along (configuration, tokenizer, templates).
         oddities: sentences worth showing to the user.
         borrowed: where those side files lie that are not in its folder.
+        gone: stored tensors that are none of its own, and why: scales, say.
+        quantized: its configuration speaks of codes, and its tensors are the weights that they stand for.
     """
 
     role: str
@@ -40,6 +43,8 @@ class Checkpoint:
     side_files: tuple[str, ...]
     oddities: tuple[str, ...] = field(default=())
     borrowed: Mapping[str, Store] = field(default_factory=dict)
+    gone: Mapping[str, str] = field(default_factory=dict)
+    quantized: bool = False
 
     def read(self, name: str) -> bytes:
         """A side file."""
@@ -90,10 +95,54 @@ def open_checkpoint(path: str, role: str, base: Checkpoint | None = None, rename
         oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
     tensors = unwrapped(tensors, role, oddities)
     checkpoint = Checkpoint(role, folder, tensors, identity, side_files, tuple(oddities))
-    if WEIGHTS in files:
-        checkpoint = _with_adapter(checkpoint, base, renames)
+    checkpoint = _with_adapter(checkpoint, base, renames) if WEIGHTS in files else _with_weights(checkpoint)
     folder.close()
     return checkpoint
+
+
+def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with the weights that its codes stand for, if it is quantized."""
+    role: Side = "base" if checkpoint.role == "base" else "finetuned"
+    where = f"{checkpoint.role}: {checkpoint.folder.address}"
+    tensors, gone = dequantized(checkpoint.tensors, read_config(checkpoint), role, where)
+    if not gone:
+        return checkpoint
+    many = sum(info.form is not None for info in tensors.values())
+    said = f"{checkpoint.role}: {many} quantized tensor(s) are taken as the bfloat16 that they stand for"
+    identity = {**checkpoint.identity}
+    if _MODEL_CONFIG in checkpoint.side_files:
+        identity[_MODEL_CONFIG] = _identity_of(checkpoint.folder, _MODEL_CONFIG)
+    oddities = (*checkpoint.oddities, said)
+    return replace(checkpoint, tensors=tensors, gone=gone, identity=identity, oddities=oddities, quantized=True)
+
+
+def _identity_of(folder: Store, name: str) -> dict[str, Any]:
+    """What tells a small file that decides what weights mean from another."""
+    stat = folder.files()[name]
+    return {
+        "size": stat.size,
+        **stat.version,
+        "header": hashlib.blake2b(folder.read(name), digest_size=16).hexdigest(),
+    }
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json, or nothing if there is none or it is none.
+
+    Raises:
+        UserError: it is larger than any configuration.
+    """
+    if _MODEL_CONFIG not in checkpoint.side_files:
+        return {}
+    size = checkpoint.borrowed.get(_MODEL_CONFIG, checkpoint.folder).size(_MODEL_CONFIG)
+    if size > _MAX_CONFIG_BYTES:
+        where = f"{checkpoint.role}: {checkpoint.folder.address}"
+        raise UserError(f"{where}: {_MODEL_CONFIG} has {size} bytes, more than any configuration")
+    try:
+        config = json.loads(checkpoint.read(_MODEL_CONFIG))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequence[str]) -> Checkpoint:
@@ -105,11 +154,8 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
         raise UserError(f"{where} holds a LoRA adapter without its {CONFIG}")
     if folder.size(CONFIG) > _MAX_CONFIG_BYTES:
         raise UserError(f"{where}: {CONFIG} has {folder.size(CONFIG)} bytes, more than any configuration")
-    text = folder.read(CONFIG)
-    said = read_adapter(text, where)
-    version = folder.files()[CONFIG]
-    known = {"size": version.size, **version.version, "header": hashlib.blake2b(text, digest_size=16).hexdigest()}
-    identity = {**adapter.identity, CONFIG: known}
+    said = read_adapter(folder.read(CONFIG), where)
+    identity = {**adapter.identity, CONFIG: _identity_of(folder, CONFIG)}
     if base is None:
         return replace(adapter, identity=identity)
     oddities = [*adapter.oddities]
@@ -117,8 +163,9 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
     own = [name for name in adapter.side_files if name not in (CONFIG, "README.md") and name.startswith(_TOKENIZER)]
     borrowed = {name: base.folder for name in base.side_files if name not in own}
     oddities.append(f"{adapter.role}: an adapter; what base becomes with it is formed while it is read")
+    side_files = tuple(sorted({*own, *borrowed}))
     return Checkpoint(
-        adapter.role, folder, tensors, identity, tuple(sorted({*own, *borrowed})), tuple(oddities), borrowed
+        adapter.role, folder, tensors, identity, side_files, tuple(oddities), borrowed, quantized=base.quantized
     )
 
 
@@ -146,8 +193,8 @@ def _weight_files(
         return ["model.safetensors"], None
     parts = [name for name in weights if not name.startswith("consolidated")] or weights
     if not parts:
-        pickled = sorted(n for n in top if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        why = f"only {pickled[0]}, which is not read; save it as safetensors first" if pickled else "no safetensors"
+        others = sorted(n for n in top if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")))
+        why = f"only {others[0]}, which is not read; save it as safetensors first" if others else "no safetensors"
         raise UserError(f"{role}: no checkpoint in {folder.address}: it has {why}")
     if len(parts) > 1:
         oddities.append(f"{role}: {len(parts)} safetensors files and no index; all of them are taken")
@@ -192,6 +239,7 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".pkl")
 _NOT_THE_MODEL = ("fapm", "runs", "logs", "checkpoint-", "original", "global_step")
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+_MODEL_CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_SIDE_BYTES = 256 << 20
 _TRAINING_STATE = ("trainer_state.json", "README.md")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
-from pipeline.formats.checkpoint import Checkpoint
+from pipeline.formats.checkpoint import Checkpoint, read_config
 from pipeline.formats.tensor import TensorInfo
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -14,17 +13,6 @@ _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
 _EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")
 _WITH_A_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining")
-
-
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json, or nothing if there is none or it is none."""
-    if "config.json" not in checkpoint.side_files:
-        return {}
-    try:
-        config = json.loads(checkpoint.read("config.json"))
-    except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def ties(checkpoint: Checkpoint) -> bool:
