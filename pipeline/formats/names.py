@@ -30,6 +30,10 @@ _PREFIXES = (
 """How the same text model is called on its own, inside a multimodal one, and without its head."""
 
 
+_INSIDE = ((".block_sparse_moe.", ".mlp."),)
+"""What transformers calls otherwise in memory than on disk."""
+
+
 def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str]) -> dict[str, TensorInfo]:
     """The tensors by their names without what wraps them in training.
 
@@ -80,6 +84,13 @@ def renamed(
             oddities.append(f"base's {before}* is compared with finetuned's {after}* ({len(moves)} tensors)")
         elif (before, after) in given:
             raise UserError(f"--rename {before}={after}: base has no tensor that would then be one of finetuned's")
+    for one, other in _INSIDE:
+        for before, after in ((one, other), (other, one)):
+            moves = {n: n.replace(before, after) for n in found if before in n and n not in wanted}
+            moves = {name: new for name, new in moves.items() if new in wanted - found.keys()}
+            if moves:
+                found = {moves.get(name, name): info for name, info in found.items()}
+                oddities.append(f"base's *{before}* is compared with finetuned's *{after}* ({len(moves)} tensors)")
     return {name: info if info.name == name else replace(info, name=name) for name, info in found.items()}
 
 
