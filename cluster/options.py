@@ -49,6 +49,14 @@ _RECIPE_OPTIONS = (
         "--rename", "renames", metavar="FROM=TO", multiple=True,
         help="base's names that begin with FROM are finetuned's that begin with TO. Repeatable.",
     ),
+    click.option(
+        "--allow-pickle", is_flag=True, default=None,
+        help="Look into pickled checkpoints (.bin, .distcp), in a process without network that can write nothing.",
+    ),
+    click.option(
+        "--allow-code", is_flag=True, default=None,
+        help="Copy Python and auto_map of the fine-tuned checkpoint too; it is never run.",
+    ),
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
     click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),
     click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
@@ -121,7 +129,7 @@ def as_arguments(recipe: Recipe) -> list[str]:
     arguments = []
     for field, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
         for one in value if isinstance(value, list) else [value]:
-            arguments += [option_of(field), str(one)]
+            arguments += [option_of(field)] if one is True else [option_of(field), str(one)]
     return arguments
 
 

@@ -136,8 +136,9 @@ def make_plan(recipe: Recipe) -> Plan:
     finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
     found = recipe.model_copy(update={"base": base, "finetuned": finetuned})
     with without_collection():
-        known = open_checkpoint(base, "base")
-        plan = plan_pair(found, known, open_checkpoint(finetuned, "finetuned", known, found.renames))
+        pickles = found.allow_pickle
+        known = open_checkpoint(base, "base", allow_pickle=pickles)
+        plan = plan_pair(found, known, open_checkpoint(finetuned, "finetuned", known, found.renames, pickles))
         return replace(plan, given=recipe, oddities=(*not_base, *not_finetuned, *plan.oddities))
 
 

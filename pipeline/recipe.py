@@ -27,7 +27,7 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
-_LATER = ("renames",)
+_LATER = ("renames", "allow_pickle", "allow_code")
 
 Action = Literal["prune", "base", "finetuned"]
 
@@ -140,6 +140,8 @@ class Recipe(BaseModel):
     scope: Literal["tensor", "layer", "global"] = "tensor"
     rules: tuple[str, ...] = ()
     renames: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    allow_code: bool = False
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"

@@ -12,10 +12,11 @@ from pipeline.errors import UserError
 from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
 from pipeline.formats.header import Header, read_header
 from pipeline.formats.names import unwrapped
+from pipeline.formats.pickled import describe, distributed_folder, torch_files
 from pipeline.formats.quantized import dequantized
-from pipeline.formats.tensor import Side, TensorInfo
+from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
 from pipeline.storage.address import open_store
-from pipeline.storage.store import Store, overlapped
+from pipeline.storage.store import FileStat, Store, overlapped
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -55,15 +56,18 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def open_checkpoint(path: str, role: str, base: Checkpoint | None = None, renames: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: str, role: str, base: Checkpoint | None = None, renames: Sequence[str] = (), allow_pickle: bool = False
+) -> Checkpoint:
     """Read the headers of the checkpoint in the folder `path`.
 
     Args:
         base: what an adapter is added to. Without it an adapter's own tensors are what is found.
         renames: FROM=TO, beginnings of base's names and the adapter's.
+        allow_pickle: let another process look into pickles, if they are all that there is.
 
     Raises:
-        UserError: there is no such folder, it holds no safetensors, a shard is missing, or a header lies.
+        UserError: there is no such folder, it holds no weights, a shard is missing, or a header lies.
     """
     folder = open_store(path)
     if folder.is_file():
@@ -73,6 +77,10 @@ def open_checkpoint(path: str, role: str, base: Checkpoint | None = None, rename
     found = folder.files()
     top = {name for name in found if "/" not in name}
     oddities: list[str] = []
+    pickled = _pickled(folder, top)
+    if pickled:
+        stored = _described(folder, *pickled, role, allow_pickle)
+        return _finished(_opened(folder, found, stored, role, oddities), base)
     files, index = _weight_files(folder, top, role, oddities)
     tensors: dict[str, TensorInfo] = {}
     identity = {}
@@ -90,14 +98,77 @@ def open_checkpoint(path: str, role: str, base: Checkpoint | None = None, rename
             tensors[tensor.name] = tensor
         identity[name] = {"size": found[name].size, **found[name].version, "header": header.digest}
     _compare_with_index(index, tensors, role, oddities)
+    checkpoint = _opened(folder, found, (tensors, identity), role, oddities)
+    if WEIGHTS not in files:
+        return _finished(checkpoint, base)
+    folder.close()
+    return _with_adapter(checkpoint, base, renames)
+
+
+Stored = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
+"""Tensors by name, and the identity of their files."""
+
+
+def _opened(folder: Store, found: dict[str, FileStat], stored: Stored, role: str, oddities: list[str]) -> Checkpoint:
+    tensors, identity = stored
     side_files, left = _side_files(found)
+    left = [name for name in left if name not in identity]
     if left:
         oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
-    tensors = unwrapped(tensors, role, oddities)
-    checkpoint = Checkpoint(role, folder, tensors, identity, side_files, tuple(oddities))
-    checkpoint = _with_adapter(checkpoint, base, renames) if WEIGHTS in files else _with_weights(checkpoint)
-    folder.close()
+    return Checkpoint(role, folder, unwrapped(tensors, role, oddities), identity, side_files, tuple(oddities))
+
+
+def _finished(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """The same with the weights that codes stand for, and with base's side files where it has no configuration."""
+    if base and _MODEL_CONFIG not in checkpoint.side_files and _MODEL_CONFIG in base.side_files:
+        borrowed = {name: base.folder for name in base.side_files if name not in checkpoint.side_files}
+        side_files = tuple(sorted({*checkpoint.side_files, *borrowed}))
+        said = f"{checkpoint.role} has no {_MODEL_CONFIG}: base's is taken, with the files beside it"
+        oddities = (*checkpoint.oddities, said)
+        checkpoint = replace(checkpoint, side_files=side_files, borrowed=borrowed, oddities=oddities)
+    checkpoint = _with_weights(checkpoint)
+    checkpoint.folder.close()
     return checkpoint
+
+
+def _pickled(folder: Store, top: set[str]) -> tuple[str, list[str]] | None:
+    """Which kind of pickles a folder has and no safetensors, and which."""
+    if any(name.endswith(".safetensors") for name in top):
+        return None
+    files = torch_files(top)
+    if files:
+        return "torch", files
+    inside = distributed_folder(folder)
+    return ("dcp", [inside]) if inside else None
+
+
+def _described(folder: Store, kind: str, names: list[str], role: str, allow_pickle: bool) -> Stored:
+    where = f"{role}: {folder.address}"
+    if not allow_pickle:
+        what = "a distributed checkpoint" if kind == "dcp" else f"only {names[0]}"
+        raise UserError(
+            f"{where} is {what}, which is described by pickles; --allow-pickle looks into them, in a process without "
+            "network that can write nothing"
+        )
+    side: Side = "base" if role == "base" else "finetuned"
+    tensors: dict[str, TensorInfo] = {}
+    for info in describe(folder, kind, names, side, where):
+        if info.name in tensors:
+            raise UserError(f"{where}: tensor {info.name!r} is there twice")
+        tensors[info.name] = info
+    if not tensors:
+        raise UserError(f"{where}: no tensors are in {names[0]}")
+    stored = folder.files()
+    parts: dict[str, list[tuple[object, ...]]] = {}
+    for name, info in sorted(tensors.items()):
+        for part in leaves(Part(side, info)):
+            inner = part.info
+            parts.setdefault(inner.file, []).append((name, inner.dtype, inner.shape, inner.offset, inner.nbytes))
+    identity = {
+        file: {"size": stored[file].size, **stored[file].version, "header": _digest(repr(parts[file]).encode())}
+        for file in sorted(parts)
+    }
+    return tensors, identity
 
 
 def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
@@ -119,11 +190,11 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
 def _identity_of(folder: Store, name: str) -> dict[str, Any]:
     """What tells a small file that decides what weights mean from another."""
     stat = folder.files()[name]
-    return {
-        "size": stat.size,
-        **stat.version,
-        "header": hashlib.blake2b(folder.read(name), digest_size=16).hexdigest(),
-    }
+    return {"size": stat.size, **stat.version, "header": _digest(folder.read(name))}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:

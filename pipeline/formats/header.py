@@ -97,8 +97,13 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _DTYPES = {dtype: dtype for dtype in BITS}  # one string for all tensors of a dtype
 
 
+def is_name(name: str) -> bool:
+    """Whether a tensor may be called so."""
+    return bool(name) and not _UNPRINTABLE.search(name)
+
+
 def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInfo:
-    if not name or _UNPRINTABLE.search(name):
+    if not is_name(name):
         raise bad(f"a tensor is named {name[:80]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad(f"tensor {name!r} has not exactly dtype, shape and data_offsets")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -91,6 +91,15 @@ def alias(side: Side, info: TensorInfo, name: str = "") -> TensorInfo:
 def formed(name: str, dtype: str, shape: tuple[int, ...], form: Form) -> TensorInfo:
     """A tensor that a form makes."""
     return TensorInfo(name, dtype, shape, form.parts[0].info.file, 0, math.prod(shape) * itemsize(dtype), form)
+
+
+def leaves(part: Part) -> Iterator[Part]:
+    """The stored tensors of which one consists."""
+    if part.info.form is None:
+        yield part
+        return
+    for inner in part.info.form.parts:
+        yield from leaves(inner)
 
 
 _REMEMBERED = 64 << 20  # bytes
