@@ -16,43 +16,9 @@ import numpy as np
 
 from pipeline.formats.dtypes import itemsize, round_to, upcast, values
 from pipeline.formats.tensor import Part, Sides
-from pipeline.scoring.compiled import compiled
 
 TILE = 1 << 16
 """Elements formed at once."""
-
-
-@compiled
-def _add(out, first, columns, left, right, scale):  # type: ignore[no-untyped-def]
-    """out[i] += scale · Σ_k left[row, k]·right[k, column], for the elements of a matrix from the flat index `first`."""
-    done = 0
-    sums = np.empty(columns, np.float32)
-    while done < out.size:
-        row, begin = (first + done) // columns, (first + done) % columns
-        end = min(columns, begin + out.size - done)
-        sums[: end - begin] = 0
-        for k in range(right.shape[0]):
-            factor = left[row, k]
-            for j in range(end - begin):
-                sums[j] += factor * right[k, begin + j]
-        for j in range(end - begin):
-            out[done + j] += scale * sums[j]
-        done += end - begin
-
-
-@compiled
-def _add_squares(sums, first, columns, elements, by_column):  # type: ignore[no-untyped-def]
-    """Add the squares of a matrix's elements from the flat index `first` on to the sum of their row or column."""
-    for i in range(elements.size):
-        at = (first + i) % columns if by_column else (first + i) // columns
-        value = np.float64(elements[i])
-        sums[at] += value * value
-
-
-@compiled
-def _multiply(out, first, columns, factors, by_column):  # type: ignore[no-untyped-def]
-    for i in range(out.size):
-        out[i] *= factors[(first + i) % columns if by_column else (first + i) // columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +52,22 @@ class LowRank:
         return (self.over, self.a, self.b, *((self.magnitude,) if self.magnitude else ()))
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        from pipeline.formats.loops import multiply
+
         width = itemsize(self.over.info.dtype)
         factors = sides.remember((self, "factors"), partial(self._norm_factors, sides))[0] if self.magnitude else None
         for begin in range(start, stop, TILE):
             end = min(begin + TILE, stop)
             formed = self._sum(begin, end, sides)
             if factors is not None:
-                _multiply(formed, begin, self.columns, factors, self.transposed)
+                multiply(formed, begin, self.columns, factors, self.transposed)
             done = (begin - start) * width
             out[done : done + formed.size * width] = round_to(formed, self.over.info.dtype).view(np.uint8)
 
     def _sum(self, start: int, stop: int, sides: Sides) -> np.ndarray:
         """W + s·B·A of some elements."""
+        from pipeline.formats.loops import add_product
+
         dtype = self.over.info.dtype
         width = itemsize(dtype)
         found = upcast(values(sides.take(self.over, start * width, stop * width), dtype)).copy()
@@ -106,7 +76,7 @@ class LowRank:
             number = done // size
             end = min(stop, (number + 1) * size)
             left, right = sides.remember((self, number), partial(self._factors, number, sides))
-            _add(found[done - start : end - start], done - number * size, self.columns, left, right, self._scale)
+            add_product(found[done - start : end - start], done - number * size, self.columns, left, right, self._scale)
             done = end
         return found
 
@@ -126,12 +96,14 @@ class LowRank:
 
     def _norm_factors(self, sides: Sides) -> tuple[np.ndarray]:
         """magnitude / ‖W + s·B·A‖ of each output, (out,) float32."""
+        from pipeline.formats.loops import add_squares
+
         assert self.magnitude
         size = self.rows * self.columns
         sums = np.zeros(self.columns if self.transposed else self.rows)
         for begin in range(0, size, TILE):
             elements = self._sum(begin, min(begin + TILE, size), sides)
-            _add_squares(sums, begin, self.columns, elements, self.transposed)
+            add_squares(sums, begin, self.columns, elements, self.transposed)
         norms = np.sqrt(sums).astype(np.float32)
         return (_floats(self.magnitude, sides).reshape(-1) / norms,)
 

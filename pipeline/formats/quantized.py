@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import round_to, upcast, values
 from pipeline.formats.lowrank import TILE
 from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
-from pipeline.scoring.compiled import compiled
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -126,14 +125,6 @@ def _scaled(weight: TensorInfo, scale: TensorInfo, said: Mapping[str, Any], side
     return formed(weight.name, "BF16", shape, Scaled(Part(side, weight), Part(side, scale), columns, *block, grid[1]))
 
 
-@compiled
-def _scale(out, codes, first, columns, table, scales, rows_a_block, columns_a_block, across):  # type: ignore[no-untyped-def]
-    """out[i] = table[codes[i]] · the scale of its block, from the flat index `first` on."""
-    for i in range(out.size):
-        row, column = (first + i) // columns, (first + i) % columns
-        out[i] = table[codes[i]] * scales[row // rows_a_block * across + column // columns_a_block]
-
-
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """FP8 codes (rows, columns), each times the scale of its block, of which `across` lie side by side."""
@@ -150,6 +141,8 @@ class Scaled:
         return self.codes, self.scales
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        from pipeline.formats.loops import scale
+
         (scales,) = sides.remember(self, partial(self._read_scales, sides))
         table = values(np.arange(256, dtype=np.uint8), self.codes.info.dtype)
         for begin in range(start, stop, TILE):
@@ -157,7 +150,7 @@ class Scaled:
             codes = sides.take(self.codes, begin, end)
             made = np.empty(end - begin, np.float32)
             block = self.rows_a_block, self.columns_a_block, self.across
-            _scale(made, codes, begin, self.columns, table, scales, *block)
+            scale(made, codes, begin, self.columns, table, scales, *block)
             out[(begin - start) * 2 : (end - start) * 2] = round_to(made, "BF16").view(np.uint8)
 
     def _read_scales(self, sides: Sides) -> tuple[np.ndarray]:
@@ -182,18 +175,6 @@ def _microscaled(whole: str, blocks: TensorInfo, scales: TensorInfo, side: Side,
         )
     form = Microscaled(Part(side, blocks), Part(side, scales), shape[1], shape[2])
     return formed(whole, "BF16", (shape[0], 32 * shape[2], shape[1]), form)
-
-
-@compiled
-def _unpack(out, blocks, scales, values, groups):  # type: ignore[no-untyped-def]
-    """out (columns, rows) from blocks (rows, groups, 16) of two codes a byte, the lower half first."""
-    for row in range(out.shape[1]):
-        for group in range(groups):
-            scale = scales[row * groups + group]
-            for i in range(16):
-                byte = blocks[(row * groups + group) * 16 + i]
-                out[group * 32 + 2 * i, row] = values[byte & 15] * scale
-                out[group * 32 + 2 * i + 1, row] = values[byte >> 4] * scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +202,12 @@ class Microscaled:
 
     def _matrix(self, number: int, sides: Sides) -> tuple[np.ndarray]:
         """All of one expert, since its elements lie across all of its bytes."""
+        from pipeline.formats.loops import unpack
+
         many = self.rows * self.groups
         blocks = sides.take(self.blocks, number * many * 16, (number + 1) * many * 16)
         powers = sides.take(self.scales, number * many, (number + 1) * many)
         scales = np.ldexp(np.float32(1), powers.astype(np.int32) - 127).astype(np.float32)
         made = np.empty((32 * self.groups, self.rows), np.float32)
-        _unpack(made, blocks, scales, _E2M1, self.groups)
+        unpack(made, blocks, scales, _E2M1, self.groups)
         return (round_to(made.reshape(-1), "BF16").view(np.uint8),)

@@ -1,0 +1,63 @@
+"""What forms do to every element: compiled loops in IEEE order (`scoring.compiled`).
+
+In a module of their own, so that who only wants to know what a checkpoint holds does not wait for the compiler.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.scoring.compiled import compiled
+
+
+@compiled
+def add_product(out, first, columns, left, right, scale):  # type: ignore[no-untyped-def]
+    """out[i] += scale · Σ_k left[row, k]·right[k, column], for the elements of a matrix from the flat index `first`."""
+    done = 0
+    sums = np.empty(columns, np.float32)
+    while done < out.size:
+        row, begin = (first + done) // columns, (first + done) % columns
+        end = min(columns, begin + out.size - done)
+        sums[: end - begin] = 0
+        for k in range(right.shape[0]):
+            factor = left[row, k]
+            for j in range(end - begin):
+                sums[j] += factor * right[k, begin + j]
+        for j in range(end - begin):
+            out[done + j] += scale * sums[j]
+        done += end - begin
+
+
+@compiled
+def add_squares(sums, first, columns, elements, by_column):  # type: ignore[no-untyped-def]
+    """Add the squares of a matrix's elements from the flat index `first` on to the sum of their row or column."""
+    for i in range(elements.size):
+        at = (first + i) % columns if by_column else (first + i) // columns
+        value = np.float64(elements[i])
+        sums[at] += value * value
+
+
+@compiled
+def multiply(out, first, columns, factors, by_column):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] *= factors[(first + i) % columns if by_column else (first + i) // columns]
+
+
+@compiled
+def scale(out, codes, first, columns, table, scales, rows_a_block, columns_a_block, across):  # type: ignore[no-untyped-def]
+    """out[i] = table[codes[i]] · the scale of its block, from the flat index `first` on."""
+    for i in range(out.size):
+        row, column = (first + i) // columns, (first + i) % columns
+        out[i] = table[codes[i]] * scales[row // rows_a_block * across + column // columns_a_block]
+
+
+@compiled
+def unpack(out, blocks, scales, values, groups):  # type: ignore[no-untyped-def]
+    """out (columns, rows) from blocks (rows, groups, 16) of two codes a byte, the lower half first."""
+    for row in range(out.shape[1]):
+        for group in range(groups):
+            scale = scales[row * groups + group]
+            for i in range(16):
+                byte = blocks[(row * groups + group) * 16 + i]
+                out[group * 32 + 2 * i, row] = values[byte & 15] * scale
+                out[group * 32 + 2 * i + 1, row] = values[byte >> 4] * scale
