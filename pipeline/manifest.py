@@ -23,6 +23,7 @@ import numpy as np
 from pipeline import fields
 from pipeline.card import CARD, model_card
 from pipeline.errors import UserError
+from pipeline.formats.beside import is_code, without_code
 from pipeline.plan import Plan, index_json, make_plan
 from pipeline.recipe import PATHS, Recipe
 from pipeline.scoring.threshold import Threshold
@@ -293,15 +294,20 @@ def _paths(recipe: Recipe) -> dict[str, str]:
 
 def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """What makes shards a checkpoint, in the order in which it appears: the index and the configuration last."""
-    read = plan.finetuned.read
     for name in plan.finetuned.side_files:
-        if name != "config.json":
-            yield name, functools.partial(read, name)
+        if name != "config.json" and not (is_code(name) and not plan.recipe.allow_code):
+            yield name, functools.partial(_side_file, plan, name)
     yield CARD, lambda: model_card(plan, read_table(plan.recipe.out)).encode()
     if len(plan.shards) > 1:
         yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
     if "config.json" in plan.finetuned.side_files:
         yield "config.json", lambda: _config(plan)
+
+
+def _side_file(plan: Plan, name: str) -> bytes:
+    """finetuned's; without the names of classes that transformers would run, unless code is allowed."""
+    data = plan.finetuned.read(name)
+    return data if plan.recipe.allow_code else without_code(name, data)
 
 
 def is_tidy(plan: Plan) -> bool:
@@ -335,7 +341,7 @@ def _read_to_measure(out: Store) -> int:
 
 def _config(plan: Plan) -> bytes:
     """finetuned's configuration, with the dtype that was asked for, if one was, and without what speaks of codes."""
-    text = plan.finetuned.read("config.json")
+    text = _side_file(plan, "config.json")
     dtype = plan.recipe.dtype or ("bfloat16" if plan.finetuned.quantized else None)
     if dtype is None:
         return text

@@ -19,12 +19,14 @@ from typing import Literal
 
 from pipeline import fields
 from pipeline.errors import UserError, printable
-from pipeline.formats.checkpoint import Checkpoint, open_checkpoint
+from pipeline.formats.accounts import Account, account
+from pipeline.formats.beside import is_code
+from pipeline.formats.checkpoint import Checkpoint, open_checkpoint, read_config
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.formats.header import build_header
 from pipeline.formats.names import packed_like, renamed
 from pipeline.formats.newest import newest
-from pipeline.formats.tensor import TensorInfo
+from pipeline.formats.tensor import Side, TensorInfo
 from pipeline.formats.vocabulary import moved, tied_to, token_ids, vocabularies
 from pipeline.recipe import Recipe, Rule
 from pipeline.scoring.methods import METHODS
@@ -100,6 +102,7 @@ class Plan:
         recipe: with the paths of the inputs as they were found, and of the output once it is settled.
         given: the same as it was given.
         left_out: the tensors that only base has; `added`: those that only finetuned has.
+        accounts: by side, what becomes of every stored tensor.
     """
 
     recipe: Recipe
@@ -111,6 +114,7 @@ class Plan:
     left_out: tuple[str, ...]
     added: tuple[str, ...]
     oddities: tuple[str, ...]
+    accounts: dict[str, Account]
 
     @property
     def write_bytes(self) -> int:
@@ -182,11 +186,12 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         oddities.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {_first(added)}")
     if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
+    oddities += _left_behind(recipe, finetuned)
     oddities += _ignored_settings(recipe, [t.name for t in paired])
+    accounts = _accounts(base, finetuned, paired, left_out, heads)
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
-    return Plan(
-        recipe, recipe, base, finetuned, shards, group(shards), left_out, added, tuple(map(printable, oddities))
-    )
+    said = tuple(map(printable, oddities))
+    return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts)
 
 
 def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> Checkpoint:
@@ -196,6 +201,35 @@ def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoi
         return base
     tensors = renamed(base.tensors, wanted, recipe.renames, oddities)
     return replace(base, tensors=packed_like(tensors, wanted, oddities))
+
+
+def _accounts(
+    base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], left_out: tuple[str, ...],
+    heads: dict[str, TensorInfo],
+) -> dict[str, Account]:  # fmt: skip
+    taken = {"prune": "pruned", "base": "passed through", "finetuned": "passed through"}
+    sides: dict[Side, list[tuple[str, TensorInfo]]] = {"base": [], "finetuned": []}
+    for tensor in paired:
+        for side, info in (("base", tensor.base), ("finetuned", tensor.finetuned)):
+            if info is not None:
+                is_taken = tensor.action in ("prune", side)
+                sides["base" if side == "base" else "finetuned"].append(
+                    (taken[tensor.action] if is_taken else f"not taken, {tensor.action}'s is", info)
+                )
+    why = dict.fromkeys(left_out, "finetuned does not have it")
+    return {
+        "base": account(base, "base", sides["base"], why),
+        "finetuned": account(finetuned, "finetuned", sides["finetuned"], {}),
+    }
+
+
+def _left_behind(recipe: Recipe, finetuned: Checkpoint) -> list[str]:
+    """What of finetuned would be run by who loads the output, and is therefore not copied."""
+    code = [name for name in finetuned.side_files if is_code(name)]
+    code += ["config.json's auto_map"] if "auto_map" in read_config(finetuned) else []
+    if not code or recipe.allow_code:
+        return []
+    return [f"code of finetuned is left behind: {_first(code)}; --allow-code copies it"]
 
 
 def _first(names: Iterable[str], count: int = 3) -> str:

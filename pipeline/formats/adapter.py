@@ -145,6 +145,7 @@ def apply_adapter(
         UserError: it does not fit base, or not all of it is understood.
     """
     result = dict(base)
+    whole: dict[str, TensorInfo] = {}
     modules: dict[tuple[str, int], dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         matched = _KEY.fullmatch(name)
@@ -155,7 +156,7 @@ def apply_adapter(
             modules[module, path.count(".base_layer")][what] = info
         else:
             target = re.sub(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)", "", name)
-            result[target] = _replaced(target, info, base.get(target))
+            result[target] = whole[target] = _replaced(target, info, base.get(target))
     for (module, depth), found in sorted(modules.items(), key=lambda item: (item[0][0], -item[0][1])):
         known = f"{module}.weight"
         if known not in base and "lora_A" in found and "lora_B" in found:
@@ -163,7 +164,7 @@ def apply_adapter(
             continue
         if known not in base:
             raise UserError(f"{where}: it changes {module}, which base does not have")
-        over = Part("base", base[known])
+        over = Part("finetuned", whole[known]) if known in whole else Part("base", base[known])
         if "trainable_tokens_delta" in found:
             result[known] = _with_rows(adapter, module, over, found.pop("trainable_tokens_delta"), where)
             over = Part("finetuned", result[known])

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
-from pipeline.formats.header import Header, read_header
+from pipeline.formats.beside import MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
+from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
 from pipeline.formats.names import unwrapped
 from pipeline.formats.pickled import describe, distributed_folder, torch_files
 from pipeline.formats.quantized import dequantized
@@ -34,6 +35,7 @@ class Checkpoint:
         oddities: sentences worth showing to the user.
         borrowed: where those side files lie that are not in its folder.
         gone: stored tensors that are none of its own, and why: scales, say.
+        stored: every tensor in its files, by whatever name and in whatever layout.
         quantized: its configuration speaks of codes, and its tensors are the weights that they stand for.
     """
 
@@ -46,6 +48,7 @@ class Checkpoint:
     borrowed: Mapping[str, Store] = field(default_factory=dict)
     gone: Mapping[str, str] = field(default_factory=dict)
     quantized: bool = False
+    stored: tuple[TensorInfo, ...] = ()
 
     def read(self, name: str) -> bytes:
         """A side file."""
@@ -105,25 +108,36 @@ def open_checkpoint(
     return _with_adapter(checkpoint, base, renames)
 
 
-Stored = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
+_Found = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
 """Tensors by name, and the identity of their files."""
 
 
-def _opened(folder: Store, found: dict[str, FileStat], stored: Stored, role: str, oddities: list[str]) -> Checkpoint:
-    tensors, identity = stored
-    side_files, left = _side_files(found)
+def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, oddities: list[str]) -> Checkpoint:
+    tensors, identity = read
+    side_files, left = side_files_of(found)
+    for name in (*identity, *side_files):
+        if folder.leads_out(name):
+            raise UserError(
+                f"{role}: {folder.at(name)} is a link out of its folder; put the file itself there, or give the folder "
+                "in which it lies"
+            )
+    size = found[MODEL_CONFIG].size if MODEL_CONFIG in found else 0
+    if size > MAX_CONFIG_BYTES:
+        raise UserError(f"{role}: {folder.at(MODEL_CONFIG)} has {size} bytes, more than any configuration")
     left = [name for name in left if name not in identity]
     if left:
         oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
-    return Checkpoint(role, folder, unwrapped(tensors, role, oddities), identity, side_files, tuple(oddities))
+    stored = tuple(tensors.values())
+    bare = unwrapped(tensors, role, oddities)
+    return Checkpoint(role, folder, bare, identity, side_files, tuple(oddities), stored=stored)
 
 
 def _finished(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
     """The same with the weights that codes stand for, and with base's side files where it has no configuration."""
-    if base and _MODEL_CONFIG not in checkpoint.side_files and _MODEL_CONFIG in base.side_files:
+    if base and MODEL_CONFIG not in checkpoint.side_files and MODEL_CONFIG in base.side_files:
         borrowed = {name: base.folder for name in base.side_files if name not in checkpoint.side_files}
         side_files = tuple(sorted({*checkpoint.side_files, *borrowed}))
-        said = f"{checkpoint.role} has no {_MODEL_CONFIG}: base's is taken, with the files beside it"
+        said = f"{checkpoint.role} has no {MODEL_CONFIG}: base's is taken, with the files beside it"
         oddities = (*checkpoint.oddities, said)
         checkpoint = replace(checkpoint, side_files=side_files, borrowed=borrowed, oddities=oddities)
     checkpoint = _with_weights(checkpoint)
@@ -142,7 +156,7 @@ def _pickled(folder: Store, top: set[str]) -> tuple[str, list[str]] | None:
     return ("dcp", [inside]) if inside else None
 
 
-def _described(folder: Store, kind: str, names: list[str], role: str, allow_pickle: bool) -> Stored:
+def _described(folder: Store, kind: str, names: list[str], role: str, allow_pickle: bool) -> _Found:
     where = f"{role}: {folder.address}"
     if not allow_pickle:
         what = "a distributed checkpoint" if kind == "dcp" else f"only {names[0]}"
@@ -181,8 +195,8 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
     many = sum(info.form is not None for info in tensors.values())
     said = f"{checkpoint.role}: {many} quantized tensor(s) are taken as the bfloat16 that they stand for"
     identity = {**checkpoint.identity}
-    if _MODEL_CONFIG in checkpoint.side_files:
-        identity[_MODEL_CONFIG] = _identity_of(checkpoint.folder, _MODEL_CONFIG)
+    if MODEL_CONFIG in checkpoint.side_files:
+        identity[MODEL_CONFIG] = _identity_of(checkpoint.folder, MODEL_CONFIG)
     oddities = (*checkpoint.oddities, said)
     return replace(checkpoint, tensors=tensors, gone=gone, identity=identity, oddities=oddities, quantized=True)
 
@@ -198,19 +212,11 @@ def _digest(data: bytes) -> str:
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json, or nothing if there is none or it is none.
-
-    Raises:
-        UserError: it is larger than any configuration.
-    """
-    if _MODEL_CONFIG not in checkpoint.side_files:
+    """config.json, or nothing if there is none or it is none."""
+    if MODEL_CONFIG not in checkpoint.side_files:
         return {}
-    size = checkpoint.borrowed.get(_MODEL_CONFIG, checkpoint.folder).size(_MODEL_CONFIG)
-    if size > _MAX_CONFIG_BYTES:
-        where = f"{checkpoint.role}: {checkpoint.folder.address}"
-        raise UserError(f"{where}: {_MODEL_CONFIG} has {size} bytes, more than any configuration")
     try:
-        config = json.loads(checkpoint.read(_MODEL_CONFIG))
+        config = json.loads(checkpoint.read(MODEL_CONFIG))
     except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -223,7 +229,7 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
         raise UserError(f"{where} holds a LoRA adapter, which is no base; give it as --finetuned")
     if not folder.has(CONFIG):
         raise UserError(f"{where} holds a LoRA adapter without its {CONFIG}")
-    if folder.size(CONFIG) > _MAX_CONFIG_BYTES:
+    if folder.size(CONFIG) > MAX_CONFIG_BYTES:
         raise UserError(f"{where}: {CONFIG} has {folder.size(CONFIG)} bytes, more than any configuration")
     said = read_adapter(folder.read(CONFIG), where)
     identity = {**adapter.identity, CONFIG: _identity_of(folder, CONFIG)}
@@ -231,12 +237,18 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
         return replace(adapter, identity=identity)
     oddities = [*adapter.oddities]
     tensors = with_adapter(said, adapter.tensors, base.tensors, renames, where, oddities)
-    own = [name for name in adapter.side_files if name not in (CONFIG, "README.md") and name.startswith(_TOKENIZER)]
+    own = [name for name in adapter.side_files if name not in (CONFIG, "README.md") and name.startswith(TOKENIZER)]
     borrowed = {name: base.folder for name in base.side_files if name not in own}
     oddities.append(f"{adapter.role}: an adapter; what base becomes with it is formed while it is read")
     side_files = tuple(sorted({*own, *borrowed}))
-    return Checkpoint(
-        adapter.role, folder, tensors, identity, side_files, tuple(oddities), borrowed, quantized=base.quantized
+    return replace(
+        adapter,
+        tensors=tensors,
+        identity=identity,
+        side_files=side_files,
+        oddities=tuple(oddities),
+        borrowed=borrowed,
+        quantized=base.quantized,
     )
 
 
@@ -280,6 +292,8 @@ def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: 
 
 
 def _read_index(folder: Store, name: str, role: str) -> dict[str, str]:
+    if folder.leads_out(name) or folder.size(name) > MAX_HEADER_BYTES:
+        raise UserError(f"{role}: {folder.at(name)} is a link out of its folder, or larger than any index")
     try:
         weight_map: dict[str, str] = json.loads(folder.read(name))["weight_map"]
         if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
@@ -302,32 +316,3 @@ def _compare_with_index(
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             oddities.append(f"{role}: tensor {names[0]!r}{more} {what}")
-
-
-# What a checkpoint needs beside its weights. Anything else (optimizer states, logs, other formats) stays behind.
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml")
-_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".pkl")
-_NOT_THE_MODEL = ("fapm", "runs", "logs", "checkpoint-", "original", "global_step")
-_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
-_MODEL_CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 16 << 20
-_MAX_SIDE_BYTES = 256 << 20
-_TRAINING_STATE = ("trainer_state.json", "README.md")
-
-
-def _side_files(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
-    """The files to copy, and weights that are neither copied nor pruned."""
-    side, left = [], []
-    for name, stat in found.items():
-        *folders, file = name.split("/")
-        if len(folders) > 2 or any(f.startswith(_NOT_THE_MODEL) for f in folders):
-            continue
-        if file.endswith(_WEIGHT_SUFFIXES):
-            if folders and file.endswith((".safetensors", ".bin")):
-                left.append(name)
-        elif file.endswith(".index.json") or file in _TRAINING_STATE or stat.size > _MAX_SIDE_BYTES:
-            continue
-        elif file.endswith(_SIDE_SUFFIXES) or file.startswith(_SIDE_NAMES):
-            side.append(name)
-    return tuple(side), left

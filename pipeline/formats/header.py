@@ -21,7 +21,9 @@ from pipeline.formats.dtypes import BITS
 from pipeline.formats.tensor import TensorInfo
 from pipeline.storage.store import Reader
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 16 << 20
+"""Enough for 140,000 tensors in one file. The format allows 100 MB, which would take seconds and a gigabyte to read."""
+_MOST_BRACKETS = 100_000  # beside those of tensors: in strings of the metadata
 MAX_NUMEL = 1 << 48
 
 
@@ -57,6 +59,9 @@ def read_header(reader: Reader, file: str, where: str) -> Header:
     if 8 + length > reader.size:
         raise bad(f"it is truncated: the header claims {length} bytes and the file has {reader.size}")
     text = reader.read(8, length)
+    named = text.count(b'"data_offsets"')
+    if text.count(b"[") > 2 * named + _MOST_BRACKETS or text.count(b"{") > named + _MOST_BRACKETS:
+        raise bad("its header holds other things than tensors")
     tensors = []
     for name, entry in _parse_json(text, bad).items():
         if name != "__metadata__":
@@ -93,13 +98,14 @@ def _parse_json(text: bytes, bad: Any) -> dict[str, Any]:
     return header
 
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_UPWARDS = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)")
 _DTYPES = {dtype: dtype for dtype in BITS}  # one string for all tensors of a dtype
 
 
 def is_name(name: str) -> bool:
-    """Whether a tensor may be called so."""
-    return bool(name) and not _UNPRINTABLE.search(name)
+    """Whether a tensor may be called so: nothing that a terminal or a path would take for more than a name."""
+    return bool(name) and not _UNPRINTABLE.search(name) and not _UPWARDS.search(name)
 
 
 def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInfo:

@@ -285,6 +285,9 @@ class Bucket:
     def is_file(self) -> bool:
         return bool(self._prefix) and not self.exists() and self._head(self._prefix) is not None
 
+    def leads_out(self, name: str) -> bool:
+        return False
+
     def overlaps(self, other: Store) -> str:
         if not isinstance(other, Bucket):
             return ""

@@ -134,6 +134,9 @@ class Repository:
     def is_file(self) -> bool:
         return False
 
+    def leads_out(self, name: str) -> bool:
+        return False
+
     def overlaps(self, other: Store) -> str:
         return "same" if isinstance(other, Repository) and other.name == self.name else ""
 

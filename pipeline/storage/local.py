@@ -206,6 +206,11 @@ class Folder:
     def is_file(self) -> bool:
         return self.path.exists() and not self.path.is_dir()
 
+    def leads_out(self, name: str) -> bool:
+        root, file = self.path.resolve(), self._at(name).resolve()
+        blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+        return root not in file.parents and blobs not in file.parents
+
     def overlaps(self, other: Store) -> str:
         if not isinstance(other, Folder):
             return ""

@@ -87,6 +87,10 @@ class Store(Protocol):
         """Whether its address is that of a file, not of a folder."""
         ...
 
+    def leads_out(self, name: str) -> bool:
+        """Whether a file is a link to one that lies elsewhere, and not in the Hub's cache of which it is a part."""
+        ...
+
     def overlaps(self, other: Store) -> str:
         """`same` if the other is this folder, `holds` if it lies in it, else nothing."""
         ...

@@ -51,13 +51,14 @@ def make(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **lora: An
     return merged
 
 
-def all_of(folder: Path, **choices: Any) -> dict[str, torch.Tensor]:
+def all_of(folder: Path, name: str = "out", **choices: Any) -> dict[str, torch.Tensor]:
     """Everything that finetuned is, by keeping all of it."""
     sides = {"base": str(folder / "base"), "finetuned": str(folder / "adapter")}
-    recipe = Recipe.of(**sides, out=str(folder / "out"), density=1.0, device="cpu", workers=1, **choices)
+    out = folder / name
+    recipe = Recipe.of(**sides, out=str(out), density=1.0, device="cpu", workers=1, **choices)
     prune(recipe)
     assert verify(recipe.out) == []
-    return load(folder / "out")
+    return load(out)
 
 
 def assert_like(found: dict[str, torch.Tensor], merged: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
@@ -249,3 +250,14 @@ def test_vera_is_refused_as_peft_writes_it(tmp_path):
     get_peft_model(model, peft.VeraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="an adapter of type 'VERA'"):
         plan_of(tmp_path)
+
+
+def test_an_embedding_that_the_adapter_brings_is_what_its_update_is_added_to(tmp_path):
+    """PEFT saves embeddings that it has wrapped; here they are not base's."""
+    make(tmp_path, "llama", target_modules=["embed_tokens"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    before, plain = load_file(path), all_of(tmp_path)["model.embed_tokens.weight"]
+    save_file(before | {name: before[name] + 1}, path)
+    found = all_of(tmp_path, "other")["model.embed_tokens.weight"]
+    torch.testing.assert_close(found, plain + 1, rtol=1e-5, atol=1e-6)

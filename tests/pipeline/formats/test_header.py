@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.formats.header import MAX_HEADER_BYTES, build_header, read_header
+from pipeline.formats.header import MAX_HEADER_BYTES, build_header, is_name, read_header
 from pipeline.storage.local import Reader
 
 TORCH = {
@@ -30,7 +30,9 @@ TORCH = {
 
 names = st.text(st.characters(min_codepoint=33, exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
-layouts = st.dictionaries(names.filter(lambda n: n != "__metadata__"), st.tuples(st.sampled_from(list(TORCH)), shapes))
+layouts = st.dictionaries(
+    names.filter(lambda n: n != "__metadata__" and is_name(n)), st.tuples(st.sampled_from(list(TORCH)), shapes)
+)
 
 
 def read(path):
@@ -174,9 +176,18 @@ def test_a_header_that_lies_is_one_error(tmp_path, what):
     text.encode()  # printable
 
 
-def test_a_name_that_looks_like_a_path_is_only_a_name(tmp_path):
-    path = raw_file(tmp_path / "x.safetensors", {"../../etc/passwd": entry()}, bytes(8))
-    assert read(path)[0].name == "../../etc/passwd"
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/../b", "..", "a\\..", "\x9b31m", "a\nb", "a\x1b[2J", ""])
+def test_a_name_that_a_path_or_a_terminal_would_take_for_more(tmp_path, name):
+    path = raw_file(tmp_path / "x.safetensors", {name: entry()}, bytes(8))
+    with pytest.raises(UserError, match="a tensor is named") as caught:
+        read(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a..b", "/etc/passwd", "a/b", "ü.weight", "..a", "a b"])
+def test_all_other_names_are_only_names(tmp_path, name):
+    path = raw_file(tmp_path / "x.safetensors", {name: entry()}, bytes(8))
+    assert [t.name for t in read(path)] == [name]
 
 
 def test_any_order_of_tensors_and_no_alignment(tmp_path):

@@ -1,0 +1,53 @@
+"""What lies beside a checkpoint's weights: which files come along, and what in them is code."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# What a checkpoint needs beside its weights. Anything else (optimizer states, logs, other formats) stays behind.
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml")
+_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".pkl")
+_NOT_THE_MODEL = ("fapm", "runs", "logs", "checkpoint-", "original", "global_step")
+TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+MODEL_CONFIG = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
+_MAX_SIDE_BYTES = 256 << 20
+_TRAINING_STATE = ("trainer_state.json", "README.md")
+
+
+def side_files_of(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """The files to copy, and weights that are neither copied nor pruned."""
+    side, left = [], []
+    for name, stat in found.items():
+        *folders, file = name.split("/")
+        if len(folders) > 2 or any(f.startswith(_NOT_THE_MODEL) for f in folders):
+            continue
+        if file.endswith(_WEIGHT_SUFFIXES):
+            if folders and file.endswith((".safetensors", ".bin")):
+                left.append(name)
+        elif file.endswith(".index.json") or file in _TRAINING_STATE or stat.size > _MAX_SIDE_BYTES:
+            continue
+        elif file.endswith(_SIDE_SUFFIXES) or file.startswith(_SIDE_NAMES):
+            side.append(name)
+    return tuple(side), left
+
+
+def is_code(name: str) -> bool:
+    """Whether transformers would run a file if it is told to trust a checkpoint."""
+    return name.endswith(".py")
+
+
+def without_code(name: str, data: bytes) -> bytes:
+    """A JSON file without `auto_map`, which names the classes to run; any other as it is."""
+    if not name.endswith(".json") or b"auto_map" not in data or len(data) > MAX_CONFIG_BYTES:
+        return data
+    try:
+        loaded = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(loaded, dict) or "auto_map" not in loaded:
+        return data
+    del loaded["auto_map"]
+    return (json.dumps(loaded, indent=2, ensure_ascii=False) + "\n").encode()
