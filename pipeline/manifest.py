@@ -15,7 +15,7 @@ import functools
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -280,6 +280,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
         },
         "left_out": list(plan.left_out),
         "added": list(plan.added),
+        "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
         "oddities": list(plan.oddities),
         **facts,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import advice_text, advise
@@ -88,6 +89,7 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "workers": manifest.get("workers", 0),
         "lost_workers": manifest.get("lost_workers", {}),
         "left_out": manifest["left_out"],
+        "accounts": manifest.get("accounts", {}),
         "added": manifest["added"],
         "oddities": manifest["oddities"],
     }
@@ -114,7 +116,7 @@ def run_text(facts: dict[str, Any]) -> str:
     elif facts.get("resumed"):
         heading += f"\nwent on from {facts['resumed']} of {plural(facts['shards'], 'shard')} that were finished"
     tensors = f"{totals['tensors']:,}, {totals['pruned_tensors']:,} of them pruned"
-    fields = [("tensors", f"{tensors}, in {plural(facts['shards'], 'shard')}")]
+    fields = [("tensors", f"{tensors}, in {plural(facts['shards'], 'shard')}"), *_accounts(facts["accounts"])]
     if blends:
         fields.append(("α", f"{facts['density']:g} of Δ in every element"))
     elif totals["density"] is not None:
@@ -130,6 +132,20 @@ def run_text(facts: dict[str, Any]) -> str:
         ("time", f"{seconds_text(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
     return _with_oddities(heading, fields, facts["oddities"])
+
+
+def _accounts(sides: dict[str, Any]) -> list[tuple[str, str]]:
+    """What becomes of each side's stored tensors, unless it is the same for all of them."""
+    found = []
+    for side, account in sides.items():
+        reasons: dict[str, list[str]] = {}
+        for name, reason in account["left_out"].items():
+            reasons.setdefault(reason, []).append(name)
+        parts = [f"{count:,} {what}" for what, count in account["counts"].items()]
+        why = "".join(f"; {reason} ({_names(names)})" for reason, names in reasons.items())
+        if len(parts) > 1:
+            found.append((f"{side}'s", f"{sum(account['counts'].values()):,}: {', '.join(parts)}{why}"))
+    return found
 
 
 def _workers(count: int, lost: dict[str, int]) -> str:
@@ -200,6 +216,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         **kinds | {"pruned": len(kinds["pruned"])},
         "densities": densities((t.name, t.density) for t in plan.tensors() if t.group),
         "left_out": list(plan.left_out),
+        "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
         "shards": len(plan.shards),
         "shards_to_do": todo,
         "largest_shard_bytes": max(s.nbytes for s in plan.shards),
@@ -274,6 +291,7 @@ def plan_text(facts: dict[str, Any]) -> str:
     fields = [(role, _where_text(where)) for role, where in facts["inputs"].items()]
     fields.append(("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned"))
     fields += [(what, _names(facts[key])) for key, what in _APART.items() if facts[key]]
+    fields += _accounts(facts["accounts"])
     if facts["densities"]:
         fields.append(("densities", densities_text(facts["densities"])))
     left = "" if facts["shards_to_do"] == facts["shards"] else f", {facts['shards_to_do']} of them to do"

@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 16 << 20
 """Enough for 140,000 tensors in one file. The format allows 100 MB, which would take seconds and a gigabyte to read."""
 _MOST_BRACKETS = 100_000  # beside those of tensors: in strings of the metadata
 MAX_NUMEL = 1 << 48
+MAX_NAME = 1000  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ _DTYPES = {dtype: dtype for dtype in BITS}  # one string for all tensors of a dt
 
 def is_name(name: str) -> bool:
     """Whether a tensor may be called so: nothing that a terminal or a path would take for more than a name."""
-    return bool(name) and not _UNPRINTABLE.search(name) and not _UPWARDS.search(name)
+    return 0 < len(name) <= MAX_NAME and not _UNPRINTABLE.search(name) and not _UPWARDS.search(name)
 
 
 def _tensor(name: str, entry: Any, file: str, start: int, bad: Any) -> TensorInfo:
