@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,14 +77,31 @@ def open_checkpoint(
         raise UserError(f"{role}: {path} is a file; give the folder that holds it")
     if not folder.exists():
         raise UserError(f"{role}: there is no folder {path}")
-    found = folder.files()
-    top = {name for name in found if "/" not in name}
+    try:
+        found = folder.files()
+        top = {name for name in found if "/" not in name}
+        pickled = _pickled(folder, top)
+        if pickled:
+            read = _described(folder, *pickled, role, allow_pickle)
+            oddities: list[str] = []
+        else:
+            read, oddities = _read_headers(folder, found, role)
+        checkpoint = _opened(folder, found, read, role, oddities)
+        is_adapter = WEIGHTS in checkpoint.identity
+        return _with_adapter(checkpoint, base, renames) if is_adapter else _finished(checkpoint, base)
+    finally:
+        folder.close()
+
+
+_Found = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
+"""Tensors by name, and the identity of their files."""
+
+
+def _read_headers(folder: Store, found: dict[str, FileStat], role: str) -> tuple[_Found, list[str]]:
+    """What safetensors hold, and what is odd about it."""
     oddities: list[str] = []
-    pickled = _pickled(folder, top)
-    if pickled:
-        stored = _described(folder, *pickled, role, allow_pickle)
-        return _finished(_opened(folder, found, stored, role, oddities), base)
-    files, index = _weight_files(folder, top, role, oddities)
+    files, index = _weight_files(folder, {name for name in found if "/" not in name}, role, oddities)
+    _stay_inside(folder, files, role)
     tensors: dict[str, TensorInfo] = {}
     identity = {}
 
@@ -95,32 +112,28 @@ def open_checkpoint(
         for tensor in header.tensors:
             if tensor.name in tensors:
                 raise UserError(
-                    f"{role}: tensor {tensor.name!r} is in both {tensors[tensor.name].file} and {name} of {path}; "
-                    "keep one copy, or an index that names the files that belong together"
+                    f"{role}: tensor {tensor.name!r} is in both {tensors[tensor.name].file} and {name} of "
+                    f"{folder.address}; keep one copy, or an index that names the files that belong together"
                 )
             tensors[tensor.name] = tensor
         identity[name] = {"size": found[name].size, **found[name].version, "header": header.digest}
     _compare_with_index(index, tensors, role, oddities)
-    checkpoint = _opened(folder, found, (tensors, identity), role, oddities)
-    if WEIGHTS not in files:
-        return _finished(checkpoint, base)
-    folder.close()
-    return _with_adapter(checkpoint, base, renames)
+    return (tensors, identity), oddities
 
 
-_Found = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
-"""Tensors by name, and the identity of their files."""
-
-
-def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, oddities: list[str]) -> Checkpoint:
-    tensors, identity = read
-    side_files, left = side_files_of(found)
-    for name in (*identity, *side_files):
+def _stay_inside(folder: Store, names: Iterable[str], role: str) -> None:
+    for name in names:
         if folder.leads_out(name):
             raise UserError(
                 f"{role}: {folder.at(name)} is a link out of its folder; put the file itself there, or give the folder "
                 "in which it lies"
             )
+
+
+def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, oddities: list[str]) -> Checkpoint:
+    tensors, identity = read
+    side_files, left = side_files_of(found)
+    _stay_inside(folder, (*identity, *side_files), role)
     size = found[MODEL_CONFIG].size if MODEL_CONFIG in found else 0
     if size > MAX_CONFIG_BYTES:
         raise UserError(f"{role}: {folder.at(MODEL_CONFIG)} has {size} bytes, more than any configuration")
@@ -140,9 +153,7 @@ def _finished(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
         said = f"{checkpoint.role} has no {MODEL_CONFIG}: base's is taken, with the files beside it"
         oddities = (*checkpoint.oddities, said)
         checkpoint = replace(checkpoint, side_files=side_files, borrowed=borrowed, oddities=oddities)
-    checkpoint = _with_weights(checkpoint)
-    checkpoint.folder.close()
-    return checkpoint
+    return _with_weights(checkpoint)
 
 
 def _pickled(folder: Store, top: set[str]) -> tuple[str, list[str]] | None:

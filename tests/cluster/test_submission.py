@@ -83,9 +83,9 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=!spot",
     }  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    rules = ["--rule", "*norm*=finetuned", "--rule", "it's *=base"]
+    rules = ["--rule", "*norm*=finetuned", "--rule", "it's *=base", *(flags := ["--allow-pickle", "--allow-code"])]
     offered = {option for p in cli.commands["prune"].params for option in p.opts if option.startswith("--")}
-    assert {f"--{name}" for name in given} | {"--rule", "--overwrite", "--json"} == offered - {
+    assert {f"--{name}" for name in given} | {"--rule", "--rename", *flags, "--overwrite", "--json"} == offered - {
         "--base", "--finetuned", "--out", "--config"
     }  # fmt: skip
     assert submit("r.yaml", *words, *rules, "--overwrite").exit_code == 0
@@ -102,7 +102,12 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
     sides = {side: str(folder / side) for side in ("base", "finetuned", "out")}
     choices = {name.replace("-", "_"): value for name, value in given.items() if name not in ("ray", "label")}
     assert made == Recipe.of(
-        **sides, **choices, labels=("market-type=!spot",), rules=("*norm*=finetuned", "it's *=base")
+        **sides,
+        **choices,
+        labels=("market-type=!spot",),
+        rules=("*norm*=finetuned", "it's *=base"),
+        allow_pickle=True,
+        allow_code=True,
     )
 
 

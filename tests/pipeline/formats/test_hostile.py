@@ -313,3 +313,11 @@ def test_fuzz_recipes(folder, recipe, text):
 
 def test_what_was_opened_is_what_the_library_sees(folder):
     assert load(folder.parent / "base").keys() == open_checkpoint(str(folder.parent / "base"), "base").tensors.keys()
+
+
+def test_no_file_stays_open_when_one_is_refused(folder):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with_header(folder, b"{}", b"x")
+        opened_or_refused(folder)
+    assert len(os.listdir("/proc/self/fd")) <= before
