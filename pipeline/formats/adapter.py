@@ -32,6 +32,7 @@ _REFUSED = (
     "layer_replication", "alora_invocation_tokens", "arrow_config", "megatron_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
+_MOST_CHARACTERS = 300  # of a module's name, to be matched with patterns
 _KNOWN_USES = ("use_rslora", "use_dora")
 
 
@@ -122,7 +123,12 @@ def _number(value: Any) -> float:
 
 def _pattern(text: Any) -> str:
     """A pattern of module names; none that could take for ever to match."""
-    if not isinstance(text, str) or len(text) > 500 or re.search(r"[*+?}][^()]*\)+\s*[*+?{]", text):
+    if (
+        not isinstance(text, str)
+        or len(text) > 500
+        or re.search(r"\)[*+{]", text)
+        or len(re.findall("[*+{]", text)) > 2
+    ):
         raise ValueError(f"the pattern {str(text)[:40]!r} is not one of module names")
     try:
         re.compile(text)
@@ -151,6 +157,8 @@ def apply_adapter(
         matched = _KEY.fullmatch(name)
         if matched:
             path = matched["module"]
+            if len(path) > _MOST_CHARACTERS:
+                raise UserError(f"{where}: it changes {path[:40]}…, a longer name than any module has")
             module = re.sub(r"\.base_layer(?=\.|$)", "", path)
             what = matched["what"] + (".bias" if matched["leaf"] == "bias" else "")
             modules[module, path.count(".base_layer")][what] = info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ def test_a_changed_configuration_is_another_input(tmp_path):
         ({"r": 8}, "the rank 8, and its A has 4"),
         ({"lora_alpha": float("nan")}, "nan where a number should be"),
         ({"rank_pattern": {"(a+)+b": 4}}, "is not one of module names"),
-        ({"rank_pattern": {"(": 4}}, "adapter_config.json"),
+        ({"rank_pattern": {"(a|a)*b": 4}}, "is not one of module names"),
+        ({"rank_pattern": {".*.*.*b": 4}}, "is not one of module names"),
+        ({"rank_pattern": {"(": 4}}, "is not one of module names"),
         ({"rank_pattern": 3}, "adapter_config.json"),
         ("[]", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
@@ -261,3 +264,10 @@ def test_an_embedding_that_the_adapter_brings_is_what_its_update_is_added_to(tmp
     save_file(before | {name: before[name] + 1}, path)
     found = all_of(tmp_path, "other")["model.embed_tokens.weight"]
     torch.testing.assert_close(found, plain + 1, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_formed_travels_to_other_processes(tmp_path):
+    make(tmp_path, "mixtral", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    shards = plan_of(tmp_path, shard_size="10kB").shards
+    assert any(t.finetuned.form for shard in shards for t in shard.tensors)
+    assert pickle.loads(pickle.dumps(shards)) == shards

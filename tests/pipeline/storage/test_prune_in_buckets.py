@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import s3
 import torch
-from checkpoints import gaussian
+from checkpoints import gaussian, save
 from faulty import Proxy, proxy
+from safetensors.torch import save_file
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
@@ -226,3 +227,25 @@ def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, hom
     assert all(between.met[fault] > ROUNDS for fault in ("drop", "lose", "truncate", "reset", "429", "503")), (
         between.met
     )
+
+
+def test_an_adapter_in_a_bucket(client, home, runner):
+    """Formed where it is read, from ranges of both sides."""
+    name = "base_model.model.model.layers.1.a"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    base, _ = gaussian({"model.layers.1.a.weight": (512, 700), "z": (70_001,)}, torch.bfloat16)
+    save(runner.folder / "plain", base)
+    folder = runner.folder / "adapter"
+    folder.mkdir()
+    tensors = {f"{name}.lora_A.weight": torch.randn(2, 700), f"{name}.lora_B.weight": torch.randn(512, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for side in ("plain", "adapter"):
+        s3.upload(client, runner.folder / side, f"{home}/with/{side}")
+    outs = []
+    for where in (str(runner.folder), f"{home}/with"):
+        sides = {"base": f"{where}/plain", "finetuned": f"{where}/adapter", "out": f"{where}/out"}
+        prune(runner.recipe(scope="global").model_copy(update=sides))
+        assert verify(sides["out"]) == []
+        outs.append(contents(client, sides["out"])["model.safetensors"])
+    assert outs[0] == outs[1]
