@@ -61,3 +61,15 @@ def unpack(out, blocks, scales, values, groups):  # type: ignore[no-untyped-def]
                 byte = blocks[(row * groups + group) * 16 + i]
                 out[group * 32 + 2 * i, row] = values[byte & 15] * scale
                 out[group * 32 + 2 * i + 1, row] = values[byte >> 4] * scale
+
+
+@compiled
+def round_to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+    """The bits of float32 values rounded to nearest even in bfloat16; NaN becomes torch's. Its own call for so few
+    elements waits longer for its threads than it computes."""
+    for i in range(bits.size):
+        code = bits[i]
+        if code & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+            out[i] = 0x7FC0
+        else:
+            out[i] = (code + np.uint32(0x7FFF) + ((code >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

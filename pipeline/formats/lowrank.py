@@ -21,6 +21,17 @@ TILE = 1 << 16
 """Elements formed at once."""
 
 
+def rounded(vals: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 or float64 values in `dtype`, as bits."""
+    from pipeline.formats.loops import round_to_bfloat16
+
+    if dtype != "BF16" or vals.dtype != np.float32:
+        return round_to(vals, dtype)
+    out = np.empty(vals.size, np.uint16)
+    round_to_bfloat16(vals.view(np.uint32), out)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """A matrix, or a stack of them, plus a low-rank update.
@@ -62,7 +73,7 @@ class LowRank:
             if factors is not None:
                 multiply(formed, begin, self.columns, factors, self.transposed)
             done = (begin - start) * width
-            out[done : done + formed.size * width] = round_to(formed, self.over.info.dtype).view(np.uint8)
+            out[done : done + formed.size * width] = rounded(formed, self.over.info.dtype).view(np.uint8)
 
     def _sum(self, start: int, stop: int, sides: Sides) -> np.ndarray:
         """W + s·B·A of some elements."""

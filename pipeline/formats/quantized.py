@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.formats.dtypes import round_to, upcast, values
-from pipeline.formats.lowrank import TILE
+from pipeline.formats.dtypes import upcast, values
+from pipeline.formats.lowrank import TILE, rounded
 from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -151,7 +151,7 @@ class Scaled:
             made = np.empty(end - begin, np.float32)
             block = self.rows_a_block, self.columns_a_block, self.across
             scale(made, codes, begin, self.columns, table, scales, *block)
-            out[(begin - start) * 2 : (end - start) * 2] = round_to(made, "BF16").view(np.uint8)
+            out[(begin - start) * 2 : (end - start) * 2] = rounded(made, "BF16").view(np.uint8)
 
     def _read_scales(self, sides: Sides) -> tuple[np.ndarray]:
         info, stored = self.scales.info, sides.whole(self.scales)
@@ -210,4 +210,4 @@ class Microscaled:
         scales = np.ldexp(np.float32(1), powers.astype(np.int32) - 127).astype(np.float32)
         made = np.empty((32 * self.groups, self.rows), np.float32)
         unpack(made, blocks, scales, _E2M1, self.groups)
-        return (round_to(made.reshape(-1), "BF16").view(np.uint8),)
+        return (rounded(made.reshape(-1), "BF16").view(np.uint8),)
