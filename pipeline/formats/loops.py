@@ -65,7 +65,7 @@ def unpack(out, blocks, scales, values, groups):  # type: ignore[no-untyped-def]
 
 @compiled
 def round_to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
-    """The bits of float32 values rounded to nearest even in bfloat16; NaN becomes torch's. Its own call for so few
+    """The bits of float32 values rounded to nearest even in bfloat16; NaN stays one. torch's call for so few
     elements waits longer for its threads than it computes."""
     for i in range(bits.size):
         code = bits[i]
