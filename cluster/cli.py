@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cluster.options import address_option, choice_options, json_option, read_choices, recipe_options
+from cluster.options import (
+    address_option,
+    choice_options,
+    json_option,
+    read_choices,
+    recipe_options,
+    work_options,
+)
 from pipeline.errors import PassingError, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from cluster.submission import Place
     from pipeline.plan import Plan
     from pipeline.pool import Pool
+    from pipeline.recipe import Recipe
     from pipeline.run import MakePool, Watch
     from pipeline.storage.store import Store
 
@@ -105,7 +113,10 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
       fapm prune --config recipe.yaml --density 0.2 --ray local --workers 4
       fapm prune --config recipe.yaml --ray 10.0.0.1:6379 --workers 2-40 --cpus-per-worker 4 --memory 4GiB
     """
-    recipe, ray, by = read_choices(config, choices)
+    _prune(*read_choices(config, choices), overwrite, as_json)
+
+
+def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) -> None:
     from cluster.progress import Progress
     from pipeline.publish import prune
     from pipeline.report import prune_facts
@@ -113,6 +124,40 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
     with Progress() as progress:
         result = prune(recipe, overwrite=overwrite, pool=_pool(ray, by), watch=progress.watch())
     _print_result(prune_facts(result), as_json)
+
+
+@cli.command()
+@work_options("delta_compression", "allow_pickle", "allow_code")
+@click.option("--delta", metavar="FOLDER", help="The sparse task vector.")
+def apply(delta: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Put a checkpoint together from base and a sparse task vector, byte for byte.
+
+    Another base than the one that it was made over is refused.
+
+    \b
+    Examples:
+      fapm apply --base llama/ --delta llama-math-delta/ --out llama-math/
+      fapm apply --base org/llama --delta s3://bucket/delta --out llama-math/ --ray local
+    """
+    _all_of_finetuned({**choices, "finetuned": delta, "allow_code": True}, overwrite, as_json)
+
+
+@cli.command()
+@work_options()
+@click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint.")
+def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Make a sparse task vector of any two checkpoints: all elements that differ, pruned or not.
+
+    \b
+    Examples:
+      fapm extract --base llama/ --finetuned llama-math/ --out llama-math-delta/
+    """
+    _all_of_finetuned({**choices, "finetuned": finetuned, "emit": "delta"}, overwrite, as_json)
+
+
+def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -> None:
+    recipe, ray, by = read_choices(None, {**choices, "rules": ("*=finetuned",)})
+    _prune(recipe, ray, by, overwrite, as_json)
 
 
 def _pool(ray: str, by: str) -> MakePool:

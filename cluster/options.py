@@ -57,6 +57,11 @@ _RECIPE_OPTIONS = (
         "--allow-code", is_flag=True, default=None,
         help="Copy Python and auto_map of the fine-tuned checkpoint too; it is never run.",
     ),
+    click.option(
+        "--emit", metavar="WHAT",
+        help="checkpoint; delta, the sparse task vector: what differs from base; or both.  [checkpoint]",
+    ),
+    click.option("--delta-compression", metavar="HOW", help="zstd or none.  [zstd]"),
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
     click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),
     click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
@@ -116,6 +121,32 @@ def choice_options(command: Command) -> Command:
     for option in reversed(_RECIPE_OPTIONS):
         command = option(command)
     return command
+
+
+_OF_CONTENT = {"finetuned", "density", "method", "scope", "rules", "dtype", "seed", "nonfinite", "emit"}
+
+
+def work_options(*left_out: str) -> Callable[[Command], Command]:
+    """The options that say where and with what to work, and not what is to be pruned.
+
+    Args:
+        left_out: others that are not wanted.
+    """
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(_RECIPE_OPTIONS):
+            if _name_of(option) not in _OF_CONTENT | set(left_out):
+                command = option(command)
+        return command
+
+    return decorate
+
+
+def _name_of(option: Any) -> str:
+    def probe() -> None: ...
+
+    (made,) = option(probe).__click_params__
+    return str(made.name)
 
 
 def recipe_options(command: Command) -> Command:

@@ -24,14 +24,15 @@ from pipeline import fields
 from pipeline.card import CARD, model_card
 from pipeline.errors import UserError
 from pipeline.formats.beside import is_code, without_code
-from pipeline.plan import Plan, index_json, make_plan
+from pipeline.formats.delta import DELTA, FORMAT, delta_name
+from pipeline.plan import Plan, Shard, index_json, make_plan
 from pipeline.recipe import PATHS, Recipe
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
-from pipeline.shard.task import ARRAYS, record_name, rows_name, saved_read_bytes
+from pipeline.shard.task import ARRAYS, delta_facts_name, record_name, rows_name, saved_read_bytes
 from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
 from pipeline.storage.local import TEMPORARY
-from pipeline.storage.store import LOCKS, Store, overlapped
+from pipeline.storage.store import LOCKS, FileStat, Store, overlapped
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"
@@ -197,7 +198,7 @@ def begin(plan: Plan, state: State, out: Store) -> None:
 def _clear(out: Store) -> None:
     """Remove what a checkpoint in this folder consists of, the part that makes it one first."""
     files = out.files()
-    for name in (MANIFEST, "config.json", INDEX):
+    for name in (MANIFEST, "config.json", INDEX, DELTA):
         out.remove(name)
     for name in files:
         if "/" not in name and (name.endswith((".safetensors", ".index.json"))):
@@ -216,8 +217,14 @@ def unfinished_shards(plan: Plan) -> list[int]:
     return [
         s.index
         for s in plan.shards
-        if not (s.name in there and there[s.name].size == s.nbytes and (done or record_name(s.index) in there))
+        if not (_is_there(plan.recipe, s, there) and (done or record_name(s.index) in there))
     ]
+
+
+def _is_there(recipe: Recipe, shard: Shard, there: dict[str, FileStat]) -> bool:
+    whole = shard.name in there and there[shard.name].size == shard.nbytes
+    delta = delta_name(shard.name) in there
+    return (whole or recipe.emit == "delta") and (delta or recipe.emit == "checkpoint")
 
 
 def save_thresholds(
@@ -264,6 +271,8 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     literal = {side: fields.literal(path) for side, path in _paths(plan.recipe).items()}
     out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
     out.write(TABLE, to_parquet(plan.shards, plan.groups, measured))
+    if plan.recipe.emit != "checkpoint":
+        out.write(DELTA, _delta(plan, records, out))
     for name, data in _beside(plan):
         out.write(name, data())
     manifest = {
@@ -276,7 +285,9 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
         "totals": {
             **totals(list(plan.tensors()), measured),
             "read_bytes": sum(r["read_bytes"] for r in records) + _read_to_measure(out),
-            "written_bytes": sum(r["nbytes"] for r in records),
+            "elements": sum(t.numel for t in plan.tensors()),
+            "delta_bytes": sum(r.get("delta", r)["nbytes"] for r in records) if plan.recipe.emit != "checkpoint" else 0,
+            "written_bytes": sum(r["nbytes"] + r.get("delta", {"nbytes": 0})["nbytes"] for r in records),
         },
         "left_out": list(plan.left_out),
         "added": list(plan.added),
@@ -289,6 +300,23 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     return manifest
 
 
+def _delta(plan: Plan, records: list[dict[str, Any]], out: Store) -> bytes:
+    """delta.json."""
+    facts = overlapped(out.read, [delta_facts_name(s.index) for s in plan.shards], out.reads_at_once)
+    made = [record.get("delta", record) for record in records]
+    said = {
+        "format": FORMAT,
+        "fapm": version(),
+        "base": {
+            "address": plan.base.folder.address if scheme_of(plan.base.folder.address) else split(plan.recipe.base)[1],
+            "files": {file: {k: of[k] for k in ("size", "header")} for file, of in plan.base.identity.items()},
+        },
+        "files": {record["name"]: {k: record[k] for k in ("nbytes", "xxh3_128")} for record in made},
+        "tensors": {name: tensor for data in facts for name, tensor in json.loads(data).items()},
+    }
+    return json.dumps(said, indent=1).encode()
+
+
 def _paths(recipe: Recipe) -> dict[str, str]:
     return {side: getattr(recipe, side) for side in PATHS}
 
@@ -299,7 +327,7 @@ def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
         if name != "config.json" and not (is_code(name) and not plan.recipe.allow_code):
             yield name, functools.partial(_side_file, plan, name)
     yield CARD, lambda: model_card(plan, read_table(plan.recipe.out)).encode()
-    if len(plan.shards) > 1:
+    if len(plan.shards) > 1 and plan.recipe.emit != "delta":
         yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
     if "config.json" in plan.finetuned.side_files:
         yield "config.json", lambda: _config(plan)
@@ -330,7 +358,7 @@ def replaceable_bytes(plan: Plan, state: State) -> int:
     """Bytes in the output folder that this run will not have to find room for: finished shards, and what it removes."""
     out = open_store(plan.recipe.out)
     if state == "unfinished":
-        shards = {s.name for s in plan.shards}
+        shards = {name for s in plan.shards for name in (s.name, delta_name(s.name))}
         return sum(f.size for name, f in out.files().items() if name in shards or name.startswith(TEMPORARY))
     return sum(f.size for name, f in out.files().items() if name.startswith("fapm/") or name.endswith(".safetensors"))
 

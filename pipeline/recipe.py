@@ -27,7 +27,7 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
-_LATER = ("renames", "allow_pickle", "allow_code")
+_LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression")
 
 Action = Literal["prune", "base", "finetuned"]
 
@@ -142,6 +142,8 @@ class Recipe(BaseModel):
     renames: tuple[str, ...] = ()
     allow_pickle: bool = False
     allow_code: bool = False
+    emit: Literal["checkpoint", "delta", "both"] = "checkpoint"
+    delta_compression: Literal["zstd", "none"] = "zstd"
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"
@@ -214,7 +216,8 @@ class Recipe(BaseModel):
         means = {*PATHS, "memory", "device", "device_memory", "staging", "visibility", "workers", *ON_RAY_ONLY}
         found = self.model_dump(mode="json", exclude=means)
         # What could not be chosen before is left out where it is not chosen, so that a run begun then can go on.
-        return {name: value for name, value in found.items() if value or name not in _LATER}
+        usual = {name: self.__class__.model_fields[name].default for name in _LATER}
+        return {k: v for k, v in found.items() if k not in usual or v not in (usual[k], [])}
 
     @property
     def parsed_rules(self) -> tuple[Rule, ...]:

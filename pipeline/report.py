@@ -111,6 +111,8 @@ def run_text(facts: dict[str, Any]) -> str:
     totals, blends = facts["totals"], METHODS[facts["method"]].score is None
     heading = f"{facts['out']}: {facts['method']}, {'α' if blends else 'density'} {facts['density']:g}"
     heading += "" if blends else f", scope {facts['scope']}"
+    if list(facts["rules"]) == ["*=finetuned"]:
+        heading = f"{facts['out']}: all of {facts['finetuned']}"
     if facts.get("nothing_to_do"):
         heading += f"\nalready finished {facts['finished']}; nothing to do"
     elif facts.get("resumed"):
@@ -129,9 +131,15 @@ def run_text(facts: dict[str, Any]) -> str:
     fields += [
         ("read", format_bytes(totals["read_bytes"]) + (f", {format_bytes(rate)}/s" if rate else "")),
         ("written", format_bytes(totals["written_bytes"])),
+        *([("delta", _delta_text(totals))] if totals.get("delta_bytes") else []),
         ("time", f"{seconds_text(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
     return _with_oddities(heading, fields, facts["oddities"])
+
+
+def _delta_text(totals: dict[str, Any]) -> str:
+    bits = 8 * totals["delta_bytes"] / max(1, totals["elements"])
+    return f"{format_bytes(totals['delta_bytes'])}, {bits:.2f} bits an element"
 
 
 def _accounts(sides: dict[str, Any]) -> list[tuple[str, str]]:
@@ -144,7 +152,7 @@ def _accounts(sides: dict[str, Any]) -> list[tuple[str, str]]:
         parts = [f"{count:,} {what}" for what, count in account["counts"].items()]
         why = "".join(f"; {reason} ({_names(names)})" for reason, names in reasons.items())
         if len(parts) > 1:
-            found.append((f"{side}'s", f"{sum(account['counts'].values()):,}: {', '.join(parts)}{why}"))
+            found.append((side, f"{sum(account['counts'].values()):,}: {', '.join(parts)}{why}"))
     return found
 
 
@@ -291,7 +299,7 @@ def plan_text(facts: dict[str, Any]) -> str:
     fields = [(role, _where_text(where)) for role, where in facts["inputs"].items()]
     fields.append(("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned"))
     fields += [(what, _names(facts[key])) for key, what in _APART.items() if facts[key]]
-    fields += _accounts(facts["accounts"])
+    fields += [(f"of {side}", text) for side, text in _accounts(facts["accounts"])]
     if facts["densities"]:
         fields.append(("densities", densities_text(facts["densities"])))
     left = "" if facts["shards_to_do"] == facts["shards"] else f", {facts['shards_to_do']} of them to do"

@@ -71,7 +71,8 @@ class Comparison:
 
     def __init__(self, plan: Plan, folder: Store, tensor: PairedTensor, there: TensorInfo, progress: Progress):
         self._recipe = plan.recipe
-        self._sides, self._out = Sides(plan.base.folder, plan.finetuned.folder), folder
+        self._sides = Sides(plan.base.folder, plan.finetuned.folder)
+        self._written = Sides(plan.base.folder, folder)
         self._tensor = tensor
         self._infos = {"base": tensor.base, "finetuned": tensor.finetuned, "out": there}
         self._progress = progress
@@ -82,7 +83,7 @@ class Comparison:
         assert info
         stored = np.empty(end - begin, np.uint8)
         if side == "out":
-            self._out.reader(info.file).read_into(info.offset + begin, stored)
+            self._written.read_into(Part("finetuned", info), begin, end, stored)
         else:
             self._sides.read_into(Part("base" if side == "base" else "finetuned", info), begin, end, stored)
         return stored

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from pipeline import fields
@@ -19,15 +20,16 @@ from pipeline.checking.comparing import Budget, Comparison, Progress
 from pipeline.checking.consumers import read_as_consumers_do
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint
+from pipeline.formats.delta import DELTA, check_base, patched, read_delta
 from pipeline.formats.header import read_header
-from pipeline.formats.tensor import TensorInfo
+from pipeline.formats.tensor import Part, Sides, TensorInfo
 from pipeline.manifest import INDEX, TABLE, load_manifest, read_table
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import Recipe
 from pipeline.scoring.methods import METHODS
 from pipeline.scoring.threshold import MAX_KEY, score_of
 from pipeline.storage.address import input_address, open_store
-from pipeline.storage.store import Store
+from pipeline.storage.store import Reader, Store
 
 
 def verify(
@@ -50,8 +52,15 @@ def verify(
     plan = _plan(manifest, out, base, finetuned)
     folder = open_store(out)
     try:
-        tensors, unreadable, problems = _check_files(folder, manifest["shards"])
-        problems += _check_index(folder, tensors, unreadable, len(manifest["shards"]))
+        records = manifest["shards"]
+        if plan.recipe.emit == "delta":
+            tensors, unreadable, problems = _check_delta(plan, folder, records)
+        else:
+            tensors, unreadable, problems = _check_files(folder, records)
+            problems += _check_index(folder, tensors, unreadable, len(records))
+        if plan.recipe.emit == "both":
+            found, _, more = _check_delta(plan, folder, [record["delta"] for record in records])
+            problems += more + _differing(plan, folder, tensors, found)
         rows = _read_rows(out, problems)
         budgets = _budgets(plan, rows, problems)
         problems += _check_names(plan, tensors, unreadable, rows, budgets)
@@ -99,6 +108,65 @@ def _check_identity(checkpoint: Checkpoint, then: dict[str, dict[str, Any]], mov
 # Files.
 
 
+def _check_delta(
+    plan: Plan, folder: Store, records: list[dict[str, Any]]
+) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
+    """The same of a sparse task vector: what base becomes with it."""
+    problems = []
+    for record in records:
+        name = record["name"]
+        if not folder.has(name):
+            problems.append(f"{name}: missing")
+            continue
+        found = _checksum(folder.reader(name))
+        if found != record["xxh3_128"]:
+            problems.append(f"{name}: its xxh3-128 is {found} and should be {record['xxh3_128']}")
+    if problems:
+        return {}, {record["name"] for record in records}, problems
+    try:
+        said = read_delta(folder, folder.address)
+        stored = {t.name: t for of in said["files"] for t in read_header(folder.reader(of), of, of).tensors}
+        check_base(said, plan.base.identity, plan.base.folder.address, folder.address)
+        tensors = patched(said, stored, plan.base.tensors, folder, folder.address)
+    except UserError as error:
+        return {}, {record["name"] for record in records}, [str(error)]
+    sides = Sides(plan.base.folder, folder)
+    for name, info in tensors.items():
+        digest, wanted = xxhash.xxh3_128(), said["tensors"][name]["xxh3_128"]
+        for start in range(0, info.nbytes, _AT_ONCE):
+            digest.update(sides.take(Part("finetuned", info), start, min(info.nbytes, start + _AT_ONCE)).data)
+        if digest.hexdigest() != wanted:
+            problems.append(f"tensor {name!r}: its xxh3-128 is {digest.hexdigest()}, and {DELTA} says {wanted}")
+    return tensors, set(), problems
+
+
+_AT_ONCE = 8 << 20  # bytes; a multiple of every width
+
+
+def _differing(plan: Plan, folder: Store, tensors: dict[str, TensorInfo], of_delta: dict[str, TensorInfo]) -> list[str]:
+    """Where a checkpoint and the sparse task vector beside it are not the same."""
+    problems, sides = [], Sides(plan.base.folder, folder)
+    for name, info in tensors.items():
+        other = of_delta.get(name)
+        if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
+            problems.append(f"tensor {name!r}: another one, or none, in the sparse task vector")
+            continue
+        for start in range(0, info.nbytes, _AT_ONCE):
+            end = min(info.nbytes, start + _AT_ONCE)
+            one, two = (sides.take(Part("finetuned", which), start, end) for which in (info, other))
+            if not np.array_equal(one, two):
+                problems.append(f"tensor {name!r}: the sparse task vector does not give what is stored")
+                break
+    return problems
+
+
+def _checksum(reader: Reader) -> str:
+    digest = xxhash.xxh3_128()
+    for offset in range(0, reader.size, _AT_ONCE):
+        digest.update(reader.read(offset, min(_AT_ONCE, reader.size - offset)))
+    return digest.hexdigest()
+
+
 def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
     """Sizes, checksums and headers of the shards; returns the tensors, the shards that cannot be read, and problems."""
     tensors: dict[str, TensorInfo] = {}
@@ -113,11 +181,9 @@ def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str
         reader = folder.reader(name)
         if reader.size != record["nbytes"]:
             problems.append(f"{name}: has {reader.size} bytes and should have {record['nbytes']}")
-        digest = xxhash.xxh3_128()
-        for offset in range(0, reader.size, 8 << 20):
-            digest.update(reader.read(offset, min(8 << 20, reader.size - offset)))
-        if digest.hexdigest() != record["xxh3_128"]:
-            problems.append(f"{name}: its xxh3-128 is {digest.hexdigest()} and should be {record['xxh3_128']}")
+        digest = _checksum(reader)
+        if digest != record["xxh3_128"]:
+            problems.append(f"{name}: its xxh3-128 is {digest} and should be {record['xxh3_128']}")
         try:
             found = read_header(reader, name, name).tensors
         except UserError as error:
@@ -129,7 +195,7 @@ def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str
                 problems.append(f"tensor {tensor.name!r}: in both {tensors[tensor.name].file} and {name}")
             tensors[tensor.name] = tensor
         problems += read_as_consumers_do(folder, name, found)
-    known = {record["name"] for record in records}
+    known = {record["name"] for record in records} | {r["delta"]["name"] for r in records if "delta" in r}
     for name in sorted(folder.files()):
         if name.endswith(".safetensors") and "/" not in name and name not in known:
             problems.append(f"{name}: not a shard of this run, and would be taken for one")

@@ -11,14 +11,16 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
 from pipeline.formats.beside import MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
+from pipeline.formats.delta import DELTA, check_base, patched, read_delta, summary
 from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
-from pipeline.formats.names import unwrapped
+from pipeline.formats.names import packed_like, renamed, unwrapped
 from pipeline.formats.pickled import describe, distributed_folder, torch_files
 from pipeline.formats.quantized import dequantized
 from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
 from pipeline.storage.address import open_store
 from pipeline.storage.store import FileStat, Store, overlapped
 
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -81,6 +83,8 @@ def open_checkpoint(
         found = folder.files()
         top = {name for name in found if "/" not in name}
         pickled = _pickled(folder, top)
+        if DELTA in top and MODEL not in top and INDEX not in top:
+            return _of_delta(folder, found, role, base, renames)
         if pickled:
             read = _described(folder, *pickled, role, allow_pickle)
             oddities: list[str] = []
@@ -101,6 +105,12 @@ def _read_headers(folder: Store, found: dict[str, FileStat], role: str) -> tuple
     """What safetensors hold, and what is odd about it."""
     oddities: list[str] = []
     files, index = _weight_files(folder, {name for name in found if "/" not in name}, role, oddities)
+    read = _headers_of(folder, files, found, role)
+    _compare_with_index(index, read[0], role, oddities)
+    return read, oddities
+
+
+def _headers_of(folder: Store, files: Sequence[str], found: dict[str, FileStat], role: str) -> _Found:
     _stay_inside(folder, files, role)
     tensors: dict[str, TensorInfo] = {}
     identity = {}
@@ -117,8 +127,33 @@ def _read_headers(folder: Store, found: dict[str, FileStat], role: str) -> tuple
                 )
             tensors[tensor.name] = tensor
         identity[name] = {"size": found[name].size, **found[name].version, "header": header.digest}
-    _compare_with_index(index, tensors, role, oddities)
-    return (tensors, identity), oddities
+    return tensors, identity
+
+
+def _of_delta(
+    folder: Store, found: dict[str, FileStat], role: str, base: Checkpoint | None, renames: Sequence[str]
+) -> Checkpoint:
+    """What base becomes with a sparse task vector; without base, what it holds."""
+    where = f"{role}: {folder.address}"
+    said = read_delta(folder, where)
+    missing = [name for name in said["files"] if name not in found]
+    if missing:
+        raise UserError(f"{where}: {missing[0]} is missing; fetch the sparse task vector again")
+    if role == "base":
+        raise UserError(f"{where} holds a sparse task vector, which is no base; give it as --finetuned")
+    read = _headers_of(folder, sorted(said["files"]), found, role)
+    oddities = [f"{role}: {summary(said, sum(found[name].size for name in said['files']))}"]
+    opened = _opened(folder, found, read, role, oddities)
+    identity = {**opened.identity, DELTA: _identity_of(folder, DELTA)}
+    if base is None:
+        shown = {
+            name: TensorInfo(name, of["dtype"], tuple(of["shape"]), DELTA, 0, 0) for name, of in said["tensors"].items()
+        }
+        return replace(opened, tensors=shown, identity=identity)
+    check_base(said, base.identity, base.folder.address, where)
+    wanted = {name: TensorInfo(name, of["dtype"], tuple(of["shape"]), "", 0, 0) for name, of in said["tensors"].items()}
+    named = packed_like(renamed(base.tensors, wanted, renames, []), wanted, [])
+    return replace(opened, tensors=patched(said, read[0], named, folder, where), identity=identity)
 
 
 def _stay_inside(folder: Store, names: Iterable[str], role: str) -> None:

@@ -73,3 +73,44 @@ def round_to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
             out[i] = 0x7FC0
         else:
             out[i] = (code + np.uint32(0x7FFF) + ((code >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@compiled
+def changed(base, out, gaps, values):  # type: ignore[no-untyped-def]
+    """Where two arrays of bits differ: the gaps between those places, a byte each (255 and another byte, and so on,
+    where they are longer), and what is there in `out`. Returns how many places and how many bytes."""
+    count = nbytes = 0
+    last = -1
+    for i in range(out.size):
+        if base[i] != out[i]:
+            gap = i - last - 1
+            while gap >= 255:
+                gaps[nbytes] = 255
+                nbytes += 1
+                gap -= 255
+            gaps[nbytes] = gap
+            nbytes += 1
+            values[count] = out[i]
+            count += 1
+            last = i
+    return count, nbytes
+
+
+@compiled
+def places(gaps, found, size):  # type: ignore[no-untyped-def]
+    """The places (uint32) that gaps stand for, all below `size`. Returns how many, or −1 if the gaps are not whole, say
+    more places than `found` has room for, or lead out."""
+    count, at, gap = 0, -1, 0
+    for i in range(gaps.size):
+        gap += gaps[i]
+        if gap > size:
+            return -1
+        if gaps[i] == 255:
+            continue
+        at += gap + 1
+        gap = 0
+        if at >= size or count >= found.size:
+            return -1
+        found[count] = at
+        count += 1
+    return -1 if gaps.size and gaps[-1] == 255 else count

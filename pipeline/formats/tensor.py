@@ -70,9 +70,14 @@ class Form(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A tensor of either side as it is, perhaps under another name."""
+    """A tensor of either side as it is, perhaps under another name.
+
+    Attributes:
+        checksum: the xxh3-128 that its bytes should have, in hexadecimal, if that is known.
+    """
 
     of: Part
+    checksum: str = ""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -83,9 +88,10 @@ class Alias:
         sides.read_into(self.of, start * width, stop * width, out)
 
 
-def alias(side: Side, info: TensorInfo, name: str = "") -> TensorInfo:
+def alias(side: Side, info: TensorInfo, name: str = "", checksum: str = "") -> TensorInfo:
     """The same tensor, seen from the other side, or under another name."""
-    return TensorInfo(name or info.name, info.dtype, info.shape, info.file, 0, info.nbytes, Alias(Part(side, info)))
+    form = Alias(Part(side, info), checksum)
+    return TensorInfo(name or info.name, info.dtype, info.shape, info.file, 0, info.nbytes, form)
 
 
 def formed(name: str, dtype: str, shape: tuple[int, ...], form: Form) -> TensorInfo:

@@ -110,6 +110,10 @@ def rows_name(shard: int) -> str:
     return f"fapm/work/shard-{shard:05d}.rows"
 
 
+def delta_facts_name(shard: int) -> str:
+    return f"fapm/work/delta-{shard:05d}.json"
+
+
 READ_BYTES = "read_bytes"
 """In a file of samples or counts, what it cost to make."""
 

@@ -21,17 +21,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum
 from functools import partial, wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import DeviceError
+from pipeline.formats.tensor import Sides
 from pipeline.plan import PairedTensor, Shard
 from pipeline.recipe import LEAST_DEVICE_MEMORY, Recipe, format_bytes
 from pipeline.scoring.device import has_failed, is_full, make_engine
 from pipeline.scoring.engine import DeviceEngine
 from pipeline.scoring.threshold import histograms
 from pipeline.shard import passes
+from pipeline.shard.delta import Checked, DeltaWriter, promised
 from pipeline.shard.landing import shares
 from pipeline.shard.passes import Bench, Scratch
 from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
@@ -42,6 +44,7 @@ from pipeline.shard.task import (
     Done,
     Interrupted,
     Task,
+    delta_facts_name,
     here,
     load_means,
     measure_name,
@@ -235,7 +238,7 @@ class Worker:
         known = load_means(self._out, shard)
         ties: dict[str, int] = {}
         rows = np.zeros(len(shard.tensors), MEASURED)
-        writer = self._out.create(shard.name, shard.nbytes)
+        writer, delta = self._writers(shard)
         sink = self._sink(writer, shard.nbytes)
         try:
             sink.append(shard.header)
@@ -252,17 +255,35 @@ class Worker:
                 rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
                 first = here.stop
             checksum = sink.finish()
+            sparse = delta.finish() if delta else None
         except BaseException:
             sink.abandon()
             raise
         self._out.write(rows_name(shard.index), rows.tobytes())
-        record = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum, "read_bytes": meter.read_bytes}
-        record["seconds"] = round(meter.seconds, 3)
+        record: dict[str, Any] = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum}
+        if sparse and delta:
+            record = sparse if self._recipe.emit == "delta" else {**record, "delta": sparse}
+            self._out.write(delta_facts_name(shard.index), json.dumps(delta.tensors).encode())
+        record |= {"read_bytes": meter.read_bytes, "seconds": round(meter.seconds, 3)}
         self._out.write(record_name(shard.index), json.dumps(record).encode())
         published = time.perf_counter()
         writer.publish()
         writing = sink.seconds + time.perf_counter() - published
-        return meter.done(task, sum(t.read_bytes for t in shard.tensors), shard.nbytes, writing)
+        written = record["nbytes"] + (sparse["nbytes"] if sparse and self._recipe.emit == "both" else 0)
+        return meter.done(task, sum(t.read_bytes for t in shard.tensors), written, writing)
+
+    def _writers(self, shard: Shard) -> tuple[Writer, DeltaWriter | None]:
+        """What takes the shard's bytes; and what makes its sparse task vector of them, if that is wanted."""
+        emit, writer = self._recipe.emit, None
+        if emit != "delta":
+            writer = self._out.create(shard.name, shard.nbytes)
+            if any(promised(tensor) for tensor in shard.tensors):
+                writer = Checked(shard, writer)
+            if emit == "checkpoint":
+                return writer, None
+        compress = self._recipe.delta_compression != "none"
+        delta = DeltaWriter(shard, Sides(*self._inputs), self._out, compress, writer)
+        return delta, delta
 
     def _bench(self, task: Task, pieces: Pieces, progress: Callable[[int], None] = lambda nbytes: None) -> Bench:
         return Bench(self._recipe, self._engine, pieces, task.groups, self._check, self._scratch, progress)

@@ -1,0 +1,138 @@
+"""A sparse task vector on a model that is loaded: written over its weights in place, and taken back.
+
+from pipeline.delta import apply_
+
+undo = apply_(model, "path/to/delta")
+...
+undo()
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+from pipeline.formats.delta import BASE, WHOLE, patched, read_delta
+from pipeline.formats.dtypes import TORCH_NAMES
+from pipeline.formats.header import read_header
+from pipeline.formats.sparse import BLOCK, Patched
+from pipeline.formats.tensor import Part, Sides, TensorInfo
+from pipeline.storage.address import input_address, open_store
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Patch(NamedTuple):
+    """What is written over one tensor, in the form in which serving engines take sparse updates.
+
+    Attributes:
+        name: of the tensor in its checkpoint; `shape`: of all of it.
+        indices: into the flat tensor, (n,) int64, in order.
+        values: (n,) in the tensor's dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    indices: torch.Tensor
+    values: torch.Tensor
+
+
+def patches(delta: str, largest: int = BLOCK) -> Iterator[Patch]:
+    """What a sparse task vector writes over base, a tensor after the other, in patches of `largest` elements of the
+    tensor at most. A tensor that is stored whole is one patch of all its elements.
+
+    Args:
+        delta: the folder, in any store.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    folder = open_store(input_address(delta))
+    try:
+        said = read_delta(folder, delta)
+        stored = {t.name: t for of in said["files"] for t in read_header(folder.reader(of), of, of).tensors}
+        shapes = {n: TensorInfo(n, of["dtype"], tuple(of["shape"]), "", 0, 0) for n, of in said["tensors"].items()}
+        tensors, sides = patched(said, stored, shapes, folder, delta), Sides(folder, folder)
+        for name, tensor in said["tensors"].items():
+            if tensor["as"] == BASE:
+                continue
+            info = tensors[name]
+            dtype = getattr(torch, TORCH_NAMES.get(info.dtype, _OTHERS.get(info.dtype, "uint8")))
+            if tensor["as"] == WHOLE:
+                values = torch.from_numpy(sides.whole(Part("finetuned", info)).copy()).view(dtype)
+                yield Patch(name, info.shape, torch.arange(values.numel()), values)
+                continue
+            assert isinstance(info.form, Patched)
+            for number in range(-(-info.numel // BLOCK)):
+                places, bits = info.form.block(number, sides)
+                if places.size:
+                    values = torch.from_numpy(bits.view(np.uint8).copy()).view(dtype)
+                    yield Patch(name, info.shape, torch.from_numpy(places + number * BLOCK), values)
+    finally:
+        folder.close()
+
+
+_OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+
+
+def apply_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> Callable[[], None]:
+    """Write a sparse task vector over the weights of a model, in place, on whatever device they are.
+
+    The model must hold the base that it was made over: what is written is not added.
+
+    Args:
+        model: a module, or tensors by the names of the checkpoint. Names that only the other has are an error.
+        delta: the folder, in any store.
+
+    Returns:
+        What puts back the weights as they were, from a copy of those that are overwritten.
+
+    Raises:
+        UserError: a tensor is missing, has another shape or dtype; nothing is changed then.
+    """
+    tensors = dict(model.state_dict(keep_vars=True)) if isinstance(model, torch.nn.Module) else dict(model)
+    _check(tensors, delta)
+    before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad():
+        for patch in patches(delta):
+            target = tensors[patch.name].detach()
+            flat = target.view(-1)
+            bits = flat.view(_BITS[flat.element_size()])
+            indices = patch.indices.to(flat.device)
+            before.append((bits, indices, bits[indices].clone()))
+            bits[indices] = patch.values.to(flat.device).view(bits.dtype)
+
+    def undo() -> None:
+        with torch.no_grad():
+            while before:
+                bits, indices, values = before.pop()
+                bits[indices] = values
+
+    return undo
+
+
+def _check(tensors: Mapping[str, torch.Tensor], delta: str) -> None:
+    """Whether all that is going to be written has its place."""
+    folder = open_store(input_address(delta))
+    for name, tensor in read_delta(folder, delta)["tensors"].items():
+        if tensor["as"] == BASE and name not in tensors:
+            continue
+        there = tensors.get(name)
+        wanted = TORCH_NAMES.get(tensor["dtype"], _OTHERS.get(tensor["dtype"], ""))
+        if there is None:
+            raise UserError(f"{delta}: the model has no tensor {name!r}")
+        if tensor["as"] != BASE and (list(there.shape) != tensor["shape"] or str(there.dtype) != f"torch.{wanted}"):
+            raise UserError(
+                f"{delta}: {name!r} is {wanted} {json.dumps(tensor['shape'])}, and the model's {there.dtype} "
+                f"{list(there.shape)}"
+            )
+        if not there.is_contiguous():
+            raise UserError(f"{delta}: the model's {name!r} does not lie in its own order; make it contiguous first")
+
+
+__all__ = ["Patch", "apply_", "patches"]

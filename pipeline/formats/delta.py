@@ -1,0 +1,133 @@
+"""The sparse task vector of a checkpoint: a folder of safetensors and delta.json, which says what they stand for.
+
+delta.json: `format` 1; `base`, its address and its files with their sizes and digests of their headers; `files`, with
+bytes and xxh3-128; and `tensors`: of each its dtype, shape and xxh3-128, and `as`
+- `sparse`: NAME#blocks, NAME#places and NAME#values are stored, as `formats.sparse` says; `kept` places in all;
+- `whole`: NAME is stored;
+- `base`: nothing is stored: it is base's, in the dtype that is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.formats.dtypes import BITS, is_weight, itemsize
+from pipeline.formats.header import is_name
+from pipeline.formats.lowrank import Converted
+from pipeline.formats.sparse import COLUMNS, Patched, check_table, fits
+from pipeline.formats.tensor import Part, TensorInfo, alias, formed
+from pipeline.storage.store import Store
+
+DELTA = "delta.json"
+FORMAT = 1
+SPARSE, WHOLE, BASE = "sparse", "whole", "base"
+BLOCKS, PLACES, VALUES = "#blocks", "#places", "#values"
+MAX_BYTES = 64 << 20
+
+
+def delta_name(shard: str) -> str:
+    """The file of a shard's sparse task vector."""
+    return shard.replace("model", "delta", 1)
+
+
+def read_delta(folder: Store, where: str) -> dict[str, Any]:
+    """delta.json, with all that is relied on later of the right kind.
+
+    Raises:
+        UserError: it is none, or of another version.
+    """
+    if folder.leads_out(DELTA) or folder.size(DELTA) > MAX_BYTES:
+        raise UserError(f"{where}: {DELTA} is a link out of its folder, or larger than any")
+    try:
+        said = json.loads(folder.read(DELTA))
+        if said["format"] != FORMAT:
+            raise UserError(f"{where}: {DELTA} is of format {str(said['format'])[:20]}, and {FORMAT} is read here")
+        base, files, tensors = said["base"], said["files"], said["tensors"]
+        assert isinstance(base["address"], str) and isinstance(base["files"], dict)
+        assert all(isinstance(of, dict) for of in base["files"].values())
+        assert all(isinstance(name, str) and "/" not in name for name in files)
+        for name, tensor in tensors.items():
+            assert is_name(name) and tensor["as"] in (SPARSE, WHOLE, BASE) and tensor["dtype"] in BITS
+            assert all(type(n) is int and n >= 0 for n in tensor["shape"]) and isinstance(tensor["xxh3_128"], str)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        raise UserError(f"{where}: {DELTA} is not that of a sparse task vector") from None
+    return dict(said)
+
+
+def check_base(said: Mapping[str, Any], identity: Mapping[str, Mapping[str, Any]], address: str, where: str) -> None:
+    """Refuse another base than the one that it was made over.
+
+    Raises:
+        UserError: a file of base has another size or another header.
+    """
+    made_over = said["base"]["files"]
+    for file in sorted(made_over.keys() | identity.keys()):
+        then, now = made_over.get(file), identity.get(file)
+        if not then or not now or any(then.get(key) != now.get(key) for key in ("size", "header")):
+            raise UserError(
+                f"{where} was made over {said['base']['address']}, and base, {address}, is another: {file} differs"
+            )
+
+
+def patched(
+    said: Mapping[str, Any], stored: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], folder: Store, where: str
+) -> dict[str, TensorInfo]:
+    """Every tensor that base becomes.
+
+    Args:
+        stored: what the files hold.
+        base: base's tensors, named and packed as those of the sparse task vector.
+
+    Raises:
+        UserError: something is missing, does not fit, or lies.
+    """
+    found = {}
+    for name, tensor in said["tensors"].items():
+        dtype, shape, how = tensor["dtype"], tuple(tensor["shape"]), tensor["as"]
+        if how == WHOLE:
+            if name not in stored or (stored[name].dtype, stored[name].shape) != (dtype, shape):
+                raise UserError(f"{where}: {name!r} is not stored as {DELTA} says")
+            found[name] = alias("finetuned", stored[name], checksum=tensor["xxh3_128"])
+            continue
+        if name not in base or not fits(base[name], dtype, shape):
+            raise UserError(f"{where}: base has no tensor {name!r} {list(shape)} over which it could be written")
+        over = Part("base", base[name])
+        if how == BASE:
+            found[name] = _as_base(name, over, dtype, tensor["xxh3_128"])
+            continue
+        parts = [stored.get(name + what) for what in (BLOCKS, PLACES, VALUES)]
+        blocks, places, values = parts
+        if not (blocks and places and values) or (blocks.dtype, places.dtype, values.dtype) != ("I64", "U8", "U8"):
+            raise UserError(f"{where}: {name!r} is not stored as {DELTA} says")
+        if len(blocks.shape) != 2 or blocks.shape[1] != COLUMNS or blocks.shape[0] > 1 << 32:
+            raise UserError(f"{where}: the blocks of {name!r} are no table")
+        numel = base[name].numel
+        if blocks.shape[0] != -(-numel // (1 << 20)):
+            raise UserError(f"{where}: the blocks of {name!r} are {blocks.shape[0]}, not as many as it needs")
+        table = np.frombuffer(folder.reader(blocks.file).read(blocks.offset, blocks.nbytes), "<i8")
+        check_table(table.reshape(-1, COLUMNS), name, numel, itemsize(dtype), places.nbytes, values.nbytes, where)
+        streams = Part("finetuned", blocks), Part("finetuned", places), Part("finetuned", values)
+        form = Patched(over, *streams, dtype, tensor["xxh3_128"])
+        found[name] = formed(name, dtype, shape, form)
+    return found
+
+
+def _as_base(name: str, over: Part, dtype: str, checksum: str) -> TensorInfo:
+    if over.info.dtype == dtype or not is_weight(dtype):
+        return alias("base", over.info, name, checksum)
+    return formed(name, dtype, over.info.shape, Converted(over, dtype))
+
+
+def summary(said: Mapping[str, Any], nbytes: int) -> str:
+    """How much of how many elements it holds."""
+    elements = sum(int(np.prod(tensor["shape"], dtype=object)) for tensor in said["tensors"].values())
+    kept = sum(int(tensor.get("kept", 0)) for tensor in said["tensors"].values())
+    bits = 8 * nbytes / max(1, elements)
+    return (
+        f"a sparse task vector over {said['base']['address']}: {kept:,} of {elements:,} elements, {bits:.2f} bits each"
+    )

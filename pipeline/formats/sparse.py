@@ -1,0 +1,191 @@
+"""The sparse task vector of one tensor: where it differs from base, and what is there.
+
+A tensor is cut into blocks of BLOCK elements. Of each there are, one after the other in two streams of bytes,
+
+- the places: the gaps between them, a byte each (255 means that the next byte adds to it), or one bit an element, the
+  lowest bit first, whichever is shorter;
+- the values: elements of the output as they are stored, all their first bytes, then all their second bytes, and so on.
+
+Either may be compressed with zstd. A table says of each block how many places it has, how its places are written and
+how many bytes they and its values take: int64 (blocks, 5). The values are copied, not added: nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.formats.dtypes import convert, is_weight, itemsize
+from pipeline.formats.tensor import Part, Sides, TensorInfo
+
+BLOCK = 1 << 20
+"""Elements."""
+
+COLUMNS = 5
+KEPT, HOW, PLAIN_BYTES, PLACE_BYTES, VALUE_BYTES = range(COLUMNS)
+"""Of the table: how many places; flags; bytes of the places, before they were compressed and as they are; of values."""
+
+BITS, PACKED_PLACES, PACKED_VALUES = 1, 2, 4
+"""Flags: a bit an element instead of gaps; compressed places; compressed values."""
+
+_LEVEL = 1  # of zstd: higher ones gain a percent or two
+
+
+@functools.cache
+def _codec() -> object:
+    import pyarrow as pa
+
+    return pa.Codec("zstd", compression_level=_LEVEL)
+
+
+def encode(base: np.ndarray, out: np.ndarray, compress: bool = True) -> tuple[list[int], bytes, bytes]:
+    """A block: its row of the table, its places, its values.
+
+    Args:
+        base, out: bits of the elements in the output's dtype, of one unsigned type, at most BLOCK.
+    """
+    from pipeline.formats.loops import changed
+
+    gaps, values = np.empty(out.size + out.size // 255 + 1, np.uint8), np.empty_like(out)
+    count, nbytes = changed(base, out, gaps, values)
+    how, places = 0, gaps[:nbytes].tobytes()
+    if nbytes > -(-out.size // 8):
+        how, places = BITS, np.packbits(base != out, bitorder="little").tobytes()
+    plain = len(places)
+    taken = values[:count].view(np.uint8).reshape(count, out.itemsize).T.tobytes()
+    if compress:
+        places, how = _smaller(places, how, PACKED_PLACES)
+        taken, how = _smaller(taken, how, PACKED_VALUES)
+    return [count, how, plain, len(places), len(taken)], places, taken
+
+
+def _smaller(data: bytes, how: int, flag: int) -> tuple[bytes, int]:
+    packed = _codec().compress(data, asbytes=True) if data else data  # type: ignore[attr-defined]
+    return (packed, how | flag) if len(packed) < len(data) else (data, how)
+
+
+def check_table(table: np.ndarray, tensor: str, numel: int, width: int, places: int, values: int, where: str) -> None:
+    """Refuse a table that does not fit its tensor, before anything is made of it.
+
+    Args:
+        places, values: bytes of the two streams.
+
+    Raises:
+        UserError: it lies.
+    """
+    blocks = -(-numel // BLOCK)
+    if table.shape != (blocks, COLUMNS):
+        raise UserError(f"{where}: the blocks of {tensor!r} are {table.shape[0]}, and it should have {blocks}")
+    sizes = np.minimum(BLOCK, numel - BLOCK * np.arange(blocks))
+    kept, how, plain, packed, valued = table.T if blocks else np.zeros((COLUMNS, 0), np.int64)
+    in_bits = (how & BITS) > 0
+    most = np.where(in_bits, -(-sizes // 8), kept + sizes // 255)
+    fits = (
+        ((kept >= 0) & (kept <= sizes)).all()
+        and ((how >= 0) & (how < 8)).all()
+        and ((plain >= np.where(in_bits, most, kept)) & (plain <= most)).all()
+        and ((packed >= 0) & np.where(how & PACKED_PLACES, packed < plain, packed == plain)).all()
+        and ((valued >= 0) & np.where(how & PACKED_VALUES, valued < kept * width, valued == kept * width)).all()
+        and int(packed.sum()) == places
+        and int(valued.sum()) == values
+    )
+    if not fits:
+        raise UserError(f"{where}: the table of blocks of {tensor!r} does not fit its places and values")
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """A tensor of base, in another dtype perhaps, with what is written over it.
+
+    Attributes:
+        over: base's tensor.
+        blocks, places, values: the table and the two streams.
+        dtype: of the result.
+        checksum: xxh3-128 of the result's bytes, in hexadecimal.
+    """
+
+    over: Part
+    blocks: Part
+    places: Part
+    values: Part
+    dtype: str
+    checksum: str = ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.over, self.blocks, self.places, self.values
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        info, width = self.over.info, itemsize(self.dtype)
+        before = itemsize(info.dtype)
+        aligned = out.ctypes.data % width == 0
+        bits = out.view(f"u{width}") if aligned else np.empty(stop - start, f"u{width}")
+        taken = sides.take(self.over, start * before, stop * before)
+        bits[:] = in_dtype(taken, info.dtype, self.dtype)
+        for number in range(start // BLOCK, -(-stop // BLOCK)):
+            places, values = sides.remember((self, number), partial(self.block, number, sides))
+            first = number * BLOCK
+            begin, end = np.searchsorted(places, (start - first, stop - first))
+            bits[places[begin:end].astype(np.int64) + (first - start)] = values[begin:end]
+        if not aligned:
+            out[:] = bits.view(np.uint8)
+
+    def block(self, number: int, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
+        """The places (int64, in order) and the values of one block.
+
+        Raises:
+            UserError: they are not what the table says.
+        """
+        from pipeline.formats.loops import places as places_of
+
+        (table,) = sides.remember(
+            (self, "table"), lambda: (sides.whole(self.blocks).view(np.int64).reshape(-1, COLUMNS),)
+        )
+        kept, how, plain, packed, valued = table[number].tolist()
+        before = table[:number].sum(0)
+        width, size = itemsize(self.dtype), min(BLOCK, self.over.info.numel - number * BLOCK)
+        at, from_ = int(before[PLACE_BYTES]), int(before[VALUE_BYTES])
+        written = sides.take(self.places, at, at + packed)
+        if how & PACKED_PLACES:
+            written = self._unpacked(written, plain)
+        if how & BITS:
+            places = np.flatnonzero(np.unpackbits(written, count=size, bitorder="little"))
+            good = places.size == kept
+        else:
+            places = np.empty(kept, np.int64)
+            good = places_of(written, places, size) == kept
+        if not good:
+            raise self._damaged()
+        values = sides.take(self.values, from_, from_ + valued)
+        if how & PACKED_VALUES:
+            values = self._unpacked(values, kept * width)
+        return places, np.ascontiguousarray(values.reshape(width, kept).T).view(f"u{width}").reshape(kept)
+
+    def _unpacked(self, data: np.ndarray, nbytes: int) -> np.ndarray:
+        import pyarrow as pa
+
+        try:
+            return np.frombuffer(_codec().decompress(data.tobytes(), nbytes, asbytes=True), np.uint8)  # type: ignore[attr-defined]
+        except (pa.ArrowException, OSError, ValueError):
+            raise self._damaged() from None
+
+    def _damaged(self) -> UserError:
+        name = self.over.info.name
+        return UserError(f"the sparse task vector of {name!r} in {self.places.info.file} is damaged; fetch it again")
+
+
+def in_dtype(stored: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Bits of base's elements in the output's dtype; of what is not scored, the bits as they are."""
+    if is_weight(source) and is_weight(target):
+        return convert(stored, source, target)
+    return stored.view(f"u{itemsize(target)}")
+
+
+def fits(base: TensorInfo, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the output can be told by where it differs from base's."""
+    alike = base.dtype == dtype or (is_weight(base.dtype) and is_weight(dtype))
+    return base.shape == shape and alike and itemsize(dtype) in (1, 2, 4, 8) and itemsize(base.dtype) > 0

@@ -1,0 +1,235 @@
+"""Writing the sparse task vector of a shard: the shard's bytes go in, what differs from base comes out.
+
+It takes the bytes as any file does, in the thread that writes, so it does not matter which method or device made them.
+What is found is kept in a nameless file until the shard's end, since only then its size is known.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from pipeline.errors import UserError
+from pipeline.formats import sparse
+from pipeline.formats.delta import BASE, BLOCKS, PLACES, SPARSE, VALUES, WHOLE, delta_name
+from pipeline.formats.dtypes import is_weight, itemsize
+from pipeline.formats.header import build_header
+from pipeline.formats.sparse import BLOCK, COLUMNS, Patched
+from pipeline.formats.tensor import Alias, Part, Sides
+from pipeline.plan import PairedTensor, Shard
+from pipeline.storage.store import Store, Writer
+
+_COPIED = 8 << 20  # bytes at once
+
+
+class Parts:
+    """Which tensor each byte of a shard belongs to, as the bytes come."""
+
+    def __init__(self, shard: Shard):
+        self._tensors = iter(shard.tensors)
+        self._skip = len(shard.header)
+        self._tensor: PairedTensor | None = None
+        self._left = 0
+
+    def of(self, data: np.ndarray) -> Iterator[tuple[PairedTensor, np.ndarray, bool]]:
+        """A tensor, its next bytes, and whether they are its last; of a tensor without bytes none."""
+        data = data[self._skipped(data.size) :]
+        while True:
+            if self._tensor is None:
+                self._tensor = next(self._tensors, None)
+                if self._tensor is None:
+                    return
+                self._left = self._tensor.nbytes
+            elif not data.size:
+                return
+            taken, data = data[: self._left], data[self._left :]
+            if not taken.size and self._left:
+                return
+            tensor = self._tensor
+            self._left -= taken.size
+            if not self._left:
+                self._tensor = None
+            yield tensor, taken, not self._left
+
+    def _skipped(self, size: int) -> int:
+        skipped = min(self._skip, size)
+        self._skip -= skipped
+        return skipped
+
+
+class Checked:
+    """A writer before another that compares what is written with the checksums that a sparse task vector promises."""
+
+    def __init__(self, shard: Shard, writer: Writer):
+        self._parts, self._writer, self._digest = Parts(shard), writer, xxhash.xxh3_128()
+
+    def write(self, offset: int, data: np.ndarray | bytes) -> None:
+        for tensor, taken, is_last in self._parts.of(_array(data)):
+            self._digest.update(taken.data)
+            if is_last:
+                found, self._digest = self._digest.hexdigest(), xxhash.xxh3_128()
+                wanted = promised(tensor)
+                if wanted and found != wanted:
+                    raise UserError(
+                        f"tensor {tensor.name!r}: base and the sparse task vector do not give what it was made from: "
+                        "base is another one, or either is damaged"
+                    )
+        self._writer.write(offset, data)
+
+    def publish(self) -> None:
+        self._writer.publish()
+
+    def discard(self) -> None:
+        self._writer.discard()
+
+
+def promised(tensor: PairedTensor) -> str:
+    """The checksum that the output's tensor must have, where it is put together from base and a sparse task vector."""
+    info = tensor.finetuned
+    known = tensor.action == "finetuned" and info is not None and info.dtype == tensor.dtype
+    return info.form.checksum if known and info and isinstance(info.form, Patched | Alias) else ""
+
+
+class DeltaWriter:
+    """A writer of a shard that leaves its sparse task vector.
+
+    Args:
+        sides: base, to compare with.
+        out: where the file will appear.
+        also: another writer, that gets the same bytes.
+    """
+
+    def __init__(self, shard: Shard, sides: Sides, out: Store, compress: bool, also: Writer | None = None):
+        self._shard, self._sides, self._out, self._compress, self._also = shard, sides, out, compress, also
+        self._parts = Parts(shard)
+        self._places, self._values = _nameless(out), _nameless(out)
+        self._entries: list[tuple[str, str, tuple[int, ...], int, IO[bytes] | bytes, int]] = []
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self._file: Writer | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._digest, self._of_base = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self._table: list[list[int]] = []
+        self._pending = np.empty(0, np.uint8)
+        self._done = 0  # elements
+        self._at = self._places.tell(), self._values.tell()
+
+    def write(self, offset: int, data: np.ndarray | bytes) -> None:
+        if self._also:
+            self._also.write(offset, data)
+        for tensor, taken, is_last in self._parts.of(_array(data)):
+            self._digest.update(taken.data)
+            if is_comparable(tensor):
+                self._compare(tensor, taken, is_last)
+            else:
+                self._values.write(taken.data)
+            if is_last:
+                self._end(tensor)
+
+    def _compare(self, tensor: PairedTensor, taken: np.ndarray, is_last: bool) -> None:
+        self._pending = np.concatenate([self._pending, taken]) if self._pending.size else taken.copy()
+        size = BLOCK * itemsize(tensor.dtype)
+        while self._pending.size >= size or (is_last and self._pending.size):
+            block, self._pending = self._pending[:size], self._pending[size:]
+            self._block(tensor, block.view(f"u{itemsize(tensor.dtype)}"))
+
+    def _block(self, tensor: PairedTensor, out: np.ndarray) -> None:
+        assert tensor.base
+        width = itemsize(tensor.base.dtype)
+        stored = self._sides.take(Part("base", tensor.base), self._done * width, (self._done + out.size) * width)
+        self._of_base.update(stored.data)
+        base = sparse.in_dtype(stored, tensor.base.dtype, tensor.dtype)
+        row, places, values = sparse.encode(base, out, self._compress)
+        self._table.append(row)
+        self._places.write(places)
+        self._values.write(values)
+        self._done += out.size
+
+    def _end(self, tensor: PairedTensor) -> None:
+        name, (places, values) = tensor.name, self._at
+        said: dict[str, Any] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "xxh3_128": self._digest.hexdigest(),
+        }  # fmt: skip
+        if not is_comparable(tensor):
+            self._entries.append((name, tensor.dtype, tensor.shape, tensor.nbytes, self._values, values))
+            self.tensors[name] = said | {"as": WHOLE}
+        else:
+            kept = sum(row[sparse.KEPT] for row in self._table)
+            self.tensors[name] = said | {
+                "as": SPARSE if kept else BASE, "kept": kept, "base_xxh3_128": self._of_base.hexdigest(),
+            }  # fmt: skip
+            if kept:
+                table = np.array(self._table, "<i8")
+                for what, data, shape, file, at in (
+                    (BLOCKS, table.tobytes(), (len(table), COLUMNS), None, 0),
+                    (PLACES, b"", (self._places.tell() - places,), self._places, places),
+                    (VALUES, b"", (self._values.tell() - values,), self._values, values),
+                ):
+                    dtype, nbytes = ("I64", len(data)) if file is None else ("U8", shape[0])
+                    self._entries.append((name + what, dtype, shape, nbytes, file or data, at))
+            else:  # bitmasks of nothing, perhaps
+                self._places.seek(places)
+                self._values.seek(values)
+        self._begin()
+
+    def finish(self) -> dict[str, Any]:
+        """Put the file together; returns its name, size and xxh3-128. It appears when it is published."""
+        header = build_header(entry[:4] for entry in self._entries)
+        size, name = len(header) + sum(entry[3] for entry in self._entries), delta_name(self._shard.name)
+        self._file = self._out.create(name, size)
+        digest, offset = xxhash.xxh3_128(), 0
+        for data in (header, *self._stored()):
+            digest.update(data)
+            self._file.write(offset, data)
+            offset += len(data)
+        assert offset == size
+        return {"name": name, "nbytes": size, "xxh3_128": digest.hexdigest()}
+
+    def _stored(self) -> Iterator[bytes]:
+        for *_, nbytes, file, at in self._entries:
+            if isinstance(file, bytes):
+                yield file
+                continue
+            file.seek(at)
+            for start in range(0, nbytes, _COPIED):
+                yield file.read(min(_COPIED, nbytes - start))
+
+    def publish(self) -> None:
+        assert self._file
+        self._file.publish()
+        if self._also:
+            self._also.publish()
+
+    def discard(self) -> None:
+        for writer in (self._file, self._also):
+            if writer:
+                writer.discard()
+        self._places.close()
+        self._values.close()
+
+
+def is_comparable(tensor: PairedTensor) -> bool:
+    """Whether a tensor can be told by where it differs from base's tensor of its name."""
+    base = tensor.base
+    return (
+        base is not None
+        and base.name == tensor.name
+        and (is_weight(tensor.dtype) or tensor.dtype == base.dtype)
+        and sparse.fits(base, tensor.dtype, tensor.shape)
+    )
+
+
+def _array(data: np.ndarray | bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+
+
+def _nameless(out: Store) -> IO[bytes]:
+    """A file without a name, that is gone with this process; on the disk of the output where that is here."""
+    path = getattr(out, "path", None)
+    return tempfile.TemporaryFile(dir=path if path and Path(path).is_dir() else None)
