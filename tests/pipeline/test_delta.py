@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from checkpoints import gaussian, load, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
-from pipeline.delta import apply_, patches
+from pipeline.delta import apply_, as_shira, patches
 from pipeline.formats.sparse import BLOCK, COLUMNS, check_table, encode
 
 SHAPES = {
@@ -169,48 +170,21 @@ def test_over_an_adapter_and_quantized_base(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_the_layout_is_what_its_page_says(pair, compression):
-    import pyarrow as pa
-
-    delta = run(pair, "delta", density=0.3, emit="delta", delta_compression=compression)
-    expected, base = load(run(pair, "whole", density=0.3)), load(pair / "base")
-    said = json.loads((delta / "delta.json").read_text())
-    stored = {name: t for file in said["files"] for name, t in load_file(delta / file).items()}
-    for name, about in said["tensors"].items():
-        out = expected[name].reshape(-1)
-        if about["as"] == "whole":
-            assert torch.equal(stored[name].reshape(-1), out)
-            continue
-        assert torch.equal(out, base[name].reshape(-1)) is (about["as"] == "base")
-        if about["as"] == "base":
-            continue
-        made = base[name].reshape(-1).clone()
-        places, values = bytes(stored[f"{name}#places"].numpy()), bytes(stored[f"{name}#values"].numpy())
-        for number, (kept, how, plain, packed, valued) in enumerate(stored[f"{name}#blocks"].tolist()):
-            mine, places = places[:packed], places[packed:]
-            bits, values = values[:valued], values[valued:]
-            assert compression == "zstd" or how < 2
-            if how & 2:
-                mine = pa.decompress(mine, plain, "zstd", asbytes=True)
-            if how & 4:
-                bits = pa.decompress(bits, kept * out.element_size(), "zstd", asbytes=True)
-            at, found, gap = number * BLOCK - 1, [], 0
-            if how & 1:
-                found = (
-                    np.flatnonzero(np.unpackbits(np.frombuffer(mine, np.uint8), bitorder="little")) + at + 1
-                ).tolist()
-            else:
-                for byte in mine:
-                    gap += byte
-                    if byte < 255:
-                        at += gap + 1
-                        found.append(at)
-                        gap = 0
-            assert len(found) == kept
-            shuffled = np.frombuffer(bits, np.uint8).reshape(out.element_size(), kept).T.copy()
-            made[found] = torch.from_numpy(shuffled).view(out.dtype).reshape(-1)
-        assert torch.equal(made, out)
-        assert not places and not values
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_the_layout_is_what_its_page_says(pair, compression, density):
+    """The page's own loader reads it."""
+    page = (Path(__file__).parents[2] / "configs" / "delta.md").read_text()
+    code = page.partition("```python")[2].partition("```")[0]
+    loader: dict[str, Any] = {}
+    exec(code, loader)
+    delta = run(pair, "delta", density=density, emit="delta", delta_compression=compression)
+    expected, base = load(run(pair, "whole", density=density)), load(pair / "base")
+    tensors = json.loads((delta / "delta.json").read_text())["tensors"]
+    assert {about["as"] for about in tensors.values()} == {"sparse", "whole", "base"}
+    for name in (name for name, about in tensors.items() if about["as"] == "sparse"):
+        before = base[name].reshape(-1).view(torch.int16).numpy().view(np.uint16)
+        made = torch.from_numpy(loader["load_sparse"](delta, name, before).view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(made, expected[name].reshape(-1))
 
 
 def test_its_size_at_a_tenth(tmp_path):
@@ -445,3 +419,38 @@ def test_from_the_command_line(pair):
     wrong = fapm(pair, "apply", "--base", "finetuned", "--delta", "delta", "--out", "no")
     assert wrong.returncode == 1
     assert "was made over base" in wrong.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_peft_s_shira(tmp_path, dtype):
+    """Merged by PEFT it is the pruned checkpoint; switched off it is base."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    )
+    for seed, side in enumerate(("base", "finetuned")):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).to(dtype)
+        with torch.no_grad():
+            for number, tensor in enumerate(model.parameters()):
+                noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)) * 1e-3
+                tensor.add_((noise * seed).to(dtype))
+        model.save_pretrained(tmp_path / side)
+    expected = load(run(tmp_path, "whole", density=0.2))
+    delta = str(run(tmp_path, "delta", density=0.2, emit="delta"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    base = {name: t.clone() for name, t in model.state_dict().items()}
+    wrapped, left_out = as_shira(model, delta)
+    linear = {name for name in expected if "proj" in name or name == "lm_head.weight"}
+    assert set(left_out) == {n for n in expected if n not in linear and not torch.equal(expected[n], base[n])}
+    merged = wrapped.merge_and_unload().state_dict()
+    for name in linear:
+        torch.testing.assert_close(merged[name], expected[name], rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-9)
+
+
+def test_too_many_changes_for_shira(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10, bias=False))
+    save(tmp_path / "base", {"0.weight": model[0].weight.detach().clone()})
+    save(tmp_path / "finetuned", {"0.weight": model[0].weight.detach() + 1})
+    delta = str(run(tmp_path, "delta", emit="delta", density=0.95))
+    with pytest.raises(UserError, match="SHiRA of rank 4 would need more than all of them"):
+        as_shira(model, delta)
