@@ -46,6 +46,14 @@ class Runner:
         return load(self.prune(**choices)[0])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: one cluster after the other, and beside them the rest, a module's tests together."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent)
+        with_ray = "cluster" in place.parts or place.name == "test_ceph.py"
+        item.add_marker(pytest.mark.xdist_group("cluster" if with_ray else str(place)))
+
+
 _status = [0]
 
 
@@ -57,6 +65,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End without the libraries' own farewells: one process that has been the driver of many Ray clusters once died of
     a segmentation fault after its last test. How the program itself ends is tested on processes of its own."""
+    if hasattr(config, "workerinput"):  # pytest-xdist ends its workers
+        return
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
