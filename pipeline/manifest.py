@@ -221,6 +221,11 @@ def unfinished_shards(plan: Plan) -> list[int]:
     ]
 
 
+def shard_files(recipe: Recipe, shard: str) -> list[str]:
+    """What is left of a shard: itself, its sparse task vector, or both."""
+    return [*([shard] if recipe.emit != "delta" else []), *([delta_name(shard)] if recipe.emit != "checkpoint" else [])]
+
+
 def _is_there(recipe: Recipe, shard: Shard, there: dict[str, FileStat]) -> bool:
     whole = shard.name in there and there[shard.name].size == shard.nbytes
     delta = delta_name(shard.name) in there

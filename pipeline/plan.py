@@ -198,6 +198,8 @@ def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoi
     """base with its tensors named and packed as finetuned's are."""
     wanted = finetuned.tensors
     if base.tensors.keys() >= wanted.keys():
+        if recipe.renames and not any(info.form for info in wanted.values()):
+            oddities.append("--rename changes nothing: base has all of finetuned's names")
         return base
     tensors = renamed(base.tensors, wanted, recipe.renames, oddities)
     return replace(base, tensors=packed_like(tensors, wanted, oddities))

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline import run
 from pipeline.errors import PassingError
 from pipeline.log import LOG
-from pipeline.manifest import MANIFEST, RECIPE, RUN, identity, version
+from pipeline.manifest import MANIFEST, RECIPE, RUN, identity, shard_files, version
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import PATHS, Recipe
 from pipeline.run import MakePool, Result, Watch
@@ -56,13 +56,14 @@ def prune(
 
     def note(event: str, **facts: Any) -> None:
         if event == "shard":
-            uploads.add(facts["shard"])
+            for name in shard_files(staged, facts["shard"]):
+                uploads.add(name)
         watch.note(event, **facts)
 
     try:
         result = run.prune(staged, overwrite=overwrite, pool=pool, watch=replace(watch, note=note))
-        for record in result.manifest["shards"]:
-            uploads.add(record["name"])
+        for name in _stored(result.manifest):
+            uploads.add(name)
         uploads.finish()
     finally:
         uploads.stop()
@@ -95,7 +96,7 @@ def staged_recipe(recipe: Recipe) -> Recipe:
 def _own_staging(recipe: Recipe) -> str:
     """A folder of this user's cache, the same for the same run."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    what = json.dumps([recipe.out, recipe.base, recipe.finetuned], sort_keys=True)
+    what = json.dumps([recipe.out, recipe.base, recipe.finetuned, recipe.decides()], sort_keys=True)
     return os.path.join(home, "fapm", "staging", hashlib.blake2b(what.encode(), digest_size=8).hexdigest())
 
 
@@ -104,11 +105,17 @@ def _to_publish(store: Store, made: dict[str, Any], recipe: Recipe, out: str) ->
     paths = {role: repository_of(path, pinned=True) or split(path)[1] for role, path in made["paths"].items()}
     paths["out"] = out
     public = recipe.model_copy(update={**{side: paths[side] for side in PATHS}, "staging": None})
-    shards = {record["name"] for record in made["shards"]}
+    shards = set(_stored(made))
     found = {name: store.read(name) for name in store.files() if name not in shards and name != LOG}
     found[MANIFEST] = json.dumps({**made, "paths": paths, "paths_given": paths}, indent=1).encode()
     found[RECIPE] = public.to_yaml().encode()
     return found
+
+
+def _stored(made: dict[str, Any]) -> list[str]:
+    """The files that hold weights."""
+    records = made["shards"]
+    return [one["name"] for record in records for one in (record, record.get("delta")) if one]
 
 
 def _commit(target: Any, plan: Plan, uploads: _Uploads, files: dict[str, bytes]) -> None:

@@ -12,8 +12,11 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import itemsize
 from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, alias, formed
 
-_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch.compile, data parallelism, PEFT and FSDP put into names."""
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile and FSDP put into names."""
+
+_FIRST = ("module.", "base_model.model.")
+"""What data parallelism and PEFT put before all of them."""
 
 _PREFIXES = (
     ("model.language_model.", "model."),
@@ -40,12 +43,14 @@ def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str])
     Raises:
         UserError: two would have one name.
     """
+    bare_names = {name: _WRAPPERS.sub("", name) for name in tensors}
+    for first in _FIRST:
+        if all(bare.startswith(first) for bare in bare_names.values()):
+            bare_names = {name: bare.removeprefix(first) for name, bare in bare_names.items()}
     found: dict[str, TensorInfo] = {}
     seen: dict[str, str] = {}
     for name, info in tensors.items():
-        bare = name
-        for wrapper in _WRAPPERS:
-            bare = re.sub(rf"(?:^|(?<=\.)){re.escape(wrapper)}", "", bare)
+        bare = bare_names[name]
         if bare in found:
             raise UserError(f"{role}: {seen[bare]!r} and {name!r} are both {bare!r} without what training has added")
         seen[bare] = name

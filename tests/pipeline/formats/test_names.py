@@ -66,10 +66,17 @@ def test_in_the_middle_of_a_name_too(pair):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_module_that_is_called_module_keeps_its_name(tmp_path):
+    base, finetuned = gaussian({"visual.module.a": (3, 4), "module.b": (5,)}, torch.bfloat16)
+    save(tmp_path / "base", base)
+    save(tmp_path / "finetuned", finetuned)
+    assert pruned(tmp_path, "base", "finetuned")[0].keys() == base.keys()
+
+
 def test_two_that_would_have_one_name(pair):
     tensors = load(pair / "finetuned")
-    save(pair / "wrapped", tensors | {"module.lm_head.weight": tensors["lm_head.weight"] + 1})
-    with pytest.raises(UserError, match=r"'lm_head.weight' and 'module.lm_head.weight' are both 'lm_head.weight'"):
+    save(pair / "wrapped", tensors | {"_orig_mod.lm_head.weight": tensors["lm_head.weight"] + 1})
+    with pytest.raises(UserError, match=r"'_orig_mod.lm_head.weight' .* 'lm_head.weight' are both 'lm_head.weight'"):
         pruned(pair, "base", "wrapped")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -218,6 +219,25 @@ def test_one_commit_private_with_card_and_no_path_of_this_machine(logged_in, run
     assert publish(to_hub(runner)).nothing_to_do
     assert not any("commit" in path or "preupload" in path for path in logged_in.asked)
     assert verify("hf://org/out") == []
+
+
+@pytest.mark.parametrize("emit", ["delta", "both"])
+def test_a_sparse_task_vector_goes_there_and_comes_back(logged_in, runner, emit):
+    expected, _ = runner.prune(shard_size=300_000)
+    publish(to_hub(runner, emit=emit))
+    files = newest(logged_in)
+    commit = list(logged_in.commits["org/base"])[-1]
+    assert json.loads(files["delta.json"])["base"]["address"] == f"hf://org/base@{commit}"
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert all(hashlib.sha256(files[name]).hexdigest() in logged_in.uploaded for name in weights)
+    assert any(name.startswith("model") for name in weights) is (emit == "both")
+    assert verify("hf://org/out") == []
+    if emit == "delta":
+        out = str(runner.folder / "again")
+        sides = {"base": "org/base", "finetuned": "org/out", "out": out}
+        prune(runner.recipe(rules=["*=finetuned"], shard_size=300_000).model_copy(update=sides))
+        for path in expected.glob("*.safetensors*"):
+            assert path.read_bytes() == (Path(out) / path.name).read_bytes()
 
 
 def test_what_is_uploaded_is_not_uploaded_again(logged_in, runner, monkeypatch):
