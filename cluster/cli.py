@@ -128,8 +128,10 @@ def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) ->
 
 @cli.command()
 @work_options("delta_compression", "allow_pickle", "allow_code")
-@click.option("--delta", metavar="FOLDER", help="The sparse task vector.")
-def apply(delta: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+@click.option(
+    "--delta", "deltas", metavar="FOLDER", multiple=True, help="The sparse task vector; several are applied in order."
+)
+def apply(deltas: tuple[str, ...], overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Put a checkpoint together from base and a sparse task vector, byte for byte.
 
     Another base than the one that it was made over is refused.
@@ -139,11 +141,14 @@ def apply(delta: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
       fapm apply --base llama/ --delta llama-math-delta/ --out llama-math/
       fapm apply --base org/llama --delta s3://bucket/delta --out llama-math/ --ray local
     """
-    _all_of_finetuned({**choices, "finetuned": delta, "allow_code": True}, overwrite, as_json)
+    from pipeline.storage.address import layered
+
+    finetuned = layered(deltas) if deltas else None
+    _all_of_finetuned({**choices, "finetuned": finetuned, "allow_code": True}, overwrite, as_json)
 
 
 @cli.command()
-@work_options()
+@work_options("on_conflict")
 @click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint.")
 def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Make a sparse task vector of any two checkpoints: all elements that differ, pruned or not.

@@ -61,6 +61,10 @@ _RECIPE_OPTIONS = (
         "--emit", metavar="WHAT",
         help="checkpoint; delta, the sparse task vector: what differs from base; or both.  [checkpoint]",
     ),
+    click.option(
+        "--on-conflict", metavar="WHAT",
+        help="Where several sparse task vectors write different values to one place: error, first or last.  [error]",
+    ),
     click.option("--delta-compression", metavar="HOW", help="zstd or none.  [zstd]"),
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
     click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),

@@ -142,7 +142,9 @@ def make_plan(recipe: Recipe) -> Plan:
     with without_collection():
         pickles = found.allow_pickle
         known = open_checkpoint(base, "base", allow_pickle=pickles)
-        plan = plan_pair(found, known, open_checkpoint(finetuned, "finetuned", known, found.renames, pickles))
+        plan = plan_pair(
+            found, known, open_checkpoint(finetuned, "finetuned", known, found.renames, pickles, found.on_conflict)
+        )
         return replace(plan, given=recipe, oddities=(*not_base, *not_finetuned, *plan.oddities))
 
 

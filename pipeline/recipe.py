@@ -27,7 +27,7 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
-_LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression")
+_LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression", "on_conflict")
 
 Action = Literal["prune", "base", "finetuned"]
 
@@ -144,6 +144,7 @@ class Recipe(BaseModel):
     allow_code: bool = False
     emit: Literal["checkpoint", "delta", "both"] = "checkpoint"
     delta_compression: Literal["zstd", "none"] = "zstd"
+    on_conflict: Literal["error", "first", "last"] = "error"
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"

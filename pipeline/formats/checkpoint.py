@@ -11,13 +11,14 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
 from pipeline.formats.beside import MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
-from pipeline.formats.delta import DELTA, check_base, patched, read_delta, summary
+from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, summary
 from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
 from pipeline.formats.names import packed_like, renamed, unwrapped
 from pipeline.formats.pickled import describe, distributed_folder, torch_files
 from pipeline.formats.quantized import dequantized
 from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
 from pipeline.storage.address import open_store
+from pipeline.storage.layers import Layers
 from pipeline.storage.store import FileStat, Store, overlapped
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -62,14 +63,16 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str, role: str, base: Checkpoint | None = None, renames: Sequence[str] = (), allow_pickle: bool = False
-) -> Checkpoint:
+    path: str, role: str, base: Checkpoint | None = None, renames: Sequence[str] = (), allow_pickle: bool = False,
+    on_conflict: str = "error",
+) -> Checkpoint:  # fmt: skip
     """Read the headers of the checkpoint in the folder `path`.
 
     Args:
         base: what an adapter is added to. Without it an adapter's own tensors are what is found.
         renames: FROM=TO, beginnings of base's names and the adapter's.
         allow_pickle: let another process look into pickles, if they are all that there is.
+        on_conflict: what counts where several sparse task vectors do not agree: `first`, `last` or `error`.
 
     Raises:
         UserError: there is no such folder, it holds no weights, a shard is missing, or a header lies.
@@ -80,6 +83,8 @@ def open_checkpoint(
     if not folder.exists():
         raise UserError(f"{role}: there is no folder {path}")
     try:
+        if isinstance(folder, Layers):
+            return _of_layers(folder, role, base, renames, on_conflict)
         found = folder.files()
         top = {name for name in found if "/" not in name}
         pickled = _pickled(folder, top)
@@ -154,6 +159,27 @@ def _of_delta(
     wanted = {name: TensorInfo(name, of["dtype"], tuple(of["shape"]), "", 0, 0) for name, of in said["tensors"].items()}
     named = packed_like(renamed(base.tensors, wanted, renames, []), wanted, [])
     return replace(opened, tensors=patched(said, read[0], named, folder, where), identity=identity)
+
+
+def _of_layers(
+    folder: Layers, role: str, base: Checkpoint | None, renames: Sequence[str], on_conflict: str
+) -> Checkpoint:
+    """What base becomes with several sparse task vectors, with the last one's side files."""
+    opened = [open_checkpoint(part.address, role, base, renames) for part in folder.parts]
+    for one in opened:
+        if DELTA not in one.identity:
+            raise UserError(f"{role}: {one.folder.address} holds no sparse task vector, and only those can be several")
+    layers = [{n: in_layer(info, i) for n, info in one.tensors.items()} for i, one in enumerate(opened)]
+    tensors, beaten = layered(layers, on_conflict, role)
+    last = opened[-1]
+    parts = [leaf.info.name for info in beaten for leaf in leaves(Part("finetuned", info)) if leaf.side == "finetuned"]
+    return Checkpoint(
+        role, folder, tensors, {f"{i}/{file}": of for i, one in enumerate(opened) for file, of in one.identity.items()},
+        last.side_files, tuple(oddity for one in opened for oddity in one.oddities),
+        borrowed=dict.fromkeys(last.side_files, last.folder),
+        gone=dict.fromkeys(parts, "another sparse task vector's counts"),
+        stored=tuple(in_layer(info, i) for i, one in enumerate(opened) for info in one.stored),
+    )  # fmt: skip
 
 
 def _stay_inside(folder: Store, names: Iterable[str], role: str) -> None:

@@ -10,7 +10,8 @@ bytes and xxh3-128; and `tensors`: of each its dtype, shape and xxh3-128, and `a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import BITS, is_weight, itemsize
 from pipeline.formats.header import is_name
 from pipeline.formats.lowrank import Converted
-from pipeline.formats.sparse import COLUMNS, Patched, check_table, fits
-from pipeline.formats.tensor import Part, TensorInfo, alias, formed
+from pipeline.formats.sparse import COLUMNS, Layered, Patched, check_table, fits
+from pipeline.formats.tensor import Alias, Part, TensorInfo, alias, formed
 from pipeline.storage.store import Store
 
 DELTA = "delta.json"
@@ -131,3 +132,55 @@ def summary(said: Mapping[str, Any], nbytes: int) -> str:
     return (
         f"a sparse task vector over {said['base']['address']}: {kept:,} of {elements:,} elements, {bits:.2f} bits each"
     )
+
+
+def layered(
+    layers: Sequence[Mapping[str, TensorInfo]], on_conflict: str, where: str
+) -> tuple[dict[str, TensorInfo], list[TensorInfo]]:
+    """What base becomes with several sparse task vectors, one after the other; and what of them does not count.
+
+    Args:
+        layers: what base becomes with each of them alone, their files named as `in_layer` names them.
+        on_conflict: what counts where they do not agree: `first`, `last` or `error`.
+
+    Raises:
+        UserError: two store one tensor whole, or in several dtypes, and it is not said which counts.
+    """
+    found, beaten = {}, []
+    for name in sorted({name for layer in layers for name in layer}):
+        of = [layer[name] for layer in layers if name in layer]
+        changing = [info for info in of if not _is_base(info)] or of[:1]
+        forms = [info.form for info in changing if isinstance(info.form, Patched)]
+        if len({getattr(info.form, "checksum", "") or i for i, info in enumerate(changing)}) == 1:
+            found[name] = changing[0]  # the same in all
+            beaten += changing[1:]
+        elif len(forms) == len(changing) and len({(form.dtype, form.over) for form in forms}) == 1:
+            together = Layered(tuple(forms), on_conflict)
+            found[name] = formed(name, changing[0].dtype, changing[0].shape, together)
+        elif on_conflict == "error":
+            raise UserError(
+                f"{where}: several of the sparse task vectors hold {name!r} whole, or in several dtypes; --on-conflict "
+                "first or last decides"
+            )
+        else:
+            found[name] = changing[0 if on_conflict == "first" else -1]
+            beaten += [info for info in changing if info is not found[name]]
+    return found, beaten
+
+
+def _is_base(info: TensorInfo) -> bool:
+    return isinstance(info.form, Converted) or (isinstance(info.form, Alias) and info.form.of.side == "base")
+
+
+def in_layer(info: TensorInfo, number: int) -> TensorInfo:
+    """A tensor of the folder `number` of several."""
+
+    def moved(part: Part) -> Part:
+        return part if part.side == "base" else Part(part.side, in_layer(part.info, number))
+
+    form = info.form
+    if isinstance(form, Patched):
+        form = replace(form, blocks=moved(form.blocks), places=moved(form.places), values=moved(form.values))
+    elif isinstance(form, Alias):
+        form = replace(form, of=moved(form.of))
+    return replace(info, file=f"{number}/{info.file}", form=form)

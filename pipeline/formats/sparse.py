@@ -13,6 +13,7 @@ how many bytes they and its values take: int64 (blocks, 5). The values are copie
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -120,19 +121,7 @@ class Patched:
         return self.over, self.blocks, self.places, self.values
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
-        info, width = self.over.info, itemsize(self.dtype)
-        before = itemsize(info.dtype)
-        aligned = out.ctypes.data % width == 0
-        bits = out.view(f"u{width}") if aligned else np.empty(stop - start, f"u{width}")
-        taken = sides.take(self.over, start * before, stop * before)
-        bits[:] = in_dtype(taken, info.dtype, self.dtype)
-        for number in range(start // BLOCK, -(-stop // BLOCK)):
-            places, values = sides.remember((self, number), partial(self.block, number, sides))
-            first = number * BLOCK
-            begin, end = np.searchsorted(places, (start - first, stop - first))
-            bits[places[begin:end].astype(np.int64) + (first - start)] = values[begin:end]
-        if not aligned:
-            out[:] = bits.view(np.uint8)
+        write_over(self, start, stop, out, sides, self.block)
 
     def block(self, number: int, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
         """The places (int64, in order) and the values of one block.
@@ -176,6 +165,64 @@ class Patched:
     def _damaged(self) -> UserError:
         name = self.over.info.name
         return UserError(f"the sparse task vector of {name!r} in {self.places.info.file} is damaged; fetch it again")
+
+
+def write_over(
+    patched: Patched, start: int, stop: int, out: np.ndarray, sides: Sides,
+    block: Callable[[int, Sides], tuple[np.ndarray, np.ndarray]],
+) -> None:  # fmt: skip
+    """base's elements `start` to `stop` in the dtype of the result, and over them what `block` says of each block."""
+    info, width = patched.over.info, itemsize(patched.dtype)
+    before = itemsize(info.dtype)
+    aligned = out.ctypes.data % width == 0
+    bits = out.view(f"u{width}") if aligned else np.empty(stop - start, f"u{width}")
+    taken = sides.take(patched.over, start * before, stop * before)
+    bits[:] = in_dtype(taken, info.dtype, patched.dtype)
+    for number in range(start // BLOCK, -(-stop // BLOCK)):
+        places, values = sides.remember((block, number), partial(block, number, sides))
+        first = number * BLOCK
+        begin, end = np.searchsorted(places, (start - first, stop - first))
+        bits[places[begin:end].astype(np.int64) + (first - start)] = values[begin:end]
+    if not aligned:
+        out[:] = bits.view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Layered:
+    """A tensor of base with several sparse task vectors written over it, one after the other.
+
+    Attributes:
+        layers: over the same tensor, in the same dtype.
+        on_conflict: what counts where two write different values to one place: `first`, `last`, or `error`.
+    """
+
+    layers: tuple[Patched, ...]
+    on_conflict: str
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(part for layer in self.layers for part in layer.parts)
+
+    def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
+        first = self.layers[0]
+        write_over(first, start, stop, out, sides, self._block)
+
+    def _block(self, number: int, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
+        found = [layer.block(number, sides) for layer in self.layers]
+        places = np.concatenate([places for places, _ in found])
+        values = np.concatenate([values for _, values in found])
+        order = np.argsort(places, kind="stable")
+        places, values = places[order], values[order]
+        again = places[1:] == places[:-1]
+        if self.on_conflict == "error":
+            conflicts = int(np.count_nonzero(again & (values[1:] != values[:-1])))
+            if conflicts:
+                raise UserError(
+                    f"tensor {self.layers[0].over.info.name!r}: two sparse task vectors write different values to "
+                    f"{conflicts:,} of the same places; --on-conflict first or last decides"
+                )
+        keep = np.append(True, ~again) if self.on_conflict == "first" else np.append(~again, True)
+        return places[keep[: places.size]], values[keep[: values.size]]
 
 
 def in_dtype(stored: np.ndarray, source: str, target: str) -> np.ndarray:

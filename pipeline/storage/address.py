@@ -6,9 +6,11 @@ import contextlib
 import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.storage.layers import Layers
 from pipeline.storage.local import Folder
 from pipeline.storage.store import Store
 
@@ -16,6 +18,10 @@ BUCKETS = ("s3", "gs", "az")
 """Schemes of object stores."""
 
 HUB = "hf"
+
+LAYERS = "layers"
+"""Several folders, one over the other; only made here, by `layered`."""
+_BETWEEN = "|"
 
 _SHORT = re.compile(r"[\w][\w.-]*/[\w.-]+(@[^\s@]+)?")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
@@ -45,9 +51,28 @@ def open_store(address: str, token: str = "") -> Store:
         from pipeline.storage.hub import Repository
 
         return Repository(address)
+    if scheme == LAYERS:
+        return Layers(address, [open_store(part) for part in layers_of(address)])
     if scheme:
         raise UserError(f"{address}: there are paths, s3://, gs://, az:// and hf://, but no {scheme}://")
     return Folder(address, token)
+
+
+def layered(addresses: Sequence[str]) -> str:
+    """One address of several folders of which each goes over those before it; of one, its own.
+
+    Raises:
+        UserError: one cannot be among others.
+    """
+    for address in addresses:
+        if _BETWEEN in address or scheme_of(address) == LAYERS:
+            raise UserError(f"{address}: a folder with {_BETWEEN} in its name cannot be one of several")
+    return addresses[0] if len(addresses) == 1 else f"{LAYERS}://{_BETWEEN.join(addresses)}"
+
+
+def layers_of(address: str) -> list[str]:
+    """The addresses of which one was made."""
+    return address.removeprefix(f"{LAYERS}://").split(_BETWEEN) if scheme_of(address) == LAYERS else [address]
 
 
 def input_address(address: str) -> str:
@@ -58,6 +83,8 @@ def input_address(address: str) -> str:
         UserError: the Hub has no such repository, or does not say.
     """
     scheme = scheme_of(address)
+    if scheme == LAYERS:
+        return layered([input_address(part) for part in layers_of(address)])
     if _is_short(address):
         try:
             return _pinned(f"{HUB}://{address}", patient=False)  # perhaps it is but a path that is misspelt
@@ -74,6 +101,8 @@ def _is_short(address: str) -> bool:
 
 def input_elsewhere(address: str) -> str:
     """The same input for processes on other machines; of a repository the commit, if the Hub says it here."""
+    if scheme_of(address) == LAYERS:
+        return layered([input_elsewhere(part) for part in layers_of(address)])
     found = f"{HUB}://{address}" if _is_short(address) else absolute(address)
     with contextlib.suppress(UserError):
         return _pinned(found, patient=False) if scheme_of(found) == HUB else found
@@ -96,11 +125,16 @@ def repository_of(address: str, pinned: bool = False) -> str:
 
 def absolute(address: str) -> str:
     """The same for processes with another working directory."""
+    if scheme_of(address) == LAYERS:
+        return layered([absolute(part) for part in layers_of(address)])
     return address if scheme_of(address) else os.path.abspath(address)
 
 
 def split(address: str) -> tuple[str, str]:
     """The address of the folder that holds it, and its name there."""
+    if scheme_of(address) == LAYERS:
+        parts = [split(part) for part in layers_of(address)]
+        return parts[0][0], "+".join(name for _, name in parts)
     if not scheme_of(address):
         path = Path(address)
         return str(path.parent), path.name

@@ -94,6 +94,7 @@ def test_every_option_arrives(pair):
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
+        "on-conflict": "last",
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=spot",
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -106,6 +107,7 @@ def test_every_option_arrives(pair):
         "staging": "st", "visibility": "public", "device_memory": 2_000_000_000,
         "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
         "allow_pickle": True, "allow_code": True, "renames": [], "emit": "both", "delta_compression": "none",
+        "on_conflict": "last",
     }  # fmt: skip
 
 

@@ -80,6 +80,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base", "ray": "off",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
+        "on-conflict": "last",
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=!spot",
     }  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name}", value)]

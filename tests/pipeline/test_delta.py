@@ -24,6 +24,7 @@ from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
 from pipeline.delta import apply_, as_shira, patches
 from pipeline.formats.sparse import BLOCK, COLUMNS, check_table, encode
+from pipeline.storage.address import layered
 
 SHAPES = {
     "model.embed.weight": (40, 8), "model.layers.0.a": (300, 70), "model.layers.1.a": (1 << 20, 2), "norm": (5,),
@@ -164,6 +165,62 @@ def test_over_an_adapter_and_quantized_base(tmp_path):
     expected = load(run(tmp_path, "whole"))
     run(tmp_path, "delta", emit="delta")
     same(put_together(tmp_path, "delta", "again"), expected)
+
+
+# Several, one after the other.
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """Two fine-tunes of one base that differ from it in different halves of a tensor; the second in a place more."""
+    base = {"a": torch.zeros(1 << 20, 2).bfloat16(), "b": torch.zeros(8).bfloat16(), "c": torch.zeros(3).bfloat16()}
+    save(tmp_path / "base", base)
+    one = {name: t.clone() for name, t in base.items()} | {"new": torch.ones(3)}
+    other = {name: t.clone() for name, t in one.items()}
+    one["a"][::2, 0] = 1
+    other["a"][1::2, 1] = 2
+    other["a"][4, 0] = 3
+    other["b"][1] = 4
+    save(tmp_path / "one", one)
+    save(tmp_path / "other", other)
+    for side in ("one", "other"):
+        run(tmp_path, f"{side}-delta", side, emit="delta", rules=ALL)
+    return tmp_path
+
+
+@pytest.mark.parametrize("on_conflict", ["first", "last"])
+def test_several_of_one_base_are_applied_in_order(two, on_conflict):
+    deltas = layered([str(two / "one-delta"), str(two / "other-delta")])
+    sides = {"base": str(two / "base"), "finetuned": deltas, "out": str(two / "together")}
+    prune(Recipe.of(**sides, rules=ALL, device="cpu", workers=2, on_conflict=on_conflict))
+    assert verify(sides["out"]) == []
+    wanted, other = load(two / "one"), load(two / "other")
+    wanted["a"][1::2, 1] = 2
+    wanted["b"] = other["b"]
+    wanted["a"][4, 0] = 1 if on_conflict == "first" else 3
+    same(load(two / "together"), wanted)
+
+
+def test_where_they_do_not_agree_it_is_said(two):
+    deltas = layered([str(two / "one-delta"), str(two / "other-delta")])
+    sides = {"base": str(two / "base"), "finetuned": deltas, "out": str(two / "together")}
+    with pytest.raises(
+        UserError, match=r"'a': .* different values to 1 of the same places; --on-conflict first or last"
+    ):
+        prune(Recipe.of(**sides, rules=ALL, device="cpu", workers=1))
+    save(two / "other", load(two / "other") | {"new": torch.zeros(3), "a": load(two / "one")["a"]})
+    run(two, "third-delta", "other", emit="delta", rules=ALL)
+    sides["finetuned"] = layered([str(two / "one-delta"), str(two / "third-delta")])
+    with pytest.raises(UserError, match="hold 'new' whole"):
+        prune(Recipe.of(**sides, rules=ALL, device="cpu", workers=1))
+    prune(Recipe.of(**sides, rules=ALL, device="cpu", workers=1, on_conflict="last"))
+    assert torch.equal(load(two / "together")["new"], torch.zeros(3))
+
+
+def test_only_sparse_task_vectors_can_be_several(two):
+    sides = {"base": str(two / "base"), "finetuned": layered([str(two / "one-delta"), str(two / "one")])}
+    with pytest.raises(UserError, match="holds no sparse task vector, and only those can be several"):
+        prune(Recipe.of(**sides, out=str(two / "x"), rules=ALL))
 
 
 # The layout, read without our code.
