@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,36 @@ def test_a_resumed_run_leaves_the_same(pair):
     for path in expected.glob("delta*"):
         assert path.read_bytes() == (pair / "broken" / path.name).read_bytes()
     assert prune(Recipe.of(**sides, device="cpu", workers=2, shard_size="500kB", emit="delta")).nothing_to_do
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    base, finetuned = gaussian({f"model.layers.{i}.w": (400, 1000) for i in range(40)}, torch.bfloat16)
+    save(tmp_path / "base", base)
+    save(tmp_path / "finetuned", finetuned)
+    choices = {"emit": "both", "shard_size": "1MB", "scope": "global"}
+    expected = run(tmp_path, "expected", **choices)
+    sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out"]
+    command = [sys.executable, "-m", "cluster", "prune", *sides, "--emit", "both", "--shard-size", "1MB"]
+    random, killed = np.random.default_rng(0), 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [*command, "--scope", "global"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        there = len(list((tmp_path / "out").glob("delta-*")))
+        until = time.monotonic() + 30
+        while len(list((tmp_path / "out").glob("delta-*"))) <= there and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(random.uniform(0, 0.02))
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    assert killed >= 2
+    run(tmp_path, "out", **choices)
+    for path in expected.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert json.loads((expected / "delta.json").read_text()) == json.loads((tmp_path / "out/delta.json").read_text())
 
 
 def test_a_delta_can_be_pruned_further(pair):

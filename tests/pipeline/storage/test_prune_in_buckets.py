@@ -249,3 +249,20 @@ def test_an_adapter_in_a_bucket(client, home, runner):
         assert verify(sides["out"]) == []
         outs.append(contents(client, sides["out"])["model.safetensors"])
     assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_sparse_task_vector_in_a_bucket(client, home, runner, scope):
+    expected, _ = runner.prune(scope=scope, shard_size="400kB")
+    far = recipe(home, runner, *ALL, scope=scope, shard_size="400kB", emit="delta")
+    prune(far)
+    assert verify(far.out) == []
+    assert not any(name.startswith("model") for name in s3.names(client, far.out))
+    assert prune(far).nothing_to_do
+    again = f"{home}/again"
+    prune(far.model_copy(update={"finetuned": far.out, "out": again, "rules": ("*=finetuned",), "emit": "checkpoint"}))
+    assert verify(again) == []
+    found = contents(client, again)
+    for name, data in contents(client, str(expected)).items():
+        assert name == "README.md" or found[name] == data
+    assert s3.uploads(client, home.removeprefix("s3://")) == []
