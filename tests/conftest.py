@@ -46,6 +46,7 @@ class Runner:
         return load(self.prune(**choices)[0])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `-n 2 --dist loadgroup`: one cluster after the other, and beside them the rest, a module's tests together."""
     for item in items:
