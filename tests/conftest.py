@@ -46,13 +46,17 @@ class Runner:
         return load(self.prune(**choices)[0])
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: one cluster after the other, and beside them the rest, a module's tests together."""
-    for item in items:
-        place = item.path.relative_to(Path(__file__).parent)
-        with_ray = "cluster" in place.parts or place.name == "test_ceph.py"
-        item.add_marker(pytest.mark.xdist_group("cluster" if with_ray else str(place)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `-n 2`: one cluster after the other in one process, and in the other the rest, a module's tests together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return "cluster" if "cluster/" in module or module.endswith("test_ceph.py") else module
+
+    return Scheduling(config, log)
 
 
 _status = [0]
