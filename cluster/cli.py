@@ -161,7 +161,9 @@ def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: An
 
 
 def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -> None:
-    recipe, ray, by = read_choices(None, {**choices, "rules": ("*=finetuned",)})
+    from pipeline.recipe import EVERYTHING
+
+    recipe, ray, by = read_choices(None, {**choices, "rules": EVERYTHING})
     _prune(recipe, ray, by, overwrite, as_json)
 
 

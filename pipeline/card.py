@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCardData, RepoCard
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, read_config
 from pipeline.plan import Plan
-from pipeline.recipe import option_of
+from pipeline.recipe import EVERYTHING, option_of
 from pipeline.scoring.methods import METHODS
 from pipeline.storage.address import repository_of, split
 
@@ -111,6 +112,14 @@ def _called(side: Checkpoint) -> str:
 def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     recipe = plan.recipe
     base, finetuned = _called(plan.base), _called(plan.finetuned)
+    if recipe.emit == "delta":
+        only = replace(plan, recipe=recipe.model_copy(update={"emit": "checkpoint"}))
+        return (
+            f"{_what(only, rows)}\n\nThis is not a whole checkpoint but its sparse task vector, what differs from {base}"
+            ". `fapm apply --base BASE --delta THIS --out OUT` puts it together, byte for byte."
+        )
+    if recipe.rules == EVERYTHING:
+        return f"All of {finetuned}."
     if METHODS[recipe.method].score is None:
         return (
             f"{base} and {finetuned}, mixed: in every element {recipe.density:g} of the change that fine-tuning made."
@@ -155,7 +164,7 @@ def _again(plan: Plan) -> str:
     for name in plan.recipe.decides():
         if name in given and name != "density":
             for value in given[name] if isinstance(given[name], list) else [given[name]]:
-                words += [option_of(name), shlex.quote(str(value))]
+                words += [option_of(name), *([] if value is True else [shlex.quote(str(value))])]
     return (
         f"```sh\n{' '.join(words)}\n```\n\nWhat identifies the inputs, and checksums of the output, are in "
         "`fapm/manifest.json`; `fapm verify` reads it all again."

@@ -29,6 +29,9 @@ from pipeline.scoring.methods import METHODS
 
 _LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression", "on_conflict")
 
+EVERYTHING = ("*=finetuned",)
+"""The rules that take all of finetuned as it is."""
+
 Action = Literal["prune", "base", "finetuned"]
 
 

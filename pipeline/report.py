@@ -15,7 +15,7 @@ from pipeline.advice import advice_text, advise
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
 from pipeline.pool import cores
-from pipeline.recipe import format_bytes, parse_rule
+from pipeline.recipe import EVERYTHING, format_bytes, parse_rule
 from pipeline.scoring.methods import METHODS
 from pipeline.storage.address import scheme_of
 
@@ -111,7 +111,7 @@ def run_text(facts: dict[str, Any]) -> str:
     totals, blends = facts["totals"], METHODS[facts["method"]].score is None
     heading = f"{facts['out']}: {facts['method']}, {'α' if blends else 'density'} {facts['density']:g}"
     heading += "" if blends else f", scope {facts['scope']}"
-    if list(facts["rules"]) == ["*=finetuned"]:
+    if tuple(facts["rules"]) == EVERYTHING:
         heading = f"{facts['out']}: all of {facts['finetuned']}"
     if facts.get("nothing_to_do"):
         heading += f"\nalready finished {facts['finished']}; nothing to do"
@@ -310,7 +310,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("groups", f"{facts['groups']:,}{wide}"),
         ("kept", f"{facts['kept_elements']:,} of {facts['competing_elements']:,} elements"),
         ("to read", format_bytes(facts["read_bytes"]) + (twice if facts["read_twice_bytes"] else "")),
-        ("to write", format_bytes(facts["write_bytes"]) + (", all of it to upload" if facts["upload_bytes"] else "")),
+        ("to write", _to_write(facts)),
         ("memory", f"{format_bytes(facts['memory_bytes_per_worker'])} a worker, beside the interpreter"),
         ("workers", f"{facts['workers']} here, up to {facts['workers_worth_having']:,} are worth having"),
     ]
@@ -319,6 +319,14 @@ def plan_text(facts: dict[str, Any]) -> str:
     if blends:
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
     return _with_oddities(heading, fields, facts["oddities"])
+
+
+def _to_write(facts: dict[str, Any]) -> str:
+    emit = facts["recipe"].get("emit", "checkpoint")
+    if emit == "delta":
+        return "what differs from base" + (", all of it to upload" if facts["upload_bytes"] else "")
+    more = " and what differs from base" if emit == "both" else ""
+    return format_bytes(facts["write_bytes"]) + more + (", all of it to upload" if facts["upload_bytes"] else "")
 
 
 def _where_text(where: dict[str, Any]) -> str:

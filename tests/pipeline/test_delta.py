@@ -545,3 +545,10 @@ def test_too_many_changes_for_shira(tmp_path):
     delta = str(run(tmp_path, "delta", emit="delta", density=0.95))
     with pytest.raises(UserError, match="SHiRA of rank 4 would need more than all of them"):
         as_shira(model, delta)
+
+
+def test_its_card_says_that_it_is_no_whole_checkpoint(pair):
+    card = (run(pair, "delta", emit="delta", allow_code=True) / "README.md").read_text()
+    assert "not a whole checkpoint but its sparse task vector, what differs from `base`" in card
+    assert "--emit delta" in card and "--allow-code --" in card
+    assert "All of `delta`." in (run(pair, "again", "delta", rules=ALL) / "README.md").read_text()
