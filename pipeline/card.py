@@ -115,7 +115,7 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     if recipe.emit == "delta":
         only = replace(plan, recipe=recipe.model_copy(update={"emit": "checkpoint"}))
         return (
-            f"{_what(only, rows)}\n\nThis is not a whole checkpoint but its sparse task vector, what differs from {base}"
+            f"{_what(only, rows)}\n\nNot a whole checkpoint but its sparse task vector: what differs from {base}"
             ". `fapm apply --base BASE --delta THIS --out OUT` puts it together, byte for byte."
         )
     if recipe.rules == EVERYTHING:

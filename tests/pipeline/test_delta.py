@@ -549,6 +549,6 @@ def test_too_many_changes_for_shira(tmp_path):
 
 def test_its_card_says_that_it_is_no_whole_checkpoint(pair):
     card = (run(pair, "delta", emit="delta", allow_code=True) / "README.md").read_text()
-    assert "not a whole checkpoint but its sparse task vector, what differs from `base`" in card
+    assert "Not a whole checkpoint but its sparse task vector: what differs from `base`" in card
     assert "--emit delta" in card and "--allow-code --" in card
     assert "All of `delta`." in (run(pair, "again", "delta", rules=ALL) / "README.md").read_text()
