@@ -127,7 +127,7 @@ def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) ->
 
 
 @cli.command()
-@work_options("delta_compression", "allow_pickle", "allow_code")
+@work_options("delta_compression", "reversible", "allow_pickle", "allow_code")
 @click.option(
     "--delta", "deltas", metavar="FOLDER", multiple=True, help="The sparse task vector; several are applied in order."
 )

@@ -65,6 +65,10 @@ _RECIPE_OPTIONS = (
         "--on-conflict", metavar="WHAT",
         help="Where several sparse task vectors write different values to one place: error, first or last.  [error]",
     ),
+    click.option(
+        "--reversible", is_flag=True, default=None,
+        help="Let the sparse task vector carry base's values too, so that it can be taken back without base.",
+    ),
     click.option("--delta-compression", metavar="HOW", help="zstd or none.  [zstd]"),
     click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
     click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),

@@ -27,7 +27,7 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
-_LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression", "on_conflict")
+_LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict")
 
 EVERYTHING = ("*=finetuned",)
 """The rules that take all of finetuned as it is."""
@@ -147,6 +147,7 @@ class Recipe(BaseModel):
     allow_code: bool = False
     emit: Literal["checkpoint", "delta", "both"] = "checkpoint"
     delta_compression: Literal["zstd", "none"] = "zstd"
+    reversible: bool = False
     on_conflict: Literal["error", "first", "last"] = "error"
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)

@@ -42,15 +42,16 @@ class Patch(NamedTuple):
     values: torch.Tensor
 
 
-def patches(delta: str, largest: int = BLOCK) -> Iterator[Patch]:
-    """What a sparse task vector writes over base, a tensor after the other, in patches of `largest` elements of the
-    tensor at most. A tensor that is stored whole is one patch of all its elements.
+def patches(delta: str, of_base: bool = False) -> Iterator[Patch]:
+    """What a sparse task vector writes over base, a tensor after the other, in patches within 2^20 elements each. A
+    tensor that is stored whole is one patch of all its elements.
 
     Args:
         delta: the folder, in any store.
+        of_base: what base has at these places instead.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or does not carry base's values.
     """
     folder = open_store(input_address(delta))
     try:
@@ -63,13 +64,15 @@ def patches(delta: str, largest: int = BLOCK) -> Iterator[Patch]:
                 continue
             info = tensors[name]
             dtype = getattr(torch, TORCH_NAMES.get(info.dtype, _OTHERS.get(info.dtype, "uint8")))
+            if of_base and (tensor["as"] == WHOLE or getattr(info.form, "before", None) is None):
+                raise UserError(f"{delta}: it does not carry base's {name!r}; it was made without --reversible")
             if tensor["as"] == WHOLE:
                 values = torch.from_numpy(sides.whole(Part("finetuned", info)).copy()).view(dtype)
                 yield Patch(name, info.shape, torch.arange(values.numel()), values)
                 continue
             assert isinstance(info.form, Patched)
             for number in range(-(-info.numel // BLOCK)):
-                places, bits = info.form.block(number, sides)
+                places, bits = info.form.block(number, sides, of_base)
                 if places.size:
                     values = torch.from_numpy(bits.view(np.uint8).copy()).view(dtype)
                     yield Patch(name, info.shape, torch.from_numpy(places + number * BLOCK), values)
@@ -116,6 +119,26 @@ def apply_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> C
     return undo
 
 
+def revert_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> None:
+    """Put back what base has where a sparse task vector was written over it, in place, from what it carries itself.
+
+    Args:
+        model, delta: as of `apply_`; made with `--reversible`.
+
+    Raises:
+        UserError: as of `apply_`, or it does not carry base's values. Nothing is changed then.
+    """
+    tensors = dict(model.state_dict(keep_vars=True)) if isinstance(model, torch.nn.Module) else dict(model)
+    _check(tensors, delta)
+    for _ in patches(delta, of_base=True):
+        pass
+    with torch.no_grad():
+        for patch in patches(delta, of_base=True):
+            flat = tensors[patch.name].detach().view(-1)
+            bits = flat.view(_BITS[flat.element_size()])
+            bits[patch.indices.to(flat.device)] = patch.values.to(flat.device).view(bits.dtype)
+
+
 def _check(tensors: Mapping[str, torch.Tensor], delta: str) -> None:
     """Whether all that is going to be written has its place."""
     folder = open_store(input_address(delta))
@@ -135,4 +158,4 @@ def _check(tensors: Mapping[str, torch.Tensor], delta: str) -> None:
             raise UserError(f"{delta}: the model's {name!r} does not lie in its own order; make it contiguous first")
 
 
-__all__ = ["Patch", "apply_", "patches"]
+__all__ = ["Patch", "apply_", "patches", "revert_"]

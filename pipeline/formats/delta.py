@@ -2,7 +2,8 @@
 
 delta.json: `format` 1; `base`, its address and its files with their sizes and digests of their headers; `files`, with
 bytes and xxh3-128; and `tensors`: of each its dtype, shape and xxh3-128, and `as`
-- `sparse`: NAME#blocks, NAME#places and NAME#values are stored, as `formats.sparse` says; `kept` places in all;
+- `sparse`: NAME#blocks, NAME#places and NAME#values are stored, as `formats.sparse` says, and NAME#before if it can be
+  taken back; `kept` places in all;
 - `whole`: NAME is stored;
 - `base`: nothing is stored: it is base's, in the dtype that is said.
 """
@@ -27,7 +28,7 @@ from pipeline.storage.store import Store
 DELTA = "delta.json"
 FORMAT = 1
 SPARSE, WHOLE, BASE = "sparse", "whole", "base"
-BLOCKS, PLACES, VALUES = "#blocks", "#places", "#values"
+BLOCKS, PLACES, VALUES, BEFORE = "#blocks", "#places", "#values", "#before"
 MAX_BYTES = 64 << 20
 
 
@@ -110,10 +111,13 @@ def patched(
         numel = base[name].numel
         if blocks.shape[0] != -(-numel // (1 << 20)):
             raise UserError(f"{where}: the blocks of {name!r} are {blocks.shape[0]}, not as many as it needs")
+        given = stored.get(name + BEFORE)
         table = np.frombuffer(folder.reader(blocks.file).read(blocks.offset, blocks.nbytes), "<i8")
-        check_table(table.reshape(-1, COLUMNS), name, numel, itemsize(dtype), places.nbytes, values.nbytes, where)
+        sizes = places.nbytes, values.nbytes, where, given.nbytes if given else 0
+        check_table(table.reshape(-1, COLUMNS), name, numel, itemsize(dtype), *sizes)
         streams = Part("finetuned", blocks), Part("finetuned", places), Part("finetuned", values)
-        form = Patched(over, *streams, dtype, tensor["xxh3_128"])
+        before = Part("finetuned", given) if given else None
+        form = Patched(over, *streams, dtype, tensor["xxh3_128"], before)
         found[name] = formed(name, dtype, shape, form)
     return found
 
@@ -180,7 +184,9 @@ def in_layer(info: TensorInfo, number: int) -> TensorInfo:
 
     form = info.form
     if isinstance(form, Patched):
-        form = replace(form, blocks=moved(form.blocks), places=moved(form.places), values=moved(form.values))
+        before = moved(form.before) if form.before else None
+        blocks, places, values = moved(form.blocks), moved(form.places), moved(form.values)
+        form = replace(form, blocks=blocks, places=places, values=values, before=before)
     elif isinstance(form, Alias):
         form = replace(form, of=moved(form.of))
     return replace(info, file=f"{number}/{info.file}", form=form)

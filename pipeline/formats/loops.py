@@ -76,9 +76,9 @@ def round_to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def changed(base, out, gaps, values):  # type: ignore[no-untyped-def]
+def changed(base, out, gaps, values, before):  # type: ignore[no-untyped-def]
     """Where two arrays of bits differ: the gaps between those places, a byte each (255 and another byte, and so on,
-    where they are longer), and what is there in `out`. Returns how many places and how many bytes."""
+    where they are longer), and what is there in `out` and in `base`. Returns how many places and how many bytes."""
     count = nbytes = 0
     last = -1
     for i in range(out.size):
@@ -91,6 +91,7 @@ def changed(base, out, gaps, values):  # type: ignore[no-untyped-def]
             gaps[nbytes] = gap
             nbytes += 1
             values[count] = out[i]
+            before[count] = base[i]
             count += 1
             last = i
     return count, nbytes

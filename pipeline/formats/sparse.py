@@ -1,13 +1,14 @@
 """The sparse task vector of one tensor: where it differs from base, and what is there.
 
-A tensor is cut into blocks of BLOCK elements. Of each there are, one after the other in two streams of bytes,
+A tensor is cut into blocks of BLOCK elements. Of each there are, one after the other in streams of bytes,
 
 - the places: the gaps between them, a byte each (255 means that the next byte adds to it), or one bit an element, the
   lowest bit first, whichever is shorter;
-- the values: elements of the output as they are stored, all their first bytes, then all their second bytes, and so on.
+- the values: elements of the output as they are stored, all their first bytes, then all their second bytes, and so on;
+- where it is to be taken back without base, what base has there, likewise.
 
-Either may be compressed with zstd. A table says of each block how many places it has, how its places are written and
-how many bytes they and its values take: int64 (blocks, 5). The values are copied, not added: nothing is rounded.
+Each may be compressed with zstd. A table says of each block how many places it has, how its places are written and
+how many bytes they and its values take: int64 (blocks, 6). The values are copied, not added: nothing is rounded.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from pipeline.formats.tensor import Part, Sides, TensorInfo
 BLOCK = 1 << 20
 """Elements."""
 
-COLUMNS = 5
-KEPT, HOW, PLAIN_BYTES, PLACE_BYTES, VALUE_BYTES = range(COLUMNS)
-"""Of the table: how many places; flags; bytes of the places, before they were compressed and as they are; of values."""
+COLUMNS = 6
+KEPT, HOW, PLAIN_BYTES, PLACE_BYTES, VALUE_BYTES, BEFORE_BYTES = range(COLUMNS)
+"""Of the table: how many places; flags; bytes of the places, before they were compressed and as they are; of the
+values; of what base has there."""
 
-BITS, PACKED_PLACES, PACKED_VALUES = 1, 2, 4
-"""Flags: a bit an element instead of gaps; compressed places; compressed values."""
+BITS, PACKED_PLACES, PACKED_VALUES, PACKED_BEFORE = 1, 2, 4, 8
+"""Flags: a bit an element instead of gaps; compressed places; compressed values; compressed values of base."""
 
 _LEVEL = 1  # of zstd: higher ones gain a percent or two
 
@@ -43,25 +45,33 @@ def _codec() -> object:
     return pa.Codec("zstd", compression_level=_LEVEL)
 
 
-def encode(base: np.ndarray, out: np.ndarray, compress: bool = True) -> tuple[list[int], bytes, bytes]:
-    """A block: its row of the table, its places, its values.
+def encode(
+    base: np.ndarray, out: np.ndarray, compress: bool = True, reversible: bool = False
+) -> tuple[list[int], bytes, bytes, bytes]:
+    """A block: its row of the table, its places, its values, and if it is `reversible` base's.
 
     Args:
         base, out: bits of the elements in the output's dtype, of one unsigned type, at most BLOCK.
     """
     from pipeline.formats.loops import changed
 
-    gaps, values = np.empty(out.size + out.size // 255 + 1, np.uint8), np.empty_like(out)
-    count, nbytes = changed(base, out, gaps, values)
+    gaps = np.empty(out.size + out.size // 255 + 1, np.uint8)
+    values, before = np.empty_like(out), np.empty_like(out)
+    count, nbytes = changed(base, out, gaps, values, before)
     how, places = 0, gaps[:nbytes].tobytes()
     if nbytes > -(-out.size // 8):
         how, places = BITS, np.packbits(base != out, bitorder="little").tobytes()
     plain = len(places)
-    taken = values[:count].view(np.uint8).reshape(count, out.itemsize).T.tobytes()
+    taken, given = _shuffled(values[:count]), _shuffled(before[:count]) if reversible else b""
     if compress:
         places, how = _smaller(places, how, PACKED_PLACES)
         taken, how = _smaller(taken, how, PACKED_VALUES)
-    return [count, how, plain, len(places), len(taken)], places, taken
+        given, how = _smaller(given, how, PACKED_BEFORE)
+    return [count, how, plain, len(places), len(taken), len(given)], places, taken, given
+
+
+def _shuffled(values: np.ndarray) -> bytes:
+    return values.view(np.uint8).reshape(values.size, values.itemsize).T.tobytes()
 
 
 def _smaller(data: bytes, how: int, flag: int) -> tuple[bytes, int]:
@@ -69,11 +79,13 @@ def _smaller(data: bytes, how: int, flag: int) -> tuple[bytes, int]:
     return (packed, how | flag) if len(packed) < len(data) else (data, how)
 
 
-def check_table(table: np.ndarray, tensor: str, numel: int, width: int, places: int, values: int, where: str) -> None:
+def check_table(
+    table: np.ndarray, tensor: str, numel: int, width: int, places: int, values: int, where: str, before: int = 0
+) -> None:
     """Refuse a table that does not fit its tensor, before anything is made of it.
 
     Args:
-        places, values: bytes of the two streams.
+        places, values, before: bytes of the streams.
 
     Raises:
         UserError: it lies.
@@ -82,15 +94,19 @@ def check_table(table: np.ndarray, tensor: str, numel: int, width: int, places: 
     if table.shape != (blocks, COLUMNS):
         raise UserError(f"{where}: the blocks of {tensor!r} are {table.shape[0]}, and it should have {blocks}")
     sizes = np.minimum(BLOCK, numel - BLOCK * np.arange(blocks))
-    kept, how, plain, packed, valued = table.T if blocks else np.zeros((COLUMNS, 0), np.int64)
+    kept, how, plain, packed, valued, given = table.T if blocks else np.zeros((COLUMNS, 0), np.int64)
     in_bits = (how & BITS) > 0
+    all_of = kept * width
     most = np.where(in_bits, -(-sizes // 8), kept + sizes // 255)
     fits = (
         ((kept >= 0) & (kept <= sizes)).all()
-        and ((how >= 0) & (how < 8)).all()
+        and ((how >= 0) & (how < 16)).all()
         and ((plain >= np.where(in_bits, most, kept)) & (plain <= most)).all()
         and ((packed >= 0) & np.where(how & PACKED_PLACES, packed < plain, packed == plain)).all()
-        and ((valued >= 0) & np.where(how & PACKED_VALUES, valued < kept * width, valued == kept * width)).all()
+        and ((valued >= 0) & np.where(how & PACKED_VALUES, valued < all_of, valued == all_of)).all()
+        and np.where(how & PACKED_BEFORE, (given > 0) & (given < all_of), (given == 0) | (given == all_of)).all()
+        and (before == 0 or not (kept > 0)[given == 0].any())
+        and int(given.sum()) == before
         and int(packed.sum()) == places
         and int(valued.sum()) == values
     )
@@ -104,7 +120,7 @@ class Patched:
 
     Attributes:
         over: base's tensor.
-        blocks, places, values: the table and the two streams.
+        blocks, places, values: the table and the two streams; `before`, base's values at these places, if it has them.
         dtype: of the result.
         checksum: xxh3-128 of the result's bytes, in hexadecimal.
     """
@@ -115,16 +131,17 @@ class Patched:
     values: Part
     dtype: str
     checksum: str = ""
+    before: Part | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return self.over, self.blocks, self.places, self.values
+        return self.over, self.blocks, self.places, self.values, *((self.before,) if self.before else ())
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
         write_over(self, start, stop, out, sides, self.block)
 
-    def block(self, number: int, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
-        """The places (int64, in order) and the values of one block.
+    def block(self, number: int, sides: Sides, of_base: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The places (int64, in order) and the values of one block, or base's values there.
 
         Raises:
             UserError: they are not what the table says.
@@ -134,10 +151,10 @@ class Patched:
         (table,) = sides.remember(
             (self, "table"), lambda: (sides.whole(self.blocks).view(np.int64).reshape(-1, COLUMNS),)
         )
-        kept, how, plain, packed, valued = table[number].tolist()
+        kept, how, plain, packed, *valued = table[number].tolist()
         before = table[:number].sum(0)
         width, size = itemsize(self.dtype), min(BLOCK, self.over.info.numel - number * BLOCK)
-        at, from_ = int(before[PLACE_BYTES]), int(before[VALUE_BYTES])
+        at = int(before[PLACE_BYTES])
         written = sides.take(self.places, at, at + packed)
         if how & PACKED_PLACES:
             written = self._unpacked(written, plain)
@@ -149,8 +166,13 @@ class Patched:
             good = places_of(written, places, size) == kept
         if not good:
             raise self._damaged()
-        values = sides.take(self.values, from_, from_ + valued)
-        if how & PACKED_VALUES:
+        stream, column, flag = self.values, VALUE_BYTES, PACKED_VALUES
+        if of_base:
+            assert self.before
+            stream, column, flag = self.before, BEFORE_BYTES, PACKED_BEFORE
+        from_ = int(before[column])
+        values = sides.take(stream, from_, from_ + valued[column - VALUE_BYTES])
+        if how & flag:
             values = self._unpacked(values, kept * width)
         return places, np.ascontiguousarray(values.reshape(width, kept).T).view(f"u{width}").reshape(kept)
 

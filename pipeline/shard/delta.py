@@ -16,7 +16,7 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.formats import sparse
-from pipeline.formats.delta import BASE, BLOCKS, PLACES, SPARSE, VALUES, WHOLE, delta_name
+from pipeline.formats.delta import BASE, BEFORE, BLOCKS, PLACES, SPARSE, VALUES, WHOLE, delta_name
 from pipeline.formats.dtypes import is_weight, itemsize
 from pipeline.formats.header import build_header
 from pipeline.formats.sparse import BLOCK, COLUMNS, Patched
@@ -101,13 +101,17 @@ class DeltaWriter:
     Args:
         sides: base, to compare with.
         out: where the file will appear.
+        compress, reversible: how it is written, and whether with base's values.
         also: another writer, that gets the same bytes.
     """
 
-    def __init__(self, shard: Shard, sides: Sides, out: Store, compress: bool, also: Writer | None = None):
-        self._shard, self._sides, self._out, self._compress, self._also = shard, sides, out, compress, also
+    def __init__(
+        self, shard: Shard, sides: Sides, out: Store, compress: bool, reversible: bool, also: Writer | None = None
+    ):
+        self._shard, self._sides, self._out, self._also = shard, sides, out, also
+        self._how = compress, reversible
         self._parts = Parts(shard)
-        self._places, self._values = _nameless(out), _nameless(out)
+        self._places, self._values, self._before = _nameless(out), _nameless(out), _nameless(out)
         self._entries: list[tuple[str, str, tuple[int, ...], int, IO[bytes] | bytes, int]] = []
         self.tensors: dict[str, dict[str, Any]] = {}
         self._file: Writer | None = None
@@ -118,7 +122,7 @@ class DeltaWriter:
         self._table: list[list[int]] = []
         self._pending = np.empty(0, np.uint8)
         self._done = 0  # elements
-        self._at = self._places.tell(), self._values.tell()
+        self._at = self._places.tell(), self._values.tell(), self._before.tell()
 
     def write(self, offset: int, data: np.ndarray | bytes) -> None:
         if self._also:
@@ -145,14 +149,15 @@ class DeltaWriter:
         stored = self._sides.take(Part("base", tensor.base), self._done * width, (self._done + out.size) * width)
         self._of_base.update(stored.data)
         base = sparse.in_dtype(stored, tensor.base.dtype, tensor.dtype)
-        row, places, values = sparse.encode(base, out, self._compress)
+        row, places, values, before = sparse.encode(base, out, *self._how)
         self._table.append(row)
         self._places.write(places)
         self._values.write(values)
+        self._before.write(before)
         self._done += out.size
 
     def _end(self, tensor: PairedTensor) -> None:
-        name, (places, values) = tensor.name, self._at
+        name, (places, values, before) = tensor.name, self._at
         said: dict[str, Any] = {
             "dtype": tensor.dtype, "shape": list(tensor.shape), "xxh3_128": self._digest.hexdigest(),
         }  # fmt: skip
@@ -170,6 +175,7 @@ class DeltaWriter:
                     (BLOCKS, table.tobytes(), (len(table), COLUMNS), None, 0),
                     (PLACES, b"", (self._places.tell() - places,), self._places, places),
                     (VALUES, b"", (self._values.tell() - values,), self._values, values),
+                    *([(BEFORE, b"", (self._before.tell() - before,), self._before, before)] if self._how[1] else []),
                 ):
                     dtype, nbytes = ("I64", len(data)) if file is None else ("U8", shape[0])
                     self._entries.append((name + what, dtype, shape, nbytes, file or data, at))
@@ -210,8 +216,8 @@ class DeltaWriter:
         for writer in (self._file, self._also):
             if writer:
                 writer.discard()
-        self._places.close()
-        self._values.close()
+        for file in (self._places, self._values, self._before):
+            file.close()
 
 
 def is_comparable(tensor: PairedTensor) -> bool:

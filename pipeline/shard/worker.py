@@ -282,7 +282,8 @@ class Worker:
             if emit == "checkpoint":
                 return writer, None
         compress = self._recipe.delta_compression != "none"
-        delta = DeltaWriter(shard, Sides(*self._inputs), self._out, compress, writer)
+        sides = Sides(*self._inputs)
+        delta = DeltaWriter(shard, sides, self._out, compress, self._recipe.reversible, writer)
         return delta, delta
 
     def _bench(self, task: Task, pieces: Pieces, progress: Callable[[int], None] = lambda nbytes: None) -> Bench:

@@ -84,7 +84,13 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=!spot",
     }  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    rules = ["--rule", "*norm*=finetuned", "--rule", "it's *=base", *(flags := ["--allow-pickle", "--allow-code"])]
+    rules = [
+        "--rule",
+        "*norm*=finetuned",
+        "--rule",
+        "it's *=base",
+        *(flags := ["--allow-pickle", "--allow-code", "--reversible"]),
+    ]
     offered = {option for p in cli.commands["prune"].params for option in p.opts if option.startswith("--")}
     assert {f"--{name}" for name in given} | {"--rule", "--rename", *flags, "--overwrite", "--json"} == offered - {
         "--base", "--finetuned", "--out", "--config"
@@ -109,6 +115,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         rules=("*norm*=finetuned", "it's *=base"),
         allow_pickle=True,
         allow_code=True,
+        reversible=True,
     )
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
-from pipeline.delta import apply_, as_shira, patches
+from pipeline.delta import apply_, as_shira, patches, revert_
 from pipeline.formats.sparse import BLOCK, COLUMNS, check_table, encode
 from pipeline.storage.address import layered
 
@@ -297,7 +297,7 @@ blocks = st.integers(0, 600).flatmap(
 @given(pair=blocks, compress=st.booleans())
 def test_any_block_comes_back(pair, compress):
     base, out = pair
-    row, places, values = encode(base, out, compress)
+    row, places, values, _ = encode(base, out, compress)
     table = np.array([row], np.int64) if out.size else np.zeros((0, COLUMNS), np.int64)
     check_table(table, "a", out.size, 2, len(places), len(values), "x")
     assert row[0] == int((base != out).sum())
@@ -308,7 +308,7 @@ def test_gaps_longer_than_a_byte():
         base = np.zeros(BLOCK, np.uint8)
         out = base.copy()
         out[gap] = out[2 * gap + 1] = 1
-        row, places, _ = encode(base, out, False)
+        row, places, *_ = encode(base, out, False)
         assert row[0] == 2
         assert places == (bytes([255] * (gap // 255)) + bytes([gap % 255])) * 2
 
@@ -363,7 +363,7 @@ DAMAGES = {
     "a bomb": lambda t: t[f"{A}#blocks"].__setitem__((0, 2), 1 << 40),
     "unknown flags": lambda t: t[f"{A}#blocks"].__setitem__((0, 1), 64),
     "compressed, it says": lambda t: t[f"{A}#blocks"].__setitem__((0, 1), 4),
-    "blocks too many": lambda t: t.update({f"{A}#blocks": torch.zeros(9, 5, dtype=torch.int64)}),
+    "blocks too many": lambda t: t.update({f"{A}#blocks": torch.zeros(9, 6, dtype=torch.int64)}),
     "blocks of another shape": lambda t: t.update({f"{A}#blocks": torch.zeros(1, 4, dtype=torch.int64)}),
     "no places": lambda t: t.pop(f"{A}#places"),
     "values of another size": lambda t: t.update({f"{A}#values": torch.zeros(3, dtype=torch.uint8)}),
@@ -407,11 +407,11 @@ def test_a_description_that_lies(pair, change):
 @given(table=hnp.arrays(np.int64, (1, COLUMNS), elements=st.integers(-5, 40) | st.integers(-(2**62), 2**62)))
 def test_a_table_of_any_numbers_promises_no_more_than_there_is(table):
     try:
-        check_table(table, "a", 30, 2, int(table[0, 3]), int(table[0, 4]), "x")
+        check_table(table, "a", 30, 2, int(table[0, 3]), int(table[0, 4]), "x", int(table[0, 5]))
     except UserError:
         return
-    kept, _, plain, packed, valued = table[0].tolist()
-    assert 0 <= kept <= 30 and 0 <= plain <= 60 and 0 <= packed <= plain and 0 <= valued <= 60
+    kept, _, plain, packed, valued, given = table[0].tolist()
+    assert 0 <= kept <= 30 and 0 <= plain <= 60 and 0 <= packed <= plain and 0 <= valued <= 60 and 0 <= given <= 60
 
 
 # A model that is loaded.
@@ -446,6 +446,23 @@ def test_in_place_and_back(pair):
     assert {name: t.data_ptr() for name, t in model.state_dict().items()} == places
     state = {name: t.clone() for name, t in base.items()}
     apply_(state, delta)
+    same(state, finetuned)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_taken_back_without_base(pair, compression):
+    finetuned = {name: t for name, t in load(pair / "finetuned").items() if name != "new"}
+    save(pair / "finetuned", finetuned)
+    choices = {"emit": "delta", "rules": ALL, "delta_compression": compression}
+    delta = str(run(pair, "delta", reversible=True, **choices))
+    same(put_together(pair, "delta", "again"), finetuned)
+    model = Model(finetuned)
+    revert_(model, delta)
+    same(dict(model.state_dict()), {name: t for name, t in load(pair / "base").items() if name != "old"})
+    plain = str(run(pair, "plain", **choices))
+    state = {name: t.clone() for name, t in finetuned.items()}
+    with pytest.raises(UserError, match="was made without --reversible"):
+        revert_(state, plain)
     same(state, finetuned)
 
 
