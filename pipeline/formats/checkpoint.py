@@ -201,7 +201,8 @@ def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, 
     left = [name for name in left if name not in identity]
     if left:
         oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
-    stored = tuple(tensors.values())
+    side: Side = "base" if role == "base" else "finetuned"
+    stored = tuple(leaf.info for info in tensors.values() for leaf in leaves(Part(side, info)))
     bare = unwrapped(tensors, role, oddities)
     return Checkpoint(role, folder, bare, identity, side_files, tuple(oddities), stored=stored)
 

@@ -37,7 +37,9 @@ def test_the_files_that_it_names_are_there():
     named = {name for line in listed for name in re.findall(r"`([^`]+)`", line)}
     here = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file()}
     inside = {name if "/" in name or name in here else f"clusters/{name}" for name in named}
-    assert inside == here - {"README.md", "scale.md"}
+    pages = {name for name in here if name.endswith(".md")} - {"README.md"}
+    assert inside == here - pages - {"README.md"}
+    assert all(f"[{page}]({page})" in PAGE for page in pages)
 
 
 def test_the_options_that_it_names_are_options():
