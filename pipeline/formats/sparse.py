@@ -45,8 +45,27 @@ def _codec() -> object:
     return pa.Codec("zstd", compression_level=_LEVEL)
 
 
+class Scratch:
+    """Memory that is used again from block to block: fresh pages cost more than what is done with them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def take(self, what: str, nbytes: int) -> np.ndarray:
+        """uint8, of any content."""
+        if what not in self._arrays or self._arrays[what].size < nbytes:
+            self._arrays[what] = np.empty(nbytes, np.uint8)
+        return self._arrays[what][:nbytes]
+
+    def of(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For the gaps, the values and base's values of a block."""
+        gaps = self.take("gaps", out.size + out.size // 255 + 1)
+        values, before = (self.take(what, out.nbytes).view(out.dtype) for what in ("values", "before"))
+        return gaps, values, before
+
+
 def encode(
-    base: np.ndarray, out: np.ndarray, compress: bool = True, reversible: bool = False
+    base: np.ndarray, out: np.ndarray, compress: bool = True, reversible: bool = False, scratch: Scratch | None = None
 ) -> tuple[list[int], bytes, bytes, bytes]:
     """A block: its row of the table, its places, its values, and if it is `reversible` base's.
 
@@ -55,8 +74,7 @@ def encode(
     """
     from pipeline.formats.loops import changed
 
-    gaps = np.empty(out.size + out.size // 255 + 1, np.uint8)
-    values, before = np.empty_like(out), np.empty_like(out)
+    gaps, values, before = scratch.of(out) if scratch else Scratch().of(out)
     count, nbytes = changed(base, out, gaps, values, before)
     how, places = 0, gaps[:nbytes].tobytes()
     if nbytes > -(-out.size // 8):

@@ -109,7 +109,7 @@ class DeltaWriter:
         self, shard: Shard, sides: Sides, out: Store, compress: bool, reversible: bool, also: Writer | None = None
     ):
         self._shard, self._sides, self._out, self._also = shard, sides, out, also
-        self._how = compress, reversible
+        self._how, self._scratch = (compress, reversible), sparse.Scratch()
         self._parts = Parts(shard)
         self._places, self._values, self._before = _nameless(out), _nameless(out), _nameless(out)
         self._entries: list[tuple[str, str, tuple[int, ...], int, IO[bytes] | bytes, int]] = []
@@ -137,19 +137,28 @@ class DeltaWriter:
                 self._end(tensor)
 
     def _compare(self, tensor: PairedTensor, taken: np.ndarray, is_last: bool) -> None:
-        self._pending = np.concatenate([self._pending, taken]) if self._pending.size else taken.copy()
-        size = BLOCK * itemsize(tensor.dtype)
-        while self._pending.size >= size or (is_last and self._pending.size):
-            block, self._pending = self._pending[:size], self._pending[size:]
-            self._block(tensor, block.view(f"u{itemsize(tensor.dtype)}"))
+        width = itemsize(tensor.dtype)
+        size = BLOCK * width
+        if self._pending.size:  # fill up the block that was begun
+            more = size - self._pending.size
+            self._pending, taken = np.concatenate([self._pending, taken[:more]]), taken[more:]
+            if self._pending.size < size and not is_last:
+                return
+            self._block(tensor, self._pending.view(f"u{width}"))
+            self._pending = self._pending[:0]
+        while taken.size >= size or (is_last and taken.size):
+            self._block(tensor, _aligned(taken[:size], width))
+            taken = taken[size:]
+        self._pending = taken.copy()
 
     def _block(self, tensor: PairedTensor, out: np.ndarray) -> None:
         assert tensor.base
         width = itemsize(tensor.base.dtype)
-        stored = self._sides.take(Part("base", tensor.base), self._done * width, (self._done + out.size) * width)
+        stored = self._scratch.take("base", out.size * width)
+        self._sides.read_into(Part("base", tensor.base), self._done * width, (self._done + out.size) * width, stored)
         self._of_base.update(stored.data)
         base = sparse.in_dtype(stored, tensor.base.dtype, tensor.dtype)
-        row, places, values, before = sparse.encode(base, out, *self._how)
+        row, places, values, before = sparse.encode(base, out, *self._how, self._scratch)
         self._table.append(row)
         self._places.write(places)
         self._values.write(values)
@@ -229,6 +238,10 @@ def is_comparable(tensor: PairedTensor) -> bool:
         and (is_weight(tensor.dtype) or tensor.dtype == base.dtype)
         and sparse.fits(base, tensor.dtype, tensor.shape)
     )
+
+
+def _aligned(stored: np.ndarray, width: int) -> np.ndarray:
+    return (stored if stored.ctypes.data % width == 0 else stored.copy()).view(f"u{width}")
 
 
 def _array(data: np.ndarray | bytes) -> np.ndarray:

@@ -9,6 +9,7 @@ without it, and `apply` against a copy of the output's bytes by two threads, mad
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -79,7 +80,9 @@ def tuned(folder: Path) -> int:
     for number, module in enumerate(("collections", "email", "json", "asyncio", "unittest", "logging", "http", "xml")):
         package = __import__(module)
         for found in pkgutil.iter_modules(package.__path__):
-            __import__(f"{module}.{found.name}") if found.name != "__main__" else None
+            if found.name != "__main__":
+                with contextlib.suppress(ImportError):  # what is for other systems
+                    __import__(f"{module}.{found.name}")
             for value in vars(sys.modules.get(f"{module}.{found.name}", package)).values():
                 doc = getattr(value, "__doc__", None)
                 if isinstance(doc, str) and len(doc) > 40:
