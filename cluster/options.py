@@ -163,12 +163,11 @@ def recipe_options(command: Command) -> Command:
 
 def as_arguments(recipe: Recipe) -> list[str]:
     """The options with which `fapm prune` makes this recipe again."""
-    from pipeline.recipe import option_of
+    from pipeline.recipe import option_words
 
     arguments = []
     for field, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
-        for one in value if isinstance(value, list) else [value]:
-            arguments += [option_of(field)] if one is True else [option_of(field), str(one)]
+        arguments += option_words(field, value)
     return arguments
 
 

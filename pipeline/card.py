@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData, RepoCard
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, read_config
 from pipeline.plan import Plan
-from pipeline.recipe import EVERYTHING, option_of
+from pipeline.recipe import EVERYTHING, option_words
 from pipeline.scoring.methods import METHODS
 from pipeline.storage.address import repository_of, split
 
@@ -163,8 +163,7 @@ def _again(plan: Plan) -> str:
     words += ["--out", "OUT", "--density", f"{plan.recipe.density:g}"]
     for name in plan.recipe.decides():
         if name in given and name != "density":
-            for value in given[name] if isinstance(given[name], list) else [given[name]]:
-                words += [option_of(name), *([] if value is True else [shlex.quote(str(value))])]
+            words += map(shlex.quote, option_words(name, given[name]))
     return (
         f"```sh\n{' '.join(words)}\n```\n\nWhat identifies the inputs, and checksums of the output, are in "
         "`fapm/manifest.json`; `fapm verify` reads it all again."

@@ -227,9 +227,9 @@ def shard_files(recipe: Recipe, shard: str) -> list[str]:
 
 
 def _is_there(recipe: Recipe, shard: Shard, there: dict[str, FileStat]) -> bool:
-    whole = shard.name in there and there[shard.name].size == shard.nbytes
-    delta = delta_name(shard.name) in there
-    return (whole or recipe.emit == "delta") and (delta or recipe.emit == "checkpoint")
+    names = shard_files(recipe, shard.name)
+    whole = shard.name not in names or (shard.name in there and there[shard.name].size == shard.nbytes)
+    return whole and all(name in there for name in names)
 
 
 def save_thresholds(

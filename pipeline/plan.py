@@ -190,7 +190,7 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
     oddities += _left_behind(recipe, finetuned)
     oddities += _ignored_settings(recipe, [t.name for t in paired])
-    accounts = _accounts(base, finetuned, paired, left_out, heads)
+    accounts = _accounts(base, finetuned, paired, left_out)
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
     said = tuple(map(printable, oddities))
     return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts)
@@ -208,9 +208,8 @@ def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoi
 
 
 def _accounts(
-    base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], left_out: tuple[str, ...],
-    heads: dict[str, TensorInfo],
-) -> dict[str, Account]:  # fmt: skip
+    base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], left_out: tuple[str, ...]
+) -> dict[str, Account]:
     taken = {"prune": "pruned", "base": "passed through", "finetuned": "passed through"}
     sides: dict[Side, list[tuple[str, TensorInfo]]] = {"base": [], "finetuned": []}
     for tensor in paired:

@@ -256,6 +256,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
 
 
+def option_words(field: str, value: Any) -> list[str]:
+    """A choice as the command line takes it: an option for each of several values, a flag without one."""
+    words = []
+    for one in value if isinstance(value, list) else [value]:
+        words += [option_of(field), *([] if one is True else [str(one)])]
+    return words
+
+
 def bounds(field: str) -> str:
     """What is allowed for a number, as people write it: `at least 64MiB`; empty where nothing is said."""
     sized = {"memory", "device_memory", "shard_size"}

@@ -38,6 +38,13 @@ def save(folder: Path, tensors: Tensors, shards: int = 1, config: dict | None = 
     return folder
 
 
+def save_pair(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> Path:
+    """base/ and finetuned/ of random tensors, in a folder."""
+    for side, tensors in zip(("base", "finetuned"), gaussian(shapes, dtype), strict=True):
+        save(folder / side, tensors)
+    return folder
+
+
 def load(folder: Path) -> Tensors:
     """Every tensor of a checkpoint, read by the safetensors library through the index if there is one."""
     index = folder / "model.safetensors.index.json"

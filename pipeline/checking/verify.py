@@ -20,7 +20,7 @@ from pipeline.checking.comparing import Budget, Comparison, Progress
 from pipeline.checking.consumers import read_as_consumers_do
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.delta import DELTA, check_base, patched, read_delta
+from pipeline.formats.delta import DELTA, check_base, patched, read_delta, stored_in
 from pipeline.formats.header import read_header
 from pipeline.formats.tensor import Part, Sides, TensorInfo
 from pipeline.manifest import INDEX, TABLE, load_manifest, read_table
@@ -125,7 +125,7 @@ def _check_delta(
         return {}, {record["name"] for record in records}, problems
     try:
         said = read_delta(folder, folder.address)
-        stored = {t.name: t for of in said["files"] for t in read_header(folder.reader(of), of, of).tensors}
+        stored = stored_in(folder, said)
         check_base(said, plan.base.identity, plan.base.folder.address, folder.address)
         tensors = patched(said, stored, plan.base.tensors, folder, folder.address)
     except UserError as error:

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.formats.delta import BASE, WHOLE, patched, read_delta
+from pipeline.formats.delta import BASE, WHOLE, patched, read_delta, shapes_of, stored_in
 from pipeline.formats.dtypes import TORCH_NAMES
-from pipeline.formats.header import read_header
 from pipeline.formats.sparse import BLOCK, Patched
-from pipeline.formats.tensor import Part, Sides, TensorInfo
+from pipeline.formats.tensor import Part, Sides
 from pipeline.storage.address import input_address, open_store
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,9 +55,8 @@ def patches(delta: str, of_base: bool = False) -> Iterator[Patch]:
     folder = open_store(input_address(delta))
     try:
         said = read_delta(folder, delta)
-        stored = {t.name: t for of in said["files"] for t in read_header(folder.reader(of), of, of).tensors}
-        shapes = {n: TensorInfo(n, of["dtype"], tuple(of["shape"]), "", 0, 0) for n, of in said["tensors"].items()}
-        tensors, sides = patched(said, stored, shapes, folder, delta), Sides(folder, folder)
+        tensors = patched(said, stored_in(folder, said), shapes_of(said), folder, delta)
+        sides = Sides(folder, folder)
         for name, tensor in said["tensors"].items():
             if tensor["as"] == BASE:
                 continue
@@ -98,17 +96,13 @@ def apply_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> C
     Raises:
         UserError: a tensor is missing, has another shape or dtype; nothing is changed then.
     """
-    tensors = dict(model.state_dict(keep_vars=True)) if isinstance(model, torch.nn.Module) else dict(model)
-    _check(tensors, delta)
+    tensors = _tensors_of(model, delta)
     before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
         for patch in patches(delta):
-            target = tensors[patch.name].detach()
-            flat = target.view(-1)
-            bits = flat.view(_BITS[flat.element_size()])
-            indices = patch.indices.to(flat.device)
+            bits, indices, values = _placed(patch, tensors[patch.name])
             before.append((bits, indices, bits[indices].clone()))
-            bits[indices] = patch.values.to(flat.device).view(bits.dtype)
+            bits[indices] = values
 
     def undo() -> None:
         with torch.no_grad():
@@ -128,19 +122,25 @@ def revert_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> 
     Raises:
         UserError: as of `apply_`, or it does not carry base's values. Nothing is changed then.
     """
-    tensors = dict(model.state_dict(keep_vars=True)) if isinstance(model, torch.nn.Module) else dict(model)
-    _check(tensors, delta)
+    tensors = _tensors_of(model, delta)
     for _ in patches(delta, of_base=True):
         pass
     with torch.no_grad():
         for patch in patches(delta, of_base=True):
-            flat = tensors[patch.name].detach().view(-1)
-            bits = flat.view(_BITS[flat.element_size()])
-            bits[patch.indices.to(flat.device)] = patch.values.to(flat.device).view(bits.dtype)
+            bits, indices, values = _placed(patch, tensors[patch.name])
+            bits[indices] = values
 
 
-def _check(tensors: Mapping[str, torch.Tensor], delta: str) -> None:
-    """Whether all that is going to be written has its place."""
+def _placed(patch: Patch, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The bits of a flat tensor, and where it is, the places and the bits that go there."""
+    flat = tensor.detach().view(-1)
+    bits = flat.view(_BITS[flat.element_size()])
+    return bits, patch.indices.to(flat.device), patch.values.to(flat.device).view(bits.dtype)
+
+
+def _tensors_of(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> dict[str, torch.Tensor]:
+    """A model's tensors by name, in which all that is going to be written has its place."""
+    tensors = dict(model.state_dict(keep_vars=True)) if isinstance(model, torch.nn.Module) else dict(model)
     folder = open_store(input_address(delta))
     for name, tensor in read_delta(folder, delta)["tensors"].items():
         if tensor["as"] == BASE and name not in tensors:
@@ -156,6 +156,7 @@ def _check(tensors: Mapping[str, torch.Tensor], delta: str) -> None:
             )
         if not there.is_contiguous():
             raise UserError(f"{delta}: the model's {name!r} does not lie in its own order; make it contiguous first")
+    return tensors
 
 
 __all__ = ["Patch", "apply_", "patches", "revert_"]

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
 from pipeline.formats.beside import MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
-from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, summary
+from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
 from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
 from pipeline.formats.names import packed_like, renamed, unwrapped
 from pipeline.formats.pickled import describe, distributed_folder, torch_files
@@ -150,13 +150,10 @@ def _of_delta(
     oddities = [f"{role}: {summary(said, sum(found[name].size for name in said['files']))}"]
     opened = _opened(folder, found, read, role, oddities)
     identity = {**opened.identity, DELTA: _identity_of(folder, DELTA)}
+    wanted = shapes_of(said)
     if base is None:
-        shown = {
-            name: TensorInfo(name, of["dtype"], tuple(of["shape"]), DELTA, 0, 0) for name, of in said["tensors"].items()
-        }
-        return replace(opened, tensors=shown, identity=identity)
+        return replace(opened, tensors=wanted, identity=identity)
     check_base(said, base.identity, base.folder.address, where)
-    wanted = {name: TensorInfo(name, of["dtype"], tuple(of["shape"]), "", 0, 0) for name, of in said["tensors"].items()}
     named = packed_like(renamed(base.tensors, wanted, renames, []), wanted, [])
     return replace(opened, tensors=patched(said, read[0], named, folder, where), identity=identity)
 
@@ -201,8 +198,7 @@ def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, 
     left = [name for name in left if name not in identity]
     if left:
         oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
-    side: Side = "base" if role == "base" else "finetuned"
-    stored = tuple(leaf.info for info in tensors.values() for leaf in leaves(Part(side, info)))
+    stored = tuple(leaf.info for info in tensors.values() for leaf in leaves(Part(_side(role), info)))
     bare = unwrapped(tensors, role, oddities)
     return Checkpoint(role, folder, bare, identity, side_files, tuple(oddities), stored=stored)
 
@@ -237,7 +233,7 @@ def _described(folder: Store, kind: str, names: list[str], role: str, allow_pick
             f"{where} is {what}, which is described by pickles; --allow-pickle looks into them, in a process without "
             "network that can write nothing"
         )
-    side: Side = "base" if role == "base" else "finetuned"
+    side = _side(role)
     tensors: dict[str, TensorInfo] = {}
     for info in describe(folder, kind, names, side, where):
         if info.name in tensors:
@@ -260,9 +256,8 @@ def _described(folder: Store, kind: str, names: list[str], role: str, allow_pick
 
 def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
     """The same with the weights that its codes stand for, if it is quantized."""
-    role: Side = "base" if checkpoint.role == "base" else "finetuned"
     where = f"{checkpoint.role}: {checkpoint.folder.address}"
-    tensors, gone = dequantized(checkpoint.tensors, read_config(checkpoint), role, where)
+    tensors, gone = dequantized(checkpoint.tensors, read_config(checkpoint), _side(checkpoint.role), where)
     if not gone:
         return checkpoint
     many = sum(info.form is not None for info in tensors.values())
@@ -272,6 +267,11 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
         identity[MODEL_CONFIG] = _identity_of(checkpoint.folder, MODEL_CONFIG)
     oddities = (*checkpoint.oddities, said)
     return replace(checkpoint, tensors=tensors, gone=gone, identity=identity, oddities=oddities, quantized=True)
+
+
+def _side(role: str) -> Side:
+    """The side on which forms find a checkpoint; one that is only looked at is on either."""
+    return "base" if role == "base" else "finetuned"
 
 
 def _identity_of(folder: Store, name: str) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import BITS, is_weight, itemsize
-from pipeline.formats.header import is_name
+from pipeline.formats.header import is_name, read_header
 from pipeline.formats.lowrank import Converted
-from pipeline.formats.sparse import COLUMNS, Layered, Patched, check_table, fits
+from pipeline.formats.sparse import BLOCK, COLUMNS, Layered, Patched, check_table, fits
 from pipeline.formats.tensor import Alias, Part, TensorInfo, alias, formed
 from pipeline.storage.store import Store
 
@@ -59,6 +59,18 @@ def read_delta(folder: Store, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
         raise UserError(f"{where}: {DELTA} is not that of a sparse task vector") from None
     return dict(said)
+
+
+def shapes_of(said: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """What each tensor is like; where it lies is not said."""
+    return {
+        name: TensorInfo(name, of["dtype"], tuple(of["shape"]), DELTA, 0, 0) for name, of in said["tensors"].items()
+    }
+
+
+def stored_in(folder: Store, said: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """What the files hold."""
+    return {info.name: info for file in said["files"] for info in read_header(folder.reader(file), file, file).tensors}
 
 
 def check_base(said: Mapping[str, Any], identity: Mapping[str, Mapping[str, Any]], address: str, where: str) -> None:
@@ -106,10 +118,10 @@ def patched(
         blocks, places, values = parts
         if not (blocks and places and values) or (blocks.dtype, places.dtype, values.dtype) != ("I64", "U8", "U8"):
             raise UserError(f"{where}: {name!r} is not stored as {DELTA} says")
-        if len(blocks.shape) != 2 or blocks.shape[1] != COLUMNS or blocks.shape[0] > 1 << 32:
+        if len(blocks.shape) != 2 or blocks.shape[1] != COLUMNS:
             raise UserError(f"{where}: the blocks of {name!r} are no table")
         numel = base[name].numel
-        if blocks.shape[0] != -(-numel // (1 << 20)):
+        if blocks.shape[0] != -(-numel // BLOCK):
             raise UserError(f"{where}: the blocks of {name!r} are {blocks.shape[0]}, not as many as it needs")
         given = stored.get(name + BEFORE)
         table = np.frombuffer(folder.reader(blocks.file).read(blocks.offset, blocks.nbytes), "<i8")

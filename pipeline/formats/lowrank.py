@@ -79,9 +79,7 @@ class LowRank:
         """W + s·B·A of some elements."""
         from pipeline.formats.loops import add_product
 
-        dtype = self.over.info.dtype
-        width = itemsize(dtype)
-        found = upcast(values(sides.take(self.over, start * width, stop * width), dtype)).copy()
+        found = _values(self.over, start, stop, sides).copy()
         size, done = self.rows * self.columns, start
         while done < stop:
             number = done // size
@@ -132,9 +130,9 @@ class Added:
         return self.over, self.other
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
-        dtype = self.over.info.dtype
-        p = upcast(values(sides.take(self.over, start * itemsize(dtype), stop * itemsize(dtype)), dtype))
-        out[:] = round_to(p + np.float32(self.scale) * _floats(self.other, sides)[start:stop], dtype).view(np.uint8)
+        p = _values(self.over, start, stop, sides)
+        total = p + np.float32(self.scale) * _floats(self.other, sides)[start:stop]
+        out[:] = round_to(total, self.over.info.dtype).view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +147,7 @@ class Converted:
         return (self.of,)
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
-        stored, width = self.of.info.dtype, itemsize(self.of.info.dtype)
-        taken = sides.take(self.of, start * width, stop * width)
-        out[:] = round_to(upcast(values(taken, stored)), self.dtype).view(np.uint8)
+        out[:] = round_to(_values(self.of, start, stop, sides), self.dtype).view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +178,13 @@ class Rows:
             if begin < end:
                 new = round_to(theirs[place, begin - row * columns : end - row * columns], info.dtype)
                 out[(begin - start) * width : (end - start) * width] = new.view(np.uint8)
+
+
+def _values(part: Part, start: int, stop: int, sides: Sides) -> np.ndarray:
+    """Elements of a tensor in float32, of float64 in that."""
+    dtype = part.info.dtype
+    width = itemsize(dtype)
+    return upcast(values(sides.take(part, start * width, stop * width), dtype))
 
 
 def _floats(part: Part, sides: Sides) -> np.ndarray:

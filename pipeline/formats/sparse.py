@@ -74,7 +74,7 @@ def encode(
     """
     from pipeline.formats.loops import changed
 
-    gaps, values, before = scratch.of(out) if scratch else Scratch().of(out)
+    gaps, values, before = (scratch or Scratch()).of(out)
     count, nbytes = changed(base, out, gaps, values, before)
     how, places = 0, gaps[:nbytes].tobytes()
     if nbytes > -(-out.size // 8):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -199,7 +200,7 @@ class DeltaWriter:
         size, name = len(header) + sum(entry[3] for entry in self._entries), delta_name(self._shard.name)
         self._file = self._out.create(name, size)
         digest, offset = xxhash.xxh3_128(), 0
-        for data in (header, *self._stored()):
+        for data in chain([header], self._stored()):
             digest.update(data)
             self._file.write(offset, data)
             offset += len(data)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import digests, gaussian, load, save
+from checkpoints import digests, load, save, save_pair
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
@@ -27,10 +27,7 @@ def pruned(folder: Path, base: str, finetuned: str, **choices: Any) -> tuple[dic
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    base, finetuned = gaussian(SHAPES, torch.bfloat16)
-    save(tmp_path / "base", base)
-    save(tmp_path / "finetuned", finetuned)
-    return tmp_path
+    return save_pair(tmp_path, SHAPES)
 
 
 def renamed(folder: Path, side: str, **prefixes: str) -> str:
@@ -67,10 +64,8 @@ def test_in_the_middle_of_a_name_too(pair):
 
 
 def test_a_module_that_is_called_module_keeps_its_name(tmp_path):
-    base, finetuned = gaussian({"visual.module.a": (3, 4), "module.b": (5,)}, torch.bfloat16)
-    save(tmp_path / "base", base)
-    save(tmp_path / "finetuned", finetuned)
-    assert pruned(tmp_path, "base", "finetuned")[0].keys() == base.keys()
+    shapes = {"visual.module.a": (3, 4), "module.b": (5,)}
+    assert pruned(save_pair(tmp_path, shapes), "base", "finetuned")[0].keys() == shapes.keys()
 
 
 def test_two_that_would_have_one_name(pair):

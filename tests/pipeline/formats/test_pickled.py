@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from checkpoints import digests, gaussian, load, save
+from checkpoints import digests, load, save, save_pair
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
@@ -28,10 +28,7 @@ SHAPES = {"model.embed.weight": (40, 8), "model.layers.0.q.weight": (8, 16), "no
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    base, finetuned = gaussian(SHAPES, torch.bfloat16)
-    save(tmp_path / "base", base)
-    save(tmp_path / "finetuned", finetuned)
-    return tmp_path
+    return save_pair(tmp_path, SHAPES)
 
 
 def pruned(folder: Path, finetuned: str, **choices: Any) -> tuple[dict[str, str], Any]:
@@ -139,9 +136,7 @@ def sharded(rank: int, world: int, folder: Path, columns: bool) -> None:
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "rows and columns"])
 def test_what_several_ranks_have_written(pair, columns):
     """Sizes that do not divide evenly; the ranks' parts are put together where they are read."""
-    base, finetuned = gaussian({"a": (41, 8), "b": (7, 19), "c": (300, 257), "norm": (5,)}, torch.bfloat16)
-    save(pair / "base", base)
-    save(pair / "finetuned", finetuned)
+    save_pair(pair, {"a": (41, 8), "b": (7, 19), "c": (300, 257), "norm": (5,)})
     code = (
         "import sys; sys.path[:0] = [sys.argv[4], sys.argv[5]]; from pathlib import Path; import test_pickled as t;"
         "t.sharded(int(sys.argv[1]), 4, Path(sys.argv[2]), sys.argv[3] == 'True')"
