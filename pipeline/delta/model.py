@@ -9,6 +9,7 @@ undo()
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -27,23 +28,26 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Patch(NamedTuple):
-    """What is written over one tensor, in the form in which serving engines take sparse updates.
+    """What is written over one tensor. It can be given to vLLM as it is: `load_checkpoint_weight_patches` takes these
+    names (vllm.model_executor.model_loader.checkpoint_weight_patch, 0.33), in one call either those with indices or
+    those without.
 
     Attributes:
-        name: of the tensor in its checkpoint; `shape`: of all of it.
-        indices: into the flat tensor, (n,) int64, in order.
-        values: (n,) in the tensor's dtype.
+        name: of the tensor in its checkpoint.
+        shape, dtype: of all of it.
+        values: (n,), or all of the flat tensor where it has no `indices`.
+        indices: into the flat tensor, (n,), in order: int32, or int64 where it has 2^31 elements or more.
     """
 
     name: str
     shape: tuple[int, ...]
-    indices: torch.Tensor
+    dtype: torch.dtype
     values: torch.Tensor
+    indices: torch.Tensor | None
 
 
 def patches(delta: str, of_base: bool = False) -> Iterator[Patch]:
-    """What a sparse task vector writes over base, a tensor after the other, in patches within 2^20 elements each. A
-    tensor that is stored whole is one patch of all its elements.
+    """What a sparse task vector writes over base, a tensor after the other.
 
     Args:
         delta: the folder, in any store.
@@ -52,6 +56,17 @@ def patches(delta: str, of_base: bool = False) -> Iterator[Patch]:
     Raises:
         UserError: it is damaged, or does not carry base's values.
     """
+    for _, found in itertools.groupby(_in_blocks(delta, of_base), lambda patch: patch.name):
+        first, *more = found
+        if more:
+            values = torch.cat([first.values, *(patch.values for patch in more)])
+            indices = torch.cat([patch.indices for patch in (first, *more) if patch.indices is not None])
+            first = first._replace(values=values, indices=indices)
+        yield first
+
+
+def _in_blocks(delta: str, of_base: bool = False) -> Iterator[Patch]:
+    """The same in pieces within 2^20 elements."""
     folder = open_store(input_address(delta))
     try:
         said = read_delta(folder, delta)
@@ -66,14 +81,16 @@ def patches(delta: str, of_base: bool = False) -> Iterator[Patch]:
                 raise UserError(f"{delta}: it does not carry base's {name!r}; it was made without --reversible")
             if tensor["as"] == WHOLE:
                 values = torch.from_numpy(sides.whole(Part("finetuned", info)).copy()).view(dtype)
-                yield Patch(name, info.shape, torch.arange(values.numel()), values)
+                yield Patch(name, info.shape, dtype, values, None)
                 continue
             assert isinstance(info.form, Patched)
+            place = torch.int32 if info.numel < 1 << 31 else torch.int64
             for number in range(-(-info.numel // BLOCK)):
                 places, bits = info.form.block(number, sides, of_base)
                 if places.size:
                     values = torch.from_numpy(bits.view(np.uint8).copy()).view(dtype)
-                    yield Patch(name, info.shape, torch.from_numpy(places + number * BLOCK), values)
+                    indices = torch.from_numpy(places + number * BLOCK).to(place)
+                    yield Patch(name, info.shape, dtype, values, indices)
     finally:
         folder.close()
 
@@ -97,9 +114,9 @@ def apply_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> C
         UserError: a tensor is missing, has another shape or dtype; nothing is changed then.
     """
     tensors = _tensors_of(model, delta)
-    before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    before: list[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor]] = []
     with torch.no_grad():
-        for patch in patches(delta):
+        for patch in _in_blocks(delta):
             bits, indices, values = _placed(patch, tensors[patch.name])
             before.append((bits, indices, bits[indices].clone()))
             bits[indices] = values
@@ -123,19 +140,20 @@ def revert_(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> 
         UserError: as of `apply_`, or it does not carry base's values. Nothing is changed then.
     """
     tensors = _tensors_of(model, delta)
-    for _ in patches(delta, of_base=True):
+    for _ in _in_blocks(delta, of_base=True):
         pass
     with torch.no_grad():
-        for patch in patches(delta, of_base=True):
+        for patch in _in_blocks(delta, of_base=True):
             bits, indices, values = _placed(patch, tensors[patch.name])
             bits[indices] = values
 
 
-def _placed(patch: Patch, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _placed(patch: Patch, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor]:
     """The bits of a flat tensor, and where it is, the places and the bits that go there."""
     flat = tensor.detach().view(-1)
     bits = flat.view(_BITS[flat.element_size()])
-    return bits, patch.indices.to(flat.device), patch.values.to(flat.device).view(bits.dtype)
+    indices = slice(None) if patch.indices is None else patch.indices.to(flat.device)
+    return bits, indices, patch.values.to(flat.device).view(bits.dtype)
 
 
 def _tensors_of(model: torch.nn.Module | Mapping[str, torch.Tensor], delta: str) -> dict[str, torch.Tensor]:

@@ -7,12 +7,11 @@ random ones, so such an adapter is made where it is used and not saved.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 
-from pipeline.delta.model import Patch, patches
+from pipeline.delta.model import patches
 from pipeline.errors import UserError
 
 
@@ -34,29 +33,28 @@ def as_shira(model: torch.nn.Module, delta: str) -> tuple[Any, list[str]]:
     except ImportError:
         raise UserError("SHiRA is PEFT's: pip install peft") from None
     linear = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    changes: dict[str, list[Patch]] = defaultdict(list)
+    changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     left_out: set[str] = set()
     for patch in patches(delta):
         if patch.name in linear:
-            changes[patch.name].append(patch)
+            indices = torch.arange(patch.values.numel()) if patch.indices is None else patch.indices
+            changes[patch.name] = indices, patch.values
         else:
             left_out.add(patch.name)
     if not changes:
         raise UserError(f"{delta}: no linear layer of the model has changed")
-    indices = {name: torch.cat([patch.indices for patch in of]) for name, of in changes.items()}
-    rank = max(-(-found.numel() // sum(linear[name].weight.shape)) for name, found in indices.items())
-    masks = {id(linear[name]): _mask(name, linear[name].weight, found, rank) for name, found in indices.items()}
+    rank = max(-(-found.numel() // sum(linear[name].weight.shape)) for name, (found, _) in changes.items())
+    masks = {id(linear[name]): _mask(name, linear[name].weight, found, rank) for name, (found, _) in changes.items()}
     config = ShiraConfig(r=rank, target_modules=[name.removesuffix(".weight") for name in changes], init_weights=True)
     config.mask_fn = lambda layer, r, **_: masks[id(layer)]
     wrapped = get_peft_model(model, config)
     layers: dict[int, Any] = {id(m.base_layer): m for m in wrapped.modules() if hasattr(m, "shira_weight")}
     with torch.no_grad():
-        for name, of in changes.items():
+        for name, (indices, values) in changes.items():
             layer, weight = layers[id(linear[name])], linear[name].weight
             rows, columns = layer.shira_indices["default"].long()
             wanted = weight.reshape(-1).float().clone()
-            for patch in of:
-                wanted[patch.indices.to(weight.device)] = patch.values.to(weight.device).float()
+            wanted[indices.to(weight.device)] = values.to(weight.device).float()
             difference = (wanted.view_as(weight) - weight.float())[rows, columns]
             layer.shira_weight["default"].copy_(difference)
     return wrapped, sorted(left_out)

@@ -76,24 +76,35 @@ def round_to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _differing(base, out, found):  # type: ignore[no-untyped-def]
+    """Where two arrays differ, into `found`, one longer than them; without a branch, which could not be foretold."""
+    count = np.uint64(0)
+    for i in range(out.size):
+        found[count] = i
+        count += np.uint64(base[i] != out[i])
+    return np.int64(count)
+
+
+@compiled
 def changed(base, out, gaps, values, before):  # type: ignore[no-untyped-def]
     """Where two arrays of bits differ: the gaps between those places, a byte each (255 and another byte, and so on,
     where they are longer), and what is there in `out` and in `base`. Returns how many places and how many bytes."""
-    count = nbytes = 0
-    last = -1
-    for i in range(out.size):
-        if base[i] != out[i]:
-            gap = i - last - 1
+    count, nbytes, last = 0, 0, -1
+    found = np.empty(4097, np.uint32)
+    for start in range(0, out.size, 4096):
+        for k in range(_differing(base[start : start + 4096], out[start : start + 4096], found)):
+            at = start + int(found[k])
+            gap = at - last - 1
             while gap >= 255:
                 gaps[nbytes] = 255
                 nbytes += 1
                 gap -= 255
             gaps[nbytes] = gap
             nbytes += 1
-            values[count] = out[i]
-            before[count] = base[i]
+            values[count] = out[at]
+            before[count] = base[at]
             count += 1
-            last = i
+            last = at
     return count, nbytes
 
 
@@ -115,3 +126,39 @@ def places(gaps, found, size):  # type: ignore[no-untyped-def]
         found[count] = at
         count += 1
     return -1 if gaps.size and gaps[-1] == 255 else count
+
+
+@compiled
+def overwrite(written, in_bits, values, size, out, begin):  # type: ignore[no-untyped-def]
+    """Write the values of a block of `size` elements over those from its place `begin` on, as far as `out` reaches.
+
+    Args:
+        written: its gaps, or a bit an element if `in_bits`.
+        values: uint8 (width, places).
+        out: bits of elements.
+
+    Returns:
+        Whether the places are as many as the values, and all in the block.
+    """
+    width, kept = values.shape
+    count, at, end = 0, 0, begin + out.size
+    for i in range(written.size):
+        byte = written[i]
+        if in_bits:
+            at = 8 * i
+        else:
+            at += byte
+            byte = np.uint8(byte < 255)
+        while byte:
+            if byte & 1:
+                if count == kept or at >= size:
+                    return False
+                if begin <= at < end:
+                    value = np.uint64(values[0, count])
+                    for k in range(1, width):
+                        value |= np.uint64(values[k, count]) << np.uint64(8 * k)
+                    out[at - begin] = value
+                count += 1
+            byte >>= 1
+            at += 1
+    return count == kept and (in_bits or written.size == 0 or written[-1] < 255)

@@ -156,7 +156,17 @@ class Patched:
         return self.over, self.blocks, self.places, self.values, *((self.before,) if self.before else ())
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
-        write_over(self, start, stop, out, sides, self.block)
+        write_over(self, start, stop, out, sides, self._write)
+
+    def _write(self, number: int, begin: int, bits: np.ndarray, sides: Sides) -> None:
+        from pipeline.formats.loops import overwrite
+
+        size = self._size(number)
+        make = partial(self._stored, number, sides)
+        # of a part the rest is wanted next
+        written, values, in_bits = make() if bits.size == size else sides.remember((self, number), make)
+        if not overwrite(written, bool(in_bits), values, size, bits, begin):
+            raise self._damaged()
 
     def block(self, number: int, sides: Sides, of_base: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The places (int64, in order) and the values of one block, or base's values there.
@@ -166,17 +176,9 @@ class Patched:
         """
         from pipeline.formats.loops import places as places_of
 
-        (table,) = sides.remember(
-            (self, "table"), lambda: (sides.whole(self.blocks).view(np.int64).reshape(-1, COLUMNS),)
-        )
-        kept, how, plain, packed, *valued = table[number].tolist()
-        before = table[:number].sum(0)
-        width, size = itemsize(self.dtype), min(BLOCK, self.over.info.numel - number * BLOCK)
-        at = int(before[PLACE_BYTES])
-        written = sides.take(self.places, at, at + packed)
-        if how & PACKED_PLACES:
-            written = self._unpacked(written, plain)
-        if how & BITS:
+        written, values, in_bits = self._stored(number, sides, of_base)
+        size, (width, kept) = self._size(number), values.shape
+        if in_bits:
             places = np.flatnonzero(np.unpackbits(written, count=size, bitorder="little"))
             good = places.size == kept
         else:
@@ -184,21 +186,37 @@ class Patched:
             good = places_of(written, places, size) == kept
         if not good:
             raise self._damaged()
+        return places, np.ascontiguousarray(values.T).view(f"u{width}").reshape(kept)
+
+    def _size(self, number: int) -> int:
+        return min(BLOCK, self.over.info.numel - number * BLOCK)
+
+    def _stored(self, number: int, sides: Sides, of_base: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A block's places as they are written, its values by their bytes (width, kept), whether a bit each element."""
+        (table,) = sides.remember(
+            (self, "table"), lambda: (sides.whole(self.blocks).view(np.int64).reshape(-1, COLUMNS),)
+        )
+        kept, how, plain, packed, *valued = table[number].tolist()
+        before = table[:number].sum(0)
+        at = int(before[PLACE_BYTES])
+        written = sides.take(self.places, at, at + packed)
+        if how & PACKED_PLACES:
+            written = self._unpacked(written, plain)
         stream, column, flag = self.values, VALUE_BYTES, PACKED_VALUES
         if of_base:
             assert self.before
             stream, column, flag = self.before, BEFORE_BYTES, PACKED_BEFORE
-        from_ = int(before[column])
+        from_, width = int(before[column]), itemsize(self.dtype)
         values = sides.take(stream, from_, from_ + valued[column - VALUE_BYTES])
         if how & flag:
             values = self._unpacked(values, kept * width)
-        return places, np.ascontiguousarray(values.reshape(width, kept).T).view(f"u{width}").reshape(kept)
+        return written, values.reshape(width, kept), np.array(how & BITS > 0)
 
     def _unpacked(self, data: np.ndarray, nbytes: int) -> np.ndarray:
         import pyarrow as pa
 
         try:
-            return np.frombuffer(_codec().decompress(data.tobytes(), nbytes, asbytes=True), np.uint8)  # type: ignore[attr-defined]
+            return np.frombuffer(_codec().decompress(data, nbytes, asbytes=True), np.uint8)  # type: ignore[attr-defined]
         except (pa.ArrowException, OSError, ValueError):
             raise self._damaged() from None
 
@@ -209,20 +227,22 @@ class Patched:
 
 def write_over(
     patched: Patched, start: int, stop: int, out: np.ndarray, sides: Sides,
-    block: Callable[[int, Sides], tuple[np.ndarray, np.ndarray]],
+    write: Callable[[int, int, np.ndarray, Sides], None],
 ) -> None:  # fmt: skip
-    """base's elements `start` to `stop` in the dtype of the result, and over them what `block` says of each block."""
+    """base's elements `start` to `stop` in the dtype of the result, and over them what `write` has of each block: it
+    gets a block's number, a place in it, and the bits of the elements from there on."""
     info, width = patched.over.info, itemsize(patched.dtype)
     before = itemsize(info.dtype)
     aligned = out.ctypes.data % width == 0
     bits = out.view(f"u{width}") if aligned else np.empty(stop - start, f"u{width}")
-    taken = sides.take(patched.over, start * before, stop * before)
-    bits[:] = in_dtype(taken, info.dtype, patched.dtype)
+    if info.dtype == patched.dtype:
+        sides.copy_into(patched.over, start * before, stop * before, bits.view(np.uint8))
+    else:
+        bits[:] = in_dtype(sides.take(patched.over, start * before, stop * before), info.dtype, patched.dtype)
     for number in range(start // BLOCK, -(-stop // BLOCK)):
-        places, values = sides.remember((block, number), partial(block, number, sides))
         first = number * BLOCK
-        begin, end = np.searchsorted(places, (start - first, stop - first))
-        bits[places[begin:end].astype(np.int64) + (first - start)] = values[begin:end]
+        begin, end = max(start, first), min(stop, first + BLOCK)
+        write(number, begin - first, bits[begin - start : end - start], sides)
     if not aligned:
         out[:] = bits.view(np.uint8)
 
@@ -245,7 +265,12 @@ class Layered:
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
         first = self.layers[0]
-        write_over(first, start, stop, out, sides, self._block)
+        write_over(first, start, stop, out, sides, self._write)
+
+    def _write(self, number: int, begin: int, bits: np.ndarray, sides: Sides) -> None:
+        places, values = sides.remember((self, number), partial(self._block, number, sides))
+        first, last = np.searchsorted(places, (begin, begin + bits.size))
+        bits[places[first:last] - begin] = values[first:last]
 
     def _block(self, number: int, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
         found = [layer.block(number, sides) for layer in self.layers]

@@ -159,15 +159,25 @@ class Sides:
 
     def take(self, part: Part, begin: int, end: int) -> np.ndarray:
         """The same bytes (uint8), not to be changed."""
-        part = _resolved(part)
-        if part.info.form is None:
-            first = part.info.offset
-            there = self._loaded.get((part.side, part.info.file, first + begin, first + end))
-            if there is not None:
-                return there
+        there = self._there(part, begin, end)
+        if there is not None:
+            return there
         target = np.empty(end - begin, np.uint8)
         self.read_into(part, begin, end, target)
         return target
+
+    def copy_into(self, part: Part, begin: int, end: int, target: np.ndarray) -> None:
+        """The same bytes, for who changes them."""
+        there = self._there(part, begin, end)
+        if there is None:
+            self.read_into(part, begin, end, target)
+        else:
+            target[:] = there
+
+    def _there(self, part: Part, begin: int, end: int) -> np.ndarray | None:
+        part = _resolved(part)
+        first = part.info.offset
+        return None if part.info.form else self._loaded.get((part.side, part.info.file, first + begin, first + end))
 
     def whole(self, part: Part) -> np.ndarray:
         """All bytes of a tensor that is small."""

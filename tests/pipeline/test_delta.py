@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
 from pipeline.delta import apply_, as_shira, patches, revert_
 from pipeline.formats.sparse import BLOCK, COLUMNS, check_table, encode
+from pipeline.shard.delta import DeltaWriter
 from pipeline.storage.address import layered
 
 SHAPES = {
@@ -485,13 +487,40 @@ def test_a_model_that_is_another_is_left_alone(pair):
 def test_patches_are_what_is_written(pair):
     delta, expected = str(run(pair, "delta", emit="delta")), load(run(pair, "whole"))
     state = {name: t.clone() for name, t in load(pair / "base").items()} | {"new": torch.zeros(3)}
+    seen: set[str] = set()
     for patch in patches(delta):
         assert patch.shape == tuple(expected[patch.name].shape)
-        assert patch.indices.dtype == torch.int64 and bool((patch.indices.diff() > 0).all())
-        assert patch.values.dtype == expected[patch.name].dtype
-        state[patch.name].view(-1)[patch.indices] = patch.values
+        # vLLM 0.33: fields by these names, indices of int32 or int64 or None for all of a tensor, one patch a tensor
+        assert patch.dtype == patch.values.dtype == expected[patch.name].dtype
+        assert patch.values.dim() == 1 and patch.name not in seen
+        seen.add(patch.name)
+        if patch.indices is None:
+            assert patch.name == "new"
+            state[patch.name].view(-1).copy_(patch.values)
+        else:
+            assert patch.indices.dtype == torch.int32 and bool((patch.indices.diff() > 0).all())
+            state[patch.name].view(-1)[patch.indices] = patch.values
+    assert A in seen
     state.pop("old")
     same(state, expected)
+
+
+def test_the_file_is_put_together_piece_by_piece(pair, monkeypatch):
+    save(pair / "finetuned", load(pair / "finetuned") | {"new": torch.zeros(16 << 20)})
+    peaks, finish = [], DeltaWriter.finish
+
+    def measured(self):
+        tracemalloc.start()
+        try:
+            return finish(self)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    monkeypatch.setattr(DeltaWriter, "finish", measured)
+    delta = run(pair, "delta", emit="delta")
+    assert sum(path.stat().st_size for path in delta.glob("*.safetensors")) > 64 << 20
+    assert max(peaks) < 20 << 20
 
 
 # The command line.
