@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from pipeline import manifest
 from pipeline.errors import PassingError
 from pipeline.log import Log
 from pipeline.plan import Group, Plan, Shard
-from pipeline.pool import Pool, Threads, default_workers
+from pipeline.pool import Pool, Step, Threads, default_workers
 from pipeline.recipe import Recipe, format_bytes
 from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
 from pipeline.shard.sample import Survey
@@ -105,52 +105,151 @@ def _nothing_to_do(plan: Plan, began: float) -> Result:
 def _prune(plan: Plan, state: manifest.State, out: Store, pool: MakePool, watch: Watch, began: float) -> Result:
     """Prune into a folder that is held."""
     manifest.begin(plan, state, out)
-    log = Log(out)
-    todo = manifest.unfinished_shards(plan)
-    facts: dict[str, Any] = {"resumed": len(plan.shards) - len(todo)}
-    to_deal_with = bytes_to_deal_with(plan, todo)
-    log.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_deal_with, **facts)
+    (result,) = _prune_all([Held(plan, out)], pool, watch, began)
+    return result
+
+
+@dataclass(frozen=True)
+class Held:
+    """A run whose output folder is held, and has begun."""
+
+    plan: Plan
+    out: Store
+
+
+def prune_all(held: Sequence[Held], pool: MakePool | None = None, watch: Watch | None = None) -> list[dict[str, Any]]:
+    """Bring runs over the same inputs to their end, from one reading; returns their manifests.
+
+    Args:
+        held: whose plans are cut into the same shards.
+        pool: made for the first of them, and works for all.
+    """
+    results = _prune_all(held, pool or in_process, watch or Watch(), time.perf_counter())
+    return [result.manifest for result in results]
+
+
+def _prune_all(runs: Sequence[Held], pool: MakePool, watch: Watch, began: float) -> list[Result]:
+    plan, logs = runs[0].plan, [Log(run.out) for run in runs]
+    unfinished = [manifest.unfinished_shards(run.plan) for run in runs]
+    todo = sorted({index for indices in unfinished for index in indices})
+    to_deal_with = max(bytes_to_deal_with(run.plan, todo) for run in runs)
+    resumed = [len(plan.shards) - len(indices) for indices in unfinished]
+    facts: dict[str, Any] = {}
+
+    def log(event: str, **facts: Any) -> None:
+        for one in logs:
+            one.add(event, **facts)
+
+    for one, count in zip(logs, resumed, strict=True):
+        one.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_deal_with, resumed=count)
     also = watch.note
 
     def note(event: str, **facts: Any) -> None:
-        log.add(event, **facts)
+        log(event, **facts)
         also(event, **facts)
 
     watch = replace(watch, note=note)
+    rounds = [0] * len(runs)
+    made = []
     try:
         if todo:
             watch.begin(plan, to_deal_with)
-            with closing(pool(plan, out, watch)) as workers:
-                thresholds, quotas, rounds = find_thresholds(plan, out, workers, watch)
-                write_shards(plan, workers, todo, thresholds, quotas, watch)
-                facts |= {"workers": workers.workers, "rounds": rounds, "lost_workers": workers.lost}
+            with closing(pool(plan, runs[0].out, watch)) as workers:
+                courses = [course(run.plan, run.out, indices) for run, indices in zip(runs, unfinished, strict=True)]
+                rounds = conduct(runs, courses, workers, watch)
+                facts |= {"workers": workers.workers, "lost_workers": workers.lost}
         facts["seconds"] = round(time.perf_counter() - began, 3)
-        made = manifest.finish(plan, facts, out)
+        for run, count, looked in zip(runs, resumed, rounds, strict=True):
+            found = {"resumed": count} | ({"rounds": looked} if todo else {}) | facts
+            made.append(Result(manifest.finish(run.plan, found, run.out), run.plan, count, False, facts["seconds"]))
+            logs[len(made) - 1].add("finished", **found)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        log.add("stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
+        log("stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
         raise
-    log.add("finished", **facts)
-    return Result(made, plan, facts["resumed"], False, time.perf_counter() - began)
+    return made
 
 
-def write_shards(
-    plan: Plan,
-    pool: Pool,
-    todo: Iterable[int],
-    thresholds: dict[str, Threshold],
-    quotas: dict[int, dict[str, int]],
-    watch: Watch,
-) -> None:
-    """Write the shards that are not there yet."""
+@dataclass(frozen=True)
+class Request:
+    """What a run wants to be done next.
+
+    Attributes:
+        step: `Worker.sample`, `Worker.measure` or `Worker.write`.
+        event: one of SAMPLED, COUNTED, WRITTEN.
+        more: input bytes that this adds to what was to be dealt with.
+    """
+
+    step: Step
+    tasks: Sequence[Task]
+    event: str
+    more: int = 0
+
+
+Course = Generator[Request, list[Done], int]
+"""A run from sample to write: it asks for steps, gets what is said of their tasks, and returns how often the groups
+over several shards were measured."""
+
+
+def course(plan: Plan, out: Store, todo: Iterable[int]) -> Course:
+    """The course of a run that has yet to write the shards `todo`."""
+    todo = list(todo)
+    if not todo:
+        return 0
+    thresholds, quotas, rounds = yield from find_thresholds(plan, out)
     tasks = []
     for index in todo:
         shard = plan.shards[index]
         mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
         tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
-    for done in _each(plan, pool.map(Worker.write, tasks), "shard", watch):
-        name = plan.shards[done.shard].name
-        watch.say(f"{name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
+    yield Request(Worker.write, tasks, WRITTEN)
+    return rounds
+
+
+SAMPLED, COUNTED, WRITTEN = "sampled", "counted", "shard"
+"""What the log calls the end of a task of each step, in their order."""
+
+
+def conduct(runs: Sequence[Held], courses: Sequence[Course], pool: Pool, watch: Watch) -> list[int]:
+    """Do what the courses of runs ask for, the same step of all of them in one reading; returns what they return."""
+    wanted: dict[int, Request] = {}
+    returned = [0] * len(runs)
+
+    def go_on(i: int, said: list[Done] | None) -> None:
+        wanted.pop(i, None)
+        try:
+            wanted[i] = courses[i].send(said)  # type: ignore[arg-type]  # a course begins with None
+        except StopIteration as ended:
+            returned[i] = ended.value
+
+    for i in range(len(runs)):
+        go_on(i, None)
+    while wanted:
+        event = min((request.event for request in wanted.values()), key=(SAMPLED, COUNTED, WRITTEN).index)
+        now = {i: request for i, request in wanted.items() if request.event == event}
+        step = next(iter(now.values())).step
+        more = max(request.more for request in now.values())
+        if more:
+            watch.expect(more)
+            watch.note("expect", bytes=more)
+        done = _each(runs[0].plan, pool.map(step, _merged(runs, now)), event, watch)
+        said = {result.shard: result for result in done}
+        for i, request in now.items():
+            go_on(i, [said[task.shard.index] for task in request.tasks])
+    return returned
+
+
+def _merged(runs: Sequence[Held], wanted: dict[int, Request]) -> list[Task]:
+    """The tasks of several runs, those for one shard as one."""
+    if len(runs) == 1:
+        return list(wanted[0].tasks)
+    by_shard: dict[int, list[Task]] = {}
+    for i, request in wanted.items():
+        for task in request.tasks:
+            run = runs[i]
+            own = replace(task, recipe=run.plan.recipe, out=run.out.absolute())
+            by_shard.setdefault(task.shard.index, []).append(own)
+    return [replace(tasks[0], beside=tuple(tasks[1:])) for _, tasks in sorted(by_shard.items())]
 
 
 def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:
@@ -160,7 +259,10 @@ def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iter
         if done.note:
             watch.say(f"note: {done.note}")
         rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
-        watch.note(event, shard=plan.shards[done.shard].name, **rounded)
+        name = plan.shards[done.shard].name
+        watch.note(event, shard=name, **rounded)
+        if event == WRITTEN:
+            watch.say(f"{name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
         yield done
 
 
@@ -215,8 +317,8 @@ def groups_of(plan: Plan, shard: Shard) -> dict[str, Group]:
 
 
 def find_thresholds(
-    plan: Plan, out: Store, pool: Pool, watch: Watch
-) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int]:
+    plan: Plan, out: Store
+) -> Generator[Request, list[Done], tuple[dict[str, Threshold], dict[int, dict[str, int]], int]]:
     """The thresholds of the groups that lie in several shards.
 
     Returns:
@@ -227,17 +329,13 @@ def find_thresholds(
         return found
     wide = wide_groups(plan)
     thresholds = {name: known for name, known in wide.items() if known}
-    brackets = first_brackets(plan, out, pool, [name for name in wide if name not in thresholds], watch)
+    brackets = yield from first_brackets(plan, out, [name for name in wide if name not in thresholds])
     rounds = 0
     last_round: dict[str, tuple[int, Bracket]] = {}
     while brackets:
         rounds += 1
-        if rounds > 1:
-            more = bytes_of(plan, brackets)
-            watch.expect(more)
-            watch.note("expect", bytes=more)
         last_round |= {name: (rounds, bracket) for name, bracket in brackets.items()}
-        counted = measured(plan, out, pool, brackets, rounds, watch)
+        counted = yield from measured(plan, out, brackets, rounds)
         for i, name in enumerate(list(brackets)):
             result = counted.narrow(i, plan.groups[name].k)
             if isinstance(result, Threshold):
@@ -257,13 +355,13 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
     return [s for s in plan.shards if any(t.group in wanted for t in s.tensors)]
 
 
-def first_brackets(plan: Plan, out: Store, pool: Pool, names: Sequence[str], watch: Watch) -> dict[str, Bracket]:
+def first_brackets(plan: Plan, out: Store, names: Sequence[str]) -> Generator[Request, list[Done], dict[str, Bracket]]:
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
     there = out.files(manifest.WORK)
     tasks = [Task(s, groups_of(plan, s)) for s in shards if sample_name(s.index) not in there]
-    for _ in _each(plan, pool.map(Worker.sample, tasks), "sampled", watch):
-        pass
+    if tasks:
+        yield Request(Worker.sample, tasks, SAMPLED)
     surveys = {name: Survey() for name in names}
 
     def load(shard: Shard) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -277,7 +375,9 @@ def first_brackets(plan: Plan, out: Store, pool: Pool, names: Sequence[str], wat
     return {name: found.bracket(plan.groups[name]) for name, found in surveys.items()}
 
 
-def measured(plan: Plan, out: Store, pool: Pool, brackets: dict[str, Bracket], round_: int, watch: Watch) -> Histograms:
+def measured(
+    plan: Plan, out: Store, brackets: dict[str, Bracket], round_: int
+) -> Generator[Request, list[Done], Histograms]:
     """Count every score of some groups: above the bracket, and inside by bins. The reduction of a distributed run."""
     sums = histograms(list(brackets.values()))
     place = {name: i for i, name in enumerate(brackets)}
@@ -296,8 +396,10 @@ def measured(plan: Plan, out: Store, pool: Pool, brackets: dict[str, Bracket], r
             groups = groups_of(plan, shard)
             mine = {name: brackets[name] for name in groups if name in brackets}
             tasks.append(Task(shard, groups, brackets=mine, round=round_))
-    for done in _each(plan, pool.map(Worker.measure, tasks), "counted", watch):
-        add(done.shard)
+    if tasks:
+        done = yield Request(Worker.measure, tasks, COUNTED, bytes_of(plan, brackets) if round_ > 1 else 0)
+        for one in done:
+            add(one.shard)
     return sums
 
 

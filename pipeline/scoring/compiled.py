@@ -389,6 +389,9 @@ class CpuEngine:
     def __init__(self, method: str):
         self._kernels = kernels(method)
 
+    def like(self, method: str) -> CpuEngine:
+        return CpuEngine(method)
+
     def sums(self) -> AtOnce[[Chunk], tuple[np.ndarray, np.ndarray]]:
         return AtOnce(self._sums)
 

@@ -153,6 +153,10 @@ class Engine(Protocol):
         """The engine itself if it has memory of its own, where large tensors go as they are stored."""
         ...
 
+    def like(self, method: str) -> Engine:
+        """The engine for another method, where this one is, which takes what this one has put on its device."""
+        ...
+
     def sums(self) -> Pass[[AnyChunk], tuple[np.ndarray, np.ndarray]]:
         """Σ|p| and Σp² of each block, float64."""
         ...

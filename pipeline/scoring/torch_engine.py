@@ -33,6 +33,9 @@ class TorchEngine:
     def device(self) -> TorchEngine:
         return self
 
+    def like(self, method: str) -> TorchEngine:
+        return TorchEngine(method, self._accelerator)
+
     def memory(self) -> tuple[int, int]:
         return self._accelerator.memory()
 

@@ -1,14 +1,16 @@
 """The passes over one section: means, counts, search, apply. Each reads its pieces once (search: once a count).
 
 They share a *bench*: the section, the tools, and what the passes before have found, as arrays over the section's
-tensors (t) and over their groups (g).
+tensors (t) and over their groups (g). Of candidates made from one reading each has its own, over the same pieces, and
+a pass goes over all of them at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import convert, is_weight, itemsize, refuse_overflow, upcast
 from pipeline.plan import Group, PairedTensor
 from pipeline.recipe import Recipe
-from pipeline.scoring.engine import AnyChunk, Chunk, Engine, StoredChunk
+from pipeline.scoring.engine import AnyChunk, Chunk, Counted, Engine, Pass, StoredChunk
 from pipeline.scoring.methods import METHODS, evaluate
 from pipeline.scoring.threshold import (
     KEEP_ALL,
@@ -29,7 +31,7 @@ from pipeline.scoring.threshold import (
     histograms,
 )
 from pipeline.shard import sample
-from pipeline.shard.chunk import count_nonfinite, make_chunk
+from pipeline.shard.chunk import count_nonfinite, make_chunk, stored_chunk
 from pipeline.shard.reading import Pieces
 from pipeline.shard.sample import Sample
 from pipeline.shard.section import SMALL, Slice
@@ -83,6 +85,7 @@ class Bench:
 
     Attributes:
         groups: every group of its tensors, by name.
+        tensors: the section's, as this recipe's plan has them.
         names: the groups in the order of the arrays.
         group_of: (t,) int64, each tensor's group; −1 where it is not pruned.
         mean, base_squares: (t,) float64, mean|p| and Σp².
@@ -96,9 +99,10 @@ class Bench:
     groups: dict[str, Group]
     check: Check = lambda: None
     scratch: Scratch = field(default_factory=Scratch)
-    progress: Callable[[int], None] = lambda nbytes: None
+    tensors: tuple[PairedTensor, ...] = ()
 
     def __post_init__(self) -> None:
+        self.tensors = self.tensors or self.pieces.section.tensors
         index: dict[str, int] = {}
         places = [index.setdefault(t.group, len(index)) if t.group and t.common else -1 for t in self.tensors]
         self.names = list(index)
@@ -110,10 +114,6 @@ class Bench:
         self.ties = np.zeros(len(index), np.int64)
 
     @property
-    def tensors(self) -> tuple[PairedTensor, ...]:
-        return self.pieces.section.tensors
-
-    @property
     def common(self) -> np.ndarray:
         return np.array([t.common for t in self.tensors], np.int64)
 
@@ -123,16 +123,20 @@ class Bench:
             self.check()
             yield from loaded.slices()
 
-    def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
-        """What the engine takes of a slice."""
-        return held if isinstance(held, StoredChunk) else make_chunk(part, held, self.recipe)
+    def own(self, part: Slice) -> Slice:
+        """A slice of the section with the tensors as this recipe's plan has them."""
+        return part if self._is_only else replace(part, tensors=self.tensors[places(part)])
 
-    def chunks(self, wanted: np.ndarray) -> Iterator[tuple[slice, AnyChunk]]:
-        """The chunks that hold any wanted tensor ((t,) bool), and which tensors they hold."""
-        for part, held in self.slices():
-            here = places(part)
-            if not part.raw and wanted[here].any():
-                yield here, self.chunk(part, held)
+    @property
+    def _is_only(self) -> bool:
+        """Whether the section was cut for this bench."""
+        return self.tensors is self.pieces.section.tensors
+
+    def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
+        """What the engine takes of a slice of its own."""
+        if not isinstance(held, StoredChunk):
+            return make_chunk(part, held, self.recipe)
+        return held if self._is_only else stored_chunk(part, held.put, self.recipe)
 
     @property
     def on_device(self) -> bool:
@@ -162,6 +166,19 @@ def places(part: Slice) -> slice:
     return slice(part.at, part.at + len(part.tensors))
 
 
+Take = Callable[[slice, AnyChunk], None]
+"""What is done with a chunk that holds the tensors at these places."""
+
+
+def each_chunk(wanted: Sequence[tuple[Bench, np.ndarray, Take]]) -> None:
+    """One pass over the chunks that hold any tensor that a bench wants ((t,) bool)."""
+    for part, held in wanted[0][0].slices() if wanted else ():
+        here = places(part)
+        for bench, tensors, take in wanted:
+            if not part.raw and tensors[here].any():
+                take(here, bench.chunk(bench.own(part), held))
+
+
 def find_means(bench: Bench, known: np.ndarray | None = None) -> None:
     """mean|p| and Σp² of the tensors that are pruned, but for those that are `known`: (t, 2), NaN where not.
 
@@ -175,9 +192,12 @@ def find_means(bench: Bench, known: np.ndarray | None = None) -> None:
         return
     sums, squares = BlockSums(wanted.size), BlockSums(wanted.size)
     passed, added = bench.engine.sums(), []
-    for here, chunk in bench.chunks(wanted):
+
+    def take(here: slice, chunk: AnyChunk) -> None:
         passed.add(chunk)
         added.append((here.start, chunk.runs))
+
+    each_chunk([(bench, wanted, take)])
     for (at, runs), (one, two) in zip(added, passed.result(), strict=True):
         sums.add(at, runs, one)
         squares.add(at, runs, two)
@@ -187,40 +207,100 @@ def find_means(bench: Bench, known: np.ndarray | None = None) -> None:
         refuse_nonfinite(bench)
 
 
-def count(bench: Bench, counted: Histograms, names: Sequence[str]) -> None:
-    """Count the scores of some groups into their histograms.
+@dataclass
+class Counting:
+    """Scores of some groups of a bench, to be counted.
 
-    Args:
-        names: of the groups, in the order of the histograms.
+    Attributes:
+        counted: their histograms; `names`: of the groups, in the order of those.
+    """
+
+    bench: Bench
+    counted: Histograms
+    names: Sequence[str]
+
+
+def count(countings: Sequence[Counting]) -> None:
+    """Count the scores into their histograms, in one pass for all.
 
     Raises:
         UserError: weights are not finite.
     """
-    place = {name: i for i, name in enumerate(names)}
+    for thorough in (False, True):
+        passes = [_counting(counting, thorough) for counting in countings]
+        each_chunk([wanted for wanted, _ in passes])
+        incomplete = []
+        for counting, (_, passed) in zip(countings, passes, strict=True):
+            found = passed.result()
+            if not all(one.finite for one in found):
+                refuse_nonfinite(counting.bench)
+            if not all(one.complete for one in found):
+                incomplete.append(counting)
+        if not incomplete:
+            return
+        countings = incomplete
+
+
+def _counting(counting: Counting, thorough: bool) -> tuple[tuple[Bench, np.ndarray, Take], Pass[..., Counted]]:
+    bench = counting.bench
+    place = {name: i for i, name in enumerate(counting.names)}
     by_group = np.array([place.get(name, -1) for name in bench.names] + [-1], np.int64)
     into = by_group[bench.group_of]  # the last, for −1
     means = bench.mean.astype(np.float32)
-    for thorough in (False, True):
-        passed = bench.engine.counting(counted, thorough)
-        for here, chunk in bench.chunks(into >= 0):
-            if not thorough or isinstance(chunk, StoredChunk):
-                passed.add(chunk, means[here], into[here])
-        found = passed.result()
-        if not all(one.finite for one in found):
-            refuse_nonfinite(bench)
-        if all(one.complete for one in found):
-            return
+    passed = bench.engine.counting(counting.counted, thorough)
+
+    def take(here: slice, chunk: AnyChunk) -> None:
+        if not thorough or isinstance(chunk, StoredChunk):
+            passed.add(chunk, means[here], into[here])
+
+    return (bench, into >= 0, take), passed
 
 
 _ALL = 1 << 62  # elements
 
 
-def search(bench: Bench, found: dict[str, Threshold], left: dict[str, int]) -> None:
+def search(benches: Sequence[Bench], found: Sequence[dict[str, Threshold]], left: Sequence[dict[str, int]]) -> None:
     """The thresholds of the section's groups: those over several shards are `found`, the others lie in it.
 
     Args:
         left: what the sections before have left of the tie quotas of those that are found.
     """
+    begun = [_begin_search(*of) for of in zip(benches, found, left, strict=True)]
+    _select([(bench, singles) for bench, (singles, _) in zip(benches, begun, strict=True) if singles.size])
+    searches: list[tuple[Bench, dict[str, Bracket], dict[str, int]]] = []
+    for bench, (_, members) in zip(benches, begun, strict=True):
+        limits = {
+            name: min(16 * bench.looks, MAX_BINS, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
+            for name in members
+        }
+        brackets = {
+            name: _first_bracket(bench, tensors, bench.groups[name], limits[name]) for name, tensors in members.items()
+        }
+        searches.append((bench, brackets, limits))
+    while searches := [search for search in searches if search[1]]:
+        # Histograms of several benches are needed at once, those of one are the scratch's.
+        zeros: dict[str, Any] = {"zeros": searches[0][0].scratch.zeros} if len(searches) == 1 else {}
+        countings = []
+        for bench, brackets, limits in searches:
+            names = list(brackets)
+            counted = histograms(list(brackets.values()), [limits[name] for name in names], **zeros)
+            countings.append(Counting(bench, counted, names))
+        count(countings)
+        for counting, (bench, brackets, _) in zip(countings, searches, strict=True):
+            for i, name in enumerate(counting.names):
+                result = counting.counted.narrow(i, bench.groups[name].k)
+                if isinstance(result, Threshold):
+                    g = bench.names.index(name)
+                    bench.keys[g], bench.quotas[g], bench.ties[g] = result.key, result.ties, result.ties
+                    del brackets[name]
+                else:
+                    brackets[name] = result
+
+
+def _begin_search(
+    bench: Bench, found: dict[str, Threshold], left: dict[str, int]
+) -> tuple[np.ndarray, dict[str, list[PairedTensor]]]:
+    """Note what is known; returns the groups of one small tensor (int64), and the members of the others."""
     members: dict[str, list[PairedTensor]] = {}
     singles = []
     for tensor, g in zip(bench.tensors, bench.group_of.tolist(), strict=True):
@@ -235,42 +315,35 @@ def search(bench: Bench, found: dict[str, Threshold], left: dict[str, int]) -> N
             singles.append(g)
         else:
             members.setdefault(group.name, []).append(tensor)
-    _select(bench, np.array(singles, np.int64))
-    brackets: dict[str, Bracket] = {}
-    limits: dict[str, int] = {}
-    for name, tensors in members.items():
-        limits[name] = min(16 * bench.looks, MAX_BINS, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
-        brackets[name] = _first_bracket(bench, tensors, bench.groups[name], limits[name])
-    while brackets:
-        names = list(brackets)
-        counted = histograms(list(brackets.values()), [limits[name] for name in names], bench.scratch.zeros)
-        count(bench, counted, names)
-        for i, name in enumerate(names):
-            result = counted.narrow(i, bench.groups[name].k)
-            if isinstance(result, Threshold):
-                g = bench.names.index(name)
-                bench.keys[g], bench.quotas[g], bench.ties[g] = result.key, result.ties, result.ties
-                del brackets[name]
-            else:
-                brackets[name] = result
+    return np.array(singles, np.int64), members
 
 
-def _select(bench: Bench, singles: np.ndarray) -> None:
+def _select(wanted: Sequence[tuple[Bench, np.ndarray]]) -> None:
     """The thresholds of groups of one small tensor, many of them in one chunk."""
-    if not singles.size:
-        return
+    passes = [_selection(bench, singles) for bench, singles in wanted]
+    each_chunk([one for one, _ in passes])
+    for _, keep in passes:
+        keep()
+
+
+def _selection(bench: Bench, singles: np.ndarray) -> tuple[tuple[Bench, np.ndarray, Take], Callable[[], None]]:
     k = np.zeros(len(bench.names) + 1, np.int64)
     k[singles] = [bench.groups[bench.names[g]].k for g in singles]
     per_tensor = k[bench.group_of]
     means = bench.mean.astype(np.float32)
     passed, added = bench.engine.selection(), []
-    for here, chunk in bench.chunks(per_tensor > 0):
+
+    def take(here: slice, chunk: AnyChunk) -> None:
         passed.add(chunk, means[here], per_tensor[here])
         added.append(here)
-    for here, (keys, ties) in zip(added, passed.result(), strict=True):
-        chosen = per_tensor[here] > 0
-        where = bench.group_of[here][chosen]
-        bench.keys[where], bench.quotas[where], bench.ties[where] = keys[chosen], ties[chosen], ties[chosen]
+
+    def keep() -> None:
+        for here, (keys, ties) in zip(added, passed.result(), strict=True):
+            chosen = per_tensor[here] > 0
+            where = bench.group_of[here][chosen]
+            bench.keys[where], bench.quotas[where], bench.ties[where] = keys[chosen], ties[chosen], ties[chosen]
+
+    return (bench, per_tensor > 0, take), keep
 
 
 def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_bins: int) -> Bracket:
@@ -285,58 +358,78 @@ def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_
     return bracket_from_scores(taken.scores(tensor, bench.recipe, means[tensor.name]), group.k / group.numel)
 
 
-def apply(bench: Bench, sink: Sink) -> np.ndarray:
-    """Write the section's bytes in order, and return what was measured of its tensors: (t,) MEASURED.
+def apply(
+    benches: Sequence[Bench], sinks: Sequence[Sink], progress: Callable[[int], None] = lambda nbytes: None
+) -> list[np.ndarray]:
+    """Write the section's bytes in order, and return what was measured of its tensors: (t,) MEASURED, of each bench.
 
-    Uses up `bench.ties`.
+    Uses up the benches' `ties`.
 
     Raises:
         UserError: weights are not finite, or became infinite in the output's dtype.
     """
-    rows = np.zeros(len(bench.tensors), MEASURED)
-    rows["before"] = rows["after"] = np.nan
-    pruned = bench.group_of >= 0
-    rows["threshold_key"][pruned] = bench.keys[bench.group_of[pruned]]
-    rows["ties"][pruned] = bench.quotas[bench.group_of[pruned]]
-    thresholds = float_thresholds(rows["threshold_key"])
-    means = bench.mean.astype(np.float32)
-    squares, kept_squares = BlockSums(rows.size), BlockSums(rows.size)
-    described, overflowed = ~pruned, np.zeros(rows.size, np.int64)
-    passed, added = bench.engine.application(bench.ties), []
-    for part, held in bench.slices():
-        here = places(part)
+    applications = [_Applying(bench, sink) for bench, sink in zip(benches, sinks, strict=True)]
+    for part, held in benches[0].slices():
+        for application in applications:
+            application.take(part, held)
+        progress(part.nbytes)
+    return [application.measured() for application in applications]
+
+
+class _Applying:
+    """The application of one bench's thresholds, slice by slice."""
+
+    def __init__(self, bench: Bench, sink: Sink):
+        self._bench, self._sink = bench, sink
+        rows = self._rows = np.zeros(len(bench.tensors), MEASURED)
+        rows["before"] = rows["after"] = np.nan
+        pruned = bench.group_of >= 0
+        rows["threshold_key"][pruned] = bench.keys[bench.group_of[pruned]]
+        rows["ties"][pruned] = bench.quotas[bench.group_of[pruned]]
+        self._thresholds = float_thresholds(rows["threshold_key"])
+        self._means = bench.mean.astype(np.float32)
+        self._described, self._overflowed = ~pruned, np.zeros(rows.size, np.int64)
+        self._passed = bench.engine.application(bench.ties)
+        self._added: list[tuple[slice, int]] = []
+
+    def take(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> None:
+        bench, here = self._bench, places(part)
+        part = bench.own(part)
         if part.raw:
             assert isinstance(held, list)
-            _pass_through(part, held[0], sink)
-        else:
-            chunk, width = bench.chunk(part, held), itemsize(part.tensors[0].dtype)
-            out = sink.reserve(chunk.numel * width, width).view(f"u{width}")
-            passed.add(chunk, means[here], thresholds[here], bench.group_of[here], out)
-            added.append((here, chunk.runs))
-            if chunk.rounded and isinstance(chunk, Chunk):
-                overflowed[here] += _overflows(part, chunk, out)
-            if chunk.runs > 1:
-                _describe_many(bench, here, chunk, thresholds[here], rows)
-                described[here] = True
-        bench.progress(part.nbytes)
-    for (here, runs), done in zip(added, passed.result(), strict=True):
-        overflowed[here] += done.overflowed
-        rows["kept"][here] += done.kept
-        rows["changed"][here] += done.changed
-        rows["kept_changed"][here] += done.kept_changed
-        squares.add(here.start, runs, done.squares)
-        kept_squares.add(here.start, runs, done.kept_squares)
-    one, two = squares.sums(), kept_squares.sums()
-    if not np.isfinite(one).all():
-        refuse_nonfinite(bench)
-    for i in np.flatnonzero(overflowed).tolist():
-        refuse_overflow(int(overflowed[i]), bench.tensors[i].dtype, bench.tensors[i].name)
-    for i in np.flatnonzero(~described).tolist():
-        _describe(bench, i, thresholds[i], rows)
-    with np.errstate(all="ignore"):
-        rows["norm_delta"], rows["kept_share"] = finite(np.sqrt(one)), finite(two / one)
-        rows["norm_base"], rows["mean_abs_base"] = finite(np.sqrt(bench.base_squares)), finite(bench.mean)
-    return rows
+            _pass_through(part, held[0], self._sink)
+            return
+        chunk, width, thresholds = bench.chunk(part, held), itemsize(part.tensors[0].dtype), self._thresholds[here]
+        out = self._sink.reserve(chunk.numel * width, width).view(f"u{width}")
+        self._passed.add(chunk, self._means[here], thresholds, bench.group_of[here], out)
+        self._added.append((here, chunk.runs))
+        if chunk.rounded and isinstance(chunk, Chunk):
+            self._overflowed[here] += _overflows(part, chunk, out)
+        if chunk.runs > 1:
+            _describe_many(bench, here, chunk, thresholds, self._rows)
+            self._described[here] = True
+
+    def measured(self) -> np.ndarray:
+        bench, rows, overflowed = self._bench, self._rows, self._overflowed
+        squares, kept_squares = BlockSums(rows.size), BlockSums(rows.size)
+        for (here, runs), done in zip(self._added, self._passed.result(), strict=True):
+            overflowed[here] += done.overflowed
+            rows["kept"][here] += done.kept
+            rows["changed"][here] += done.changed
+            rows["kept_changed"][here] += done.kept_changed
+            squares.add(here.start, runs, done.squares)
+            kept_squares.add(here.start, runs, done.kept_squares)
+        one, two = squares.sums(), kept_squares.sums()
+        if not np.isfinite(one).all():
+            refuse_nonfinite(bench)
+        for i in np.flatnonzero(overflowed).tolist():
+            refuse_overflow(int(overflowed[i]), bench.tensors[i].dtype, bench.tensors[i].name)
+        for i in np.flatnonzero(~self._described).tolist():
+            _describe(bench, i, self._thresholds[i], rows)
+        with np.errstate(all="ignore"):
+            rows["norm_delta"], rows["kept_share"] = finite(np.sqrt(one)), finite(two / one)
+            rows["norm_base"], rows["mean_abs_base"] = finite(np.sqrt(bench.base_squares)), finite(bench.mean)
+        return rows
 
 
 def _describe_many(bench: Bench, here: slice, chunk: Chunk, thresholds: np.ndarray, rows: np.ndarray) -> None:

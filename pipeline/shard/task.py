@@ -28,6 +28,8 @@ class Task:
         brackets: for `measure`, the keys to count, for groups over several shards.
         thresholds: for `write`, what was found for those groups, with this shard's part of the tie quota.
         round: how many times the groups have been measured.
+        recipe, out: of the run that it is for, where that is not the worker's own.
+        beside: tasks for the same shard in other runs over the same inputs, to be done in the same reading.
     """
 
     shard: Shard
@@ -35,6 +37,14 @@ class Task:
     brackets: dict[str, Bracket] = field(default_factory=dict)
     thresholds: dict[str, Threshold] = field(default_factory=dict)
     round: int = 0
+    recipe: Recipe | None = None
+    out: Store | None = None
+    beside: tuple[Task, ...] = ()
+
+    @property
+    def each(self) -> tuple[Task, ...]:
+        """This one, and those beside it."""
+        return self, *self.beside
 
     def wide(self) -> list[PairedTensor]:
         """The shard's tensors whose groups lie in other shards too."""

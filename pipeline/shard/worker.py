@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -30,14 +30,14 @@ from pipeline.formats.tensor import Sides
 from pipeline.plan import PairedTensor, Shard
 from pipeline.recipe import LEAST_DEVICE_MEMORY, Recipe, format_bytes
 from pipeline.scoring.device import has_failed, is_full, make_engine
-from pipeline.scoring.engine import DeviceEngine
+from pipeline.scoring.engine import DeviceEngine, Engine
 from pipeline.scoring.threshold import histograms
 from pipeline.shard import passes
 from pipeline.shard.delta import Checked, DeltaWriter, promised
 from pipeline.shard.landing import shares
-from pipeline.shard.passes import Bench, Scratch
+from pipeline.shard.passes import Bench, Counting, Scratch
 from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
-from pipeline.shard.sample import LONG_RUN, RUN, far, survey, wide_size
+from pipeline.shard.sample import LONG_RUN, RUN, Sample, far, survey, wide_size
 from pipeline.shard.section import Section, sections
 from pipeline.shard.table import MEASURED
 from pipeline.shard.task import (
@@ -133,6 +133,7 @@ class Worker:
         self._cancelled = cancelled or threading.Event()
         with _failures():
             self._engine = make_engine(recipe.method, recipe.device)
+            self._engines = {recipe.method: self._engine}
             device = self._engine.device
             self._device_memory = _device_memory(device, recipe, share) if device else 0
             self._equip(Use.RESIDENT if self._device_memory >= LEAST_DEVICE_MEMORY else Use.NONE)
@@ -143,6 +144,7 @@ class Worker:
         memory = self._recipe.memory - OVERHEAD_BYTES - self._out.writing_bytes
         if device is None or use is Use.NONE:
             self._engine = make_engine(self._recipe.method, "cpu")
+            self._engines = {self._recipe.method: self._engine}
             self._reader = SectionReader(*self._inputs, memory)
             return
         self._shares = shares(memory, self._device_memory, use is Use.STREAMED)
@@ -176,118 +178,180 @@ class Worker:
         """
         meter = _Meter(self._reader)
         self._forget_ahead()
-        wanted = task.wide()
-        place = {t.name: i for i, t in enumerate(task.shard.tensors)}
-        means, dealt = load_means(self._out, task.shard), 0
-        for section in self._cut(wanted):
+        runs = self._runs(task)
+        wide = {t.name for of in task.each for t in of.wide()}
+        dealt = 0
+        for section in self._cut(*_cut_for(task, wide)):
             if not self._reader.fits(section):
-                bench = self._bench(task, Pieces(self._reader, section))
-                passes.find_means(bench)
-                means[[place[t.name] for t in bench.tensors]] = np.stack([bench.mean, bench.base_squares], 1)
+                benches = self._benches(runs, Pieces(self._reader, section))
+                self._find_means(runs, benches)
                 dealt += _half(section)
                 self.tell(_half(section))
-        members: dict[str, list[PairedTensor]] = {}
-        for tensor in wanted:
-            members.setdefault(tensor.group, []).append(tensor)
-        known = {name: np.float32(means[i, 0]) for name, i in place.items() if not np.isnan(means[i, 0])}
-        take = partial(far, self._reader, recipe=self._recipe, longest=LONG_RUN if self._reader.is_far else RUN)
-        surveys = [
-            survey(tensors, task.groups[name], wide_size(task.groups[name]), take, self._recipe, known)
-            for name, tensors in members.items()
-        ]
-        save_arrays(
-            self._out,
-            sample_name(task.shard.index),
-            meter.read_bytes,
-            list(members),
-            weights=np.stack([found.weights for found in surveys]),
-            variance=np.array([found.variance for found in surveys]),
-            means=means,
-        )
+        taken: dict[tuple[str, float], Sample] = {}
+
+        def take(tensor: PairedTensor, share: float) -> Sample:
+            if (tensor.name, share) not in taken:
+                longest = LONG_RUN if self._reader.is_far else RUN
+                taken[tensor.name, share] = far(self._reader, tensor, share, self._recipe, longest)
+            return taken[tensor.name, share]
+
+        for run in runs:
+            members: dict[str, list[PairedTensor]] = {}
+            for tensor in run.task.wide():
+                members.setdefault(tensor.group, []).append(tensor)
+            known = {
+                name: np.float32(run.means[i, 0]) for name, i in run.place.items() if not np.isnan(run.means[i, 0])
+            }
+            groups = run.task.groups
+            surveys = [
+                survey(tensors, groups[name], wide_size(groups[name]), take, run.recipe, known)
+                for name, tensors in members.items()
+            ]
+            save_arrays(
+                run.out,
+                sample_name(task.shard.index),
+                meter.read_bytes,
+                list(members),
+                weights=np.stack([found.weights for found in surveys]),
+                variance=np.array([found.variance for found in surveys]),
+                means=run.means,
+            )
         return meter.done(task, dealt)
 
     @_step
     def measure(self, task: Task, following: Task | None = None) -> Done:
         """Count all scores of groups over several shards inside their brackets, into `measure_name`."""
         meter = _Meter(self._reader)
-        names = list(task.brackets)
-        counted = histograms(list(task.brackets.values()), zeros=self._scratch.zeros)
-        place = {t.name: i for i, t in enumerate(task.shard.tensors)}
-        means = load_means(self._out, task.shard)
-        dealt = 0
+        runs = self._runs(task)
+        zeros = self._scratch.zeros if len(runs) == 1 else partial(np.zeros, dtype=np.int64)
+        counted = [histograms(list(run.task.brackets.values()), zeros=zeros) for run in runs]
+        first, dealt = task.round == 1, 0
         for pieces in self._sections(self._cut_to_measure, task, following, keep=True):
-            bench = self._bench(task, pieces)
-            here = [place[t.name] for t in bench.tensors]
-            half_done = task.round == 1 and not np.isnan(means[here]).any()  # by `sample`
-            passes.find_means(bench, means[here])
-            passes.count(bench, counted, names)
-            means[here] = np.stack([bench.mean, bench.base_squares], 1)
+            place = [runs[0].place[t.name] for t in pieces.section.tensors]
+            half_done = first and not np.isnan(runs[0].means[place]).any()  # by `sample`
+            benches = self._benches(runs, pieces)
+            self._find_means(runs, benches)
+            passes.count(
+                [
+                    Counting(bench, one, list(run.task.brackets))
+                    for run, bench, one in zip(runs, benches, counted, strict=True)
+                ]
+            )
             nbytes = pieces.section.nbytes - (_half(pieces.section) if half_done else 0)
             dealt += nbytes
             self.tell(nbytes)
-        bins = counted.bins if counted.bins.max(initial=0) >= 2**32 else counted.bins.astype(np.uint32)
-        name, read = measure_name(task.shard.index, task.round), meter.read_bytes
-        save_arrays(self._out, name, read, names, above=counted.above, bins=bins, starts=counted.starts, means=means)
+        read = meter.read_bytes
+        for run, one in zip(runs, counted, strict=True):
+            bins = one.bins if one.bins.max(initial=0) >= 2**32 else one.bins.astype(np.uint32)
+            found = {"above": one.above, "bins": bins, "starts": one.starts, "means": run.means}
+            name = measure_name(task.shard.index, run.task.round)
+            save_arrays(run.out, name, read, list(run.task.brackets), **found)
         return meter.done(task, dealt)
 
     @_step
     def write(self, task: Task, following: Task | None = None) -> Done:
         """Write the pruned shard, with `record_name` and `rows_name` about it; the shard appears whole and last."""
         meter = _Meter(self._reader)
-        shard = task.shard
-        known = load_means(self._out, shard)
-        ties: dict[str, int] = {}
-        rows = np.zeros(len(shard.tensors), MEASURED)
-        writer, delta = self._writers(shard)
-        sink = self._sink(writer, shard.nbytes)
+        runs = self._runs(task)
+        writings: list[_Writing] = []
         try:
-            sink.append(shard.header)
+            for run in runs:
+                writings.append(self._begin_writing(run))
+            sinks = [writing.sink for writing in writings]
             first = 0
             for pieces in self._sections(_to_write, task, following):
                 started = time.perf_counter()
                 here = slice(first, first + len(pieces.section.tensors))
-                bench = self._bench(task, pieces, self.tell)
-                passes.find_means(bench, known[here])
-                passes.search(bench, task.thresholds, ties)
-                rows[here] = passes.apply(bench, sink)
-                ties |= zip(bench.names, bench.ties.tolist(), strict=True)
+                benches = self._benches(runs, pieces)
+                self._find_means(runs, benches)
+                passes.search(benches, [run.task.thresholds for run in runs], [of.ties for of in writings])
                 nbytes = np.array([t.nbytes for t in pieces.section.tensors])
-                rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
+                for writing, bench, rows in zip(
+                    writings, benches, passes.apply(benches, sinks, self.tell), strict=True
+                ):
+                    writing.rows[here] = rows
+                    writing.ties |= zip(bench.names, bench.ties.tolist(), strict=True)
+                    writing.rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
                 first = here.stop
-            checksum = sink.finish()
-            sparse = delta.finish() if delta else None
+            checksums = [sink.finish() for sink in sinks]
+            sparse = [writing.delta.finish() if writing.delta else None for writing in writings]
         except BaseException:
-            sink.abandon()
+            for writing in writings:
+                writing.sink.abandon()
             raise
-        self._out.write(rows_name(shard.index), rows.tobytes())
-        record: dict[str, Any] = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum}
-        if sparse and delta:
-            record = sparse if self._recipe.emit == "delta" else {**record, "delta": sparse}
-            self._out.write(delta_facts_name(shard.index), json.dumps(delta.tensors).encode())
-        record |= {"read_bytes": meter.read_bytes, "seconds": round(meter.seconds, 3)}
-        self._out.write(record_name(shard.index), json.dumps(record).encode())
-        published = time.perf_counter()
-        writer.publish()
-        writing = sink.seconds + time.perf_counter() - published
-        written = record["nbytes"] + (sparse["nbytes"] if sparse and self._recipe.emit == "both" else 0)
-        return meter.done(task, sum(t.read_bytes for t in shard.tensors), written, writing)
+        began, written = time.perf_counter(), 0
+        for run, writing, checksum, delta in zip(runs, writings, checksums, sparse, strict=True):
+            written += self._publish(run, writing, checksum, delta, meter)
+        seconds = time.perf_counter() - began + sum(sink.seconds for sink in sinks)
+        return meter.done(task, sum(t.read_bytes for t in task.shard.tensors), written, seconds)
 
-    def _writers(self, shard: Shard) -> tuple[Writer, DeltaWriter | None]:
+    def _begin_writing(self, run: _Run) -> _Writing:
+        shard = run.task.shard
+        writer, delta = self._writers(run)
+        sink = self._sink(writer, shard.nbytes)
+        sink.append(shard.header)
+        return _Writing(writer, delta, sink, np.zeros(len(shard.tensors), MEASURED), {})
+
+    def _publish(
+        self, run: _Run, writing: _Writing, checksum: str, sparse: dict[str, Any] | None, meter: _Meter
+    ) -> int:
+        """What is known about a shard, then the shard; returns how many bytes it has."""
+        shard, out = run.task.shard, run.out
+        out.write(rows_name(shard.index), writing.rows.tobytes())
+        record: dict[str, Any] = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum}
+        if sparse and writing.delta:
+            record = sparse if run.recipe.emit == "delta" else {**record, "delta": sparse}
+            out.write(delta_facts_name(shard.index), json.dumps(writing.delta.tensors).encode())
+        record |= {"read_bytes": meter.read_bytes, "seconds": round(meter.seconds, 3)}
+        out.write(record_name(shard.index), json.dumps(record).encode())
+        writing.writer.publish()
+        return int(record["nbytes"]) + (sparse["nbytes"] if sparse and run.recipe.emit == "both" else 0)
+
+    def _writers(self, run: _Run) -> tuple[Writer, DeltaWriter | None]:
         """What takes the shard's bytes; and what makes its sparse task vector of them, if that is wanted."""
-        emit, writer = self._recipe.emit, None
-        if emit != "delta":
-            writer = self._out.create(shard.name, shard.nbytes)
+        recipe, shard, writer = run.recipe, run.task.shard, None
+        if recipe.emit != "delta":
+            writer = run.out.create(shard.name, shard.nbytes)
             if any(promised(tensor) for tensor in shard.tensors):
                 writer = Checked(shard, writer)
-            if emit == "checkpoint":
+            if recipe.emit == "checkpoint":
                 return writer, None
-        compress = self._recipe.delta_compression != "none"
+        compress = recipe.delta_compression != "none"
         sides = Sides(*self._inputs)
-        delta = DeltaWriter(shard, sides, self._out, compress, self._recipe.reversible, writer)
+        delta = DeltaWriter(shard, sides, run.out, compress, recipe.reversible, writer)
         return delta, delta
 
-    def _bench(self, task: Task, pieces: Pieces, progress: Callable[[int], None] = lambda nbytes: None) -> Bench:
-        return Bench(self._recipe, self._engine, pieces, task.groups, self._check, self._scratch, progress)
+    def _runs(self, task: Task) -> list[_Run]:
+        """Those that a task is for, with what is known of the means of the shard's tensors."""
+        runs = [_Run(of, of.recipe or self._recipe, of.out or self._out) for of in task.each]
+        for run in runs:
+            run.means = load_means(run.out, run.task.shard)
+        _share([run.means for run in runs])
+        return runs
+
+    def _benches(self, runs: Sequence[_Run], pieces: Pieces) -> list[Bench]:
+        """One for each run, over the same pieces."""
+        tensors = pieces.section.tensors
+        benches = []
+        for run in runs:
+            if len(runs) > 1:
+                tensors = tuple(run.tensors[t.name] for t in pieces.section.tensors)
+            engine = self._engine_for(run.recipe.method)
+            benches.append(Bench(run.recipe, engine, pieces, run.task.groups, self._check, self._scratch, tensors))
+        return benches
+
+    def _find_means(self, runs: Sequence[_Run], benches: Sequence[Bench]) -> None:
+        """Once for all runs: which tensors are pruned, and their means, are the same in all."""
+        here = [runs[0].place[t.name] for t in benches[0].tensors]
+        passes.find_means(benches[0], runs[0].means[here])
+        for run, bench in zip(runs, benches, strict=True):
+            bench.mean, bench.base_squares = benches[0].mean, benches[0].base_squares
+            run.means[here] = np.stack([bench.mean, bench.base_squares], 1)
+
+    def _engine_for(self, method: str) -> Engine:
+        if method not in self._engines:
+            self._engines[method] = self._engine.like(method)
+        return self._engines[method]
 
     def _check(self) -> None:
         if self._cancelled.is_set():
@@ -425,12 +489,68 @@ class _Ahead(NamedTuple):
 
 
 def _to_measure(task: Task) -> tuple[list[PairedTensor], list[str]]:
-    return [t for t in task.wide() if t.group in task.brackets], []
+    return _cut_for(task, {t.name for of in task.each for t in of.wide() if t.group in of.brackets})
 
 
 def _to_write(task: Task) -> tuple[list[PairedTensor], list[str]]:
-    together = [name for name, group in task.groups.items() if not group.wide and group.tensors > 1]
-    return list(task.shard.tensors), together
+    return _cut_for(task, {t.name for t in task.shard.tensors})
+
+
+def _cut_for(task: Task, names: set[str]) -> tuple[list[PairedTensor], list[str]]:
+    """The shard's tensors of these names, and the groups of them that lie in it and have to be together.
+
+    Of several runs those with the widest of these groups count: the groups of the others lie inside them, or are single
+    tensors. Small tensors share a slice only if they have one density in every run.
+    """
+
+    def together(of: Task) -> list[str]:
+        return [name for name, group in of.groups.items() if not group.wide and group.tensors > 1]
+
+    widest = max(task.each, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
+    tensors = [t for t in widest.shard.tensors if t.name in names]
+    if task.beside:
+        densities = zip(*([t.density for t in of.shard.tensors if t.name in names] for of in task.each), strict=True)
+        kinds: dict[tuple[float, ...], float] = {}
+        marks = [kinds.setdefault(of, float(len(kinds))) for of in densities]
+        tensors = [replace(t, density=mark) for t, mark in zip(tensors, marks, strict=True)]
+    return tensors, together(widest) if len(tensors) == len(widest.shard.tensors) else []
+
+
+@dataclass
+class _Run:
+    """One of the runs that a task is for.
+
+    Attributes:
+        means: (t, 2) float64 of the shard's tensors, as of `load_means`.
+    """
+
+    task: Task
+    recipe: Recipe
+    out: Store
+    means: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+
+    def __post_init__(self) -> None:
+        self.place = {t.name: i for i, t in enumerate(self.task.shard.tensors)}
+        self.tensors = {t.name: t for t in self.task.shard.tensors}
+
+
+def _share(means: Sequence[np.ndarray]) -> None:
+    """What one run knows, all know."""
+    for one in means[1:]:
+        means[0][:] = np.where(np.isnan(means[0]), one, means[0])
+    for one in means[1:]:
+        one[:] = means[0]
+
+
+@dataclass
+class _Writing:
+    """A shard on its way out: the `ties` that are left of each group's, and what is measured of its tensors."""
+
+    writer: Writer
+    delta: DeltaWriter | None
+    sink: Sink
+    rows: np.ndarray
+    ties: dict[str, int]
 
 
 def _half(section: Section) -> int:

@@ -542,9 +542,12 @@ def test_the_bar_follows_a_count_that_has_to_be_done_again(pair, monkeypatch):
     from pipeline.scoring.threshold import HIGHEST_KEY, Bracket
 
     wrong = Bracket(HIGHEST_KEY - 5, HIGHEST_KEY)
-    monkeypatch.setattr(
-        "pipeline.run.first_brackets", lambda plan, out, pool, names, watch: dict.fromkeys(names, wrong)
-    )
+
+    def first_brackets(plan, out, names):
+        yield from ()
+        return dict.fromkeys(names, wrong)
+
+    monkeypatch.setattr("pipeline.run.first_brackets", first_brackets)
     sides = {side: str(pair / side) for side in ("base", "finetuned", "out")}
     terminal = Terminal()
     with Progress(terminal) as progress:

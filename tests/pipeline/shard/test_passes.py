@@ -17,7 +17,7 @@ from pipeline.plan import Plan
 from pipeline.scoring.device import make_engine
 from pipeline.scoring.threshold import Bracket, Threshold, histograms, key_of
 from pipeline.shard import passes
-from pipeline.shard.passes import Bench, BlockSums, Scratch
+from pipeline.shard.passes import Bench, BlockSums, Counting, Scratch
 from pipeline.shard.reading import NOTHING, Pieces, SectionReader
 from pipeline.shard.section import sections
 from pipeline.storage.local import Folder
@@ -102,7 +102,7 @@ def test_counts(setting):
     bench = setting.bench(scope="layer")
     passes.find_means(bench)
     counted = histograms([Bracket(1 << 31, (1 << 31) + (1 << 30)), Bracket()], [1 << 12, 1 << 12])
-    passes.count(bench, counted, ["layers.1", "layers.0"])
+    passes.count([Counting(bench, counted, ["layers.1", "layers.0"])])
     for i, group in enumerate(("layers.1", "layers.0")):
         keys = key_of(setting.scores(group, "layer")).astype(np.int64)
         bracket, shift = counted.layouts[i].bracket, counted.layouts[i].shift
@@ -116,7 +116,7 @@ def test_counts(setting):
 def test_search(setting, scope, density):
     bench = setting.bench(scope=scope, density=density)
     passes.find_means(bench)
-    passes.search(bench, {}, {})
+    passes.search([bench], [{}], [{}])
     for g, name in enumerate(bench.names):
         scores, k = setting.scores("everything" if scope == "global" else name, scope), bench.groups[name].k
         if not 0 < k < scores.size:
@@ -129,7 +129,7 @@ def test_search(setting, scope, density):
 def test_search_takes_what_was_found_before_and_what_is_left_of_its_ties(setting):
     bench = setting.bench(scope="global")
     bench.groups = {name: type(g)(g.name, g.numel, g.k, g.tensors, True) for name, g in bench.groups.items()}
-    passes.search(bench, {"all": Threshold(123, 45)}, {"all": 6})
+    passes.search([bench], [{"all": Threshold(123, 45)}], [{"all": 6}])
     assert (bench.keys[0], bench.quotas[0], bench.ties[0]) == (123, 45, 6)
 
 
@@ -137,8 +137,8 @@ def test_search_takes_what_was_found_before_and_what_is_left_of_its_ties(setting
 def test_apply(setting, scope):
     bench, sink = setting.bench(scope=scope), Written()
     passes.find_means(bench)
-    passes.search(bench, {}, {})
-    rows = passes.apply(bench, sink)
+    passes.search([bench], [{}], [{}])
+    (rows,) = passes.apply([bench], [sink])
     expected = oracle.prune(setting.base, setting.finetuned, scope=scope)
     data = b"".join(expected[t.name].view(torch.int16).numpy().tobytes() for t in bench.tensors)
     assert sink.bytes() == data
@@ -159,9 +159,9 @@ def test_weights_that_are_not_finite_are_named(setting):
     setting.write(setting.base, broken)
     bench = setting.bench()
     passes.find_means(bench)
-    passes.search(bench, {}, {})
+    passes.search([bench], [{}], [{}])
     with pytest.raises(UserError, match=r"finetuned 'layers\.1\.z' has 1 NaN and 0 Inf"):
-        passes.apply(bench, Written())
+        passes.apply([bench], [Written()])
 
 
 def test_sums_of_blocks_are_exact_in_whatever_chunks_they_come():
