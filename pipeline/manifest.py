@@ -41,6 +41,8 @@ TABLE = "fapm/tensors.parquet"
 WORK = "fapm/work"
 INDEX = "model.safetensors.index.json"
 THRESHOLDS = f"{WORK}/thresholds.json"
+SWEEP = "sweep"
+"""The folder in an output in which the candidates lie of which it was chosen (`pipeline.choosing`)."""
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -51,7 +53,16 @@ def look(recipe: Recipe, overwrite: bool = False) -> tuple[Plan, State]:
     Raises:
         UserError: the inputs or the folder do not allow it.
     """
-    plan = _settled(make_plan(recipe), overwrite)
+    return settle(make_plan(recipe), overwrite)
+
+
+def settle(plan: Plan, overwrite: bool = False) -> tuple[Plan, State]:
+    """The same of a plan.
+
+    Raises:
+        UserError: the folder does not allow it.
+    """
+    plan = _settled(plan, overwrite)
     return plan, check_folder(plan, overwrite)
 
 
@@ -120,7 +131,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     if overwrite or out.is_empty():
         return "new"
     if not out.has(RUN):
-        there = out.files()
+        there = [name for name in out.files() if not name.startswith(f"{SWEEP}/")]
         if all(name.startswith("fapm/") for name in there) and MANIFEST not in there:
             return "new"  # killed before the first write was complete
         raise UserError(
@@ -132,7 +143,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
         differences = _differences(before, identity(plan))
     except (AttributeError, KeyError, TypeError):
         raise _damaged(out, RUN) from None
-    if differences and not any(name.endswith(".safetensors") for name in out.files()):
+    if differences and not any("/" not in name and name.endswith(".safetensors") for name in out.files()):
         return "new"  # nothing is finished, nothing is lost
     if differences:
         raise UserError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -135,17 +135,23 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: a checkpoint cannot be read, or the two do not belong together.
     """
-    times = fields.times()
+    return make_plans([recipe])[0]
+
+
+def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
+    """The plans of several runs over the same inputs, which are opened once."""
+    times, recipe = fields.times(), recipes[0]
     base, not_base = newest(fields.fill(recipe.base, times), "base")
     finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
-    found = recipe.model_copy(update={"base": base, "finetuned": finetuned})
     with without_collection():
-        pickles = found.allow_pickle
+        pickles = recipe.allow_pickle
         known = open_checkpoint(base, "base", allow_pickle=pickles)
-        plan = plan_pair(
-            found, known, open_checkpoint(finetuned, "finetuned", known, found.renames, pickles, found.on_conflict)
-        )
-        return replace(plan, given=recipe, oddities=(*not_base, *not_finetuned, *plan.oddities))
+        tuned = open_checkpoint(finetuned, "finetuned", known, recipe.renames, pickles, recipe.on_conflict)
+        plans = []
+        for given in recipes:
+            plan = plan_pair(given.model_copy(update={"base": base, "finetuned": finetuned}), known, tuned)
+            plans.append(replace(plan, given=given, oddities=(*not_base, *not_finetuned, *plan.oddities)))
+        return plans
 
 
 @contextmanager

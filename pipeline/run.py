@@ -105,30 +105,29 @@ def _nothing_to_do(plan: Plan, began: float) -> Result:
 def _prune(plan: Plan, state: manifest.State, out: Store, pool: MakePool, watch: Watch, began: float) -> Result:
     """Prune into a folder that is held."""
     manifest.begin(plan, state, out)
-    (result,) = _prune_all([Held(plan, out)], pool, watch, began)
+    (result,) = _prune_all([Begun(plan, out)], pool, watch, began)
     return result
 
 
 @dataclass(frozen=True)
-class Held:
+class Begun:
     """A run whose output folder is held, and has begun."""
 
     plan: Plan
     out: Store
 
 
-def prune_all(held: Sequence[Held], pool: MakePool | None = None, watch: Watch | None = None) -> list[dict[str, Any]]:
-    """Bring runs over the same inputs to their end, from one reading; returns their manifests.
+def prune_all(begun: Sequence[Begun], pool: MakePool | None = None, watch: Watch | None = None) -> list[Result]:
+    """Bring runs over the same inputs to their end, from one reading.
 
     Args:
-        held: whose plans are cut into the same shards.
+        begun: whose plans are cut into the same shards.
         pool: made for the first of them, and works for all.
     """
-    results = _prune_all(held, pool or in_process, watch or Watch(), time.perf_counter())
-    return [result.manifest for result in results]
+    return _prune_all(begun, pool or in_process, watch or Watch(), time.perf_counter())
 
 
-def _prune_all(runs: Sequence[Held], pool: MakePool, watch: Watch, began: float) -> list[Result]:
+def _prune_all(runs: Sequence[Begun], pool: MakePool, watch: Watch, began: float) -> list[Result]:
     plan, logs = runs[0].plan, [Log(run.out) for run in runs]
     unfinished = [manifest.unfinished_shards(run.plan) for run in runs]
     todo = sorted({index for indices in unfinished for index in indices})
@@ -210,7 +209,7 @@ SAMPLED, COUNTED, WRITTEN = "sampled", "counted", "shard"
 """What the log calls the end of a task of each step, in their order."""
 
 
-def conduct(runs: Sequence[Held], courses: Sequence[Course], pool: Pool, watch: Watch) -> list[int]:
+def conduct(runs: Sequence[Begun], courses: Sequence[Course], pool: Pool, watch: Watch) -> list[int]:
     """Do what the courses of runs ask for, the same step of all of them in one reading; returns what they return."""
     wanted: dict[int, Request] = {}
     returned = [0] * len(runs)
@@ -239,7 +238,7 @@ def conduct(runs: Sequence[Held], courses: Sequence[Course], pool: Pool, watch: 
     return returned
 
 
-def _merged(runs: Sequence[Held], wanted: dict[int, Request]) -> list[Task]:
+def _merged(runs: Sequence[Begun], wanted: dict[int, Request]) -> list[Task]:
     """The tasks of several runs, those for one shard as one."""
     if len(runs) == 1:
         return list(wanted[0].tasks)
@@ -301,10 +300,17 @@ def check_disk(plan: Plan, state: manifest.State) -> None:
     Raises:
         PassingError: it is.
     """
-    if plan.recipe.emit == "delta":  # how large that is, is known when it is there
+    check_disk_for([(plan, state)])
+
+
+def check_disk_for(runs: Sequence[tuple[Plan, manifest.State]]) -> None:
+    """The same for several outputs side by side."""
+    runs = [run for run in runs if run[0].recipe.emit != "delta"]  # how large that is, is known when it is there
+    if not runs:
         return
-    out = open_store(plan.recipe.out)
-    needed, free = plan.write_bytes - manifest.replaceable_bytes(plan, state), out.free_bytes()
+    out = open_store(runs[0][0].recipe.out)
+    needed = sum(plan.write_bytes - manifest.replaceable_bytes(plan, state) for plan, state in runs)
+    free = out.free_bytes()
     if free is not None and needed > free:
         raise PassingError(
             f"--out {out.address} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; "

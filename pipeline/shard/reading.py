@@ -49,6 +49,15 @@ class Memory:
         self._left = self.buffers = max(_FEWEST, budget // BUFFER_BYTES)
         self._free: list[mmap.mmap] = []
 
+    def limit(self, budget: int) -> None:
+        """Have another budget from now on; what is taken comes back first."""
+        buffers = max(_FEWEST, budget // BUFFER_BYTES)
+        self._left += buffers - self.buffers
+        self.buffers = buffers
+        while self._left < 0 and self._free:
+            self._free.pop().close()
+            self._left += 1
+
     @property
     def room(self) -> int:
         """How many buffers can be taken now."""
@@ -58,7 +67,7 @@ class Memory:
         """A buffer of BUFFER_BYTES; there must be room for it."""
         if self._free:
             return self._free.pop()
-        assert self._left, "no room"
+        assert self._left > 0, "no room"
         self._left -= 1
         return mmap.mmap(-1, BUFFER_BYTES)
 
@@ -110,12 +119,20 @@ class SectionReader:
         self._sides = Sides(base, finetuned)
         self._at_once = max(base.reads_at_once, finetuned.reads_at_once)
         self.is_far = self._at_once > _FEWEST
-        self.memory = Memory(budget if self.is_far else min(budget, ENOUGH_BYTES))
+        self._budget = budget
+        self.memory = Memory(self._most(budget))
         self._threads = ThreadPoolExecutor(self._at_once, thread_name_prefix="read")
         self._landing: Landing | None = None
         self._kept: dict[_Key, Load] = {}
         self.bytes_read = 0
         self.seconds = 0.0
+
+    def _most(self, budget: int) -> int:
+        return budget if self.is_far else min(budget, ENOUGH_BYTES)
+
+    def lend(self, nbytes: int) -> None:
+        """Have so much less than the whole budget from now on."""
+        self.memory.limit(self._most(self._budget - nbytes))
 
     def land_on(self, device: DeviceEngine, recipe: Recipe, shares: Shares) -> None:
         """From now on pieces for a device go there."""

@@ -28,7 +28,7 @@ import numpy as np
 from pipeline.errors import DeviceError
 from pipeline.formats.tensor import Sides
 from pipeline.plan import PairedTensor, Shard
-from pipeline.recipe import LEAST_DEVICE_MEMORY, Recipe, format_bytes
+from pipeline.recipe import LEAST_DEVICE_MEMORY, LEAST_MEMORY, Recipe, format_bytes
 from pipeline.scoring.device import has_failed, is_full, make_engine
 from pipeline.scoring.engine import DeviceEngine, Engine
 from pipeline.scoring.threshold import histograms
@@ -53,7 +53,7 @@ from pipeline.shard.task import (
     sample_name,
     save_arrays,
 )
-from pipeline.shard.writing import BUFFERS, Sink
+from pipeline.shard.writing import BUFFER_BYTES, BUFFERS, Sink
 from pipeline.storage.address import open_store
 from pipeline.storage.store import Store, Writer
 
@@ -128,6 +128,7 @@ class Worker:
         self._out = out
         self._inputs = open_store(recipe.base), open_store(recipe.finetuned)
         self._scratch = Scratch()
+        self._lent = 0
         self._ahead: _Ahead | None = None
         self.tell = _Progress(progress or (lambda nbytes: None))
         self._cancelled = cancelled or threading.Event()
@@ -145,10 +146,10 @@ class Worker:
         if device is None or use is Use.NONE:
             self._engine = make_engine(self._recipe.method, "cpu")
             self._engines = {self._recipe.method: self._engine}
-            self._reader = SectionReader(*self._inputs, memory)
+            self._lent, self._reader = 0, SectionReader(*self._inputs, memory)
             return
         self._shares = shares(memory, self._device_memory, use is Use.STREAMED)
-        self._reader = SectionReader(*self._inputs, self._shares.host)
+        self._lent, self._reader = 0, SectionReader(*self._inputs, self._shares.host)
         self._reader.land_on(device, self._recipe, self._shares)
 
     def use_less(self) -> str:
@@ -324,6 +325,11 @@ class Worker:
     def _runs(self, task: Task) -> list[_Run]:
         """Those that a task is for, with what is known of the means of the shard's tensors."""
         runs = [_Run(of, of.recipe or self._recipe, of.out or self._out) for of in task.each]
+        lent = sum(candidate_bytes(run.recipe, run.out) for run in runs[1:])
+        if lent != self._lent:
+            self._forget_ahead()
+            self._reader.lend(lent)
+            self._lent = lent
         for run in runs:
             run.means = load_means(run.out, run.task.shard)
         _share([run.means for run in runs])
@@ -420,6 +426,21 @@ class Worker:
         if device is None:
             return Sink(writer, size)
         return Sink(writer, size, [device.host(self._shares.output) for _ in range(BUFFERS)], device.received)
+
+
+def candidate_bytes(recipe: Recipe, out: Store) -> int:
+    """What a worker needs for each run beside the first that it does in the same reading."""
+    sparse = 16 << 20 if recipe.emit != "checkpoint" else 0
+    return BUFFERS * BUFFER_BYTES + out.writing_bytes + _COUNTS_BYTES + sparse
+
+
+_COUNTS_BYTES = 8 << 20
+
+
+def at_once(recipe: Recipe, out: Store) -> int:
+    """How many runs a worker's memory allows in one reading."""
+    left = recipe.memory - OVERHEAD_BYTES - out.writing_bytes - LEAST_MEMORY // 4
+    return 1 + max(0, left // candidate_bytes(recipe, out))
 
 
 def _device_memory(device: DeviceEngine, recipe: Recipe, share: float) -> int:

@@ -1,0 +1,1 @@
+"""Choosing: many candidates from one reading, their evaluation by the user's own means, and the choice."""

@@ -1,0 +1,70 @@
+"""The candidates of a sweep: a recipe of which some choices are lists, as many recipes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.scoring.methods import METHODS
+from pipeline.storage.address import inside
+
+SWEPT = ("method", "scope", "density")
+"""The choices that a sweep may have several of."""
+
+MOST = 200
+"""Candidates, at most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to prune. `name` says what distinguishes it, and is the name of its folder."""
+
+    name: str
+    recipe: Recipe
+
+
+def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
+    """Every combination of the methods, scopes and densities in `choices`, each of which may be a list, or words
+    between commas; in `folder`, each under its name.
+
+    Raises:
+        UserError: a choice cannot be, or there are too many.
+    """
+    lists = {name: _listed(choices[name]) for name in SWEPT if choices.get(name) is not None}
+    lists = {name: lists.get(name) or [Recipe.model_fields[name].default] for name in SWEPT}
+    found: dict[str, Candidate] = {}
+    for values in itertools.product(*(lists[name] for name in SWEPT)):
+        recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True))})
+        if METHODS[recipe.method].score is None:  # it chooses no elements
+            recipe = recipe.model_copy(update={"scope": "tensor"})
+        name = _name(recipe, several_scopes=len(set(lists["scope"])) > 1)
+        recipe = recipe.model_copy(update={"out": inside(folder, name)})
+        found.setdefault(name, Candidate(name, recipe))
+        if len(found) > MOST:
+            raise UserError(f"these are more than {MOST} candidates; sweep fewer methods, scopes or densities at once")
+    return list(found.values())
+
+
+def _name(recipe: Recipe, several_scopes: bool) -> str:
+    scope = several_scopes and METHODS[recipe.method].score is not None
+    words = [recipe.method, *([recipe.scope] if scope else []), f"{recipe.density:.17g}"]
+    words[-1] = next(text for text in (f"{recipe.density:g}", words[-1]) if float(text) == recipe.density)
+    return "-".join(words)
+
+
+def _listed(value: Any) -> list[Any]:
+    """`0.1,0.2`, a list of such, or a single value → values."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",") if word.strip()]
+    if isinstance(value, Iterable):
+        return [one for part in value for one in _listed(part)]
+    return [value]
+
+
+def several(values: Sequence[Candidate], field: str) -> bool:
+    """Whether candidates differ in a choice."""
+    return len({getattr(candidate.recipe, field) for candidate in values}) > 1
