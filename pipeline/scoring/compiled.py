@@ -257,51 +257,59 @@ def kernels(name: str) -> Kernels:
         flags = np.zeros(TILE, np.uint8)
         words = flags.view(np.uint64)
         all_finite = True
+        many = groups.shape[1]
+        zeros = np.empty(many, np.int64)
         for r in range(starts.size - 1):
-            g = groups[r]
-            if g < 0:
+            if groups[r].max() < 0:
                 continue
-            lo, hi, base, shift = lows[g], highs[g], bases[g], shifts[g]
-            histogram = bins[begins[g] : begins[g + 1]]
-            table = tables[g]
-            zero_inside = lo <= 0 <= hi
-            zeros = 0
+            zeros[:] = 0
             for t in range(starts[r], starts[r + 1], TILE):
                 size = min(TILE, starts[r + 1] - t)
                 score_tile(p[t : t + size], f[t : t + size], m[r], streams[r], start + t - starts[r], sizes, scores)
-                higher = np.uint32(0)
-                for i in range(TILE):
-                    higher += np.uint32(scores[i] > hi)
-                above[g] += higher
                 real = np.uint32(0)
                 for i in range(TILE):
                     real += np.uint32(sizes[i] < np.inf)
                 all_finite &= real == TILE
-                if zero_inside:
-                    zero = np.uint32(0)
+                for j in range(many):
+                    g = groups[r, j]
+                    if g < 0:
+                        continue
+                    lo, hi, base, shift = lows[g], highs[g], bases[g], shifts[g]
+                    histogram = bins[begins[g] : begins[g + 1]]
+                    table = tables[g]
+                    higher = np.uint32(0)
                     for i in range(TILE):
-                        zero += np.uint32(scores[i] == 0)
-                    zeros += zero
-                for i in range(TILE):
-                    flags[i] = (scores[i] >= lo) & (scores[i] <= hi) & (scores[i] != 0)
-                flags[size:] = 0
-                for w in range(TILE // 8):
-                    if words[w]:
-                        for i in range(8 * w, 8 * w + 8):
-                            if flags[i]:
-                                key = np.uint32(_key(codes[i]) - base)
-                                if table < 0:
-                                    histogram[key >> shift] += 1
-                                else:
-                                    cell = table + (key >> shift)
-                                    histogram[cells[cell] + (key & masks[cell])] += 1
-            if zeros:
-                key = np.uint32(np.uint32(0x80000000) - base)
-                if table < 0:
-                    histogram[key >> shift] += zeros
-                else:
-                    cell = table + (key >> shift)
-                    histogram[cells[cell] + (key & masks[cell])] += zeros
+                        higher += np.uint32(scores[i] > hi)
+                    above[g] += higher
+                    if lo <= 0 <= hi:
+                        zero = np.uint32(0)
+                        for i in range(TILE):
+                            zero += np.uint32(scores[i] == 0)
+                        zeros[j] += zero
+                    for i in range(TILE):
+                        flags[i] = (scores[i] >= lo) & (scores[i] <= hi) & (scores[i] != 0)
+                    flags[size:] = 0
+                    for w in range(TILE // 8):
+                        if words[w]:
+                            for i in range(8 * w, 8 * w + 8):
+                                if flags[i]:
+                                    key = np.uint32(_key(codes[i]) - base)
+                                    if table < 0:
+                                        histogram[key >> shift] += 1
+                                    else:
+                                        cell = table + (key >> shift)
+                                        histogram[cells[cell] + (key & masks[cell])] += 1
+            for j in range(many):
+                if zeros[j]:
+                    g = groups[r, j]
+                    histogram = bins[begins[g] : begins[g + 1]]
+                    table = tables[g]
+                    key = np.uint32(np.uint32(0x80000000) - bases[g])
+                    if table < 0:
+                        histogram[key >> shifts[g]] += zeros[j]
+                    else:
+                        cell = table + (key >> shifts[g])
+                        histogram[cells[cell] + (key & masks[cell])] += zeros[j]
         return all_finite
 
     def apply(p, f, starts, start, m, streams, thresholds, groups, ties, pruned, kept, out, counts, sums, kept_sums):  # type: ignore[no-untyped-def]
@@ -405,6 +413,7 @@ class CpuEngine:
         layout = h.lo, h.hi, h.base, h.shift, h.tables, h.cells, h.masks, h.starts
 
         def count(chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> Counted:
+            groups = groups.reshape(chunk.runs, -1)
             return Counted(bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above)))
 
         return AtOnce(count)

@@ -170,7 +170,7 @@ class Engine(Protocol):
         self, histograms: Histograms, thorough: bool = False
     ) -> Pass[[AnyChunk, np.ndarray, np.ndarray], Counted]:
         """Of chunk, m, groups: the keys of each run are added to the histogram of its group ((r,) int64, −1 for none),
-        once the result was asked for.
+        or of several, (r, n), once the result was asked for.
 
         Args:
             thorough: all of them, however many lie in the brackets.

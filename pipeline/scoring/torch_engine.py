@@ -260,15 +260,22 @@ class _Counting(_Pass):
             self._host.add(chunk, m, groups)
             self._found.append(None)
             return
-        group, h = int(groups[0]), self._histograms
-        if group < 0:
+        wanted = [group for group in groups.reshape(-1).tolist() if group >= 0]
+        if not wanted:
             self._found.append(_Later([], _counted))
             return
+        d, s = self._engine.scores(self._engine.load(chunk), float(m[0]))
+        for group in wanted:
+            self._count(group, s)
+        finite = d.isfinite().all().to(torch.int64)
+        self._found.append(_Later([finite, self._missed], _counted))
+
+    def _count(self, group: int, s: torch.Tensor) -> None:
+        h = self._histograms
         size = h.of(group).size
         if group not in self._tallies:
             self._tallies[group] = self._engine.zeros(size + _SPREAD), self._engine.zeros(1)
         bins, above = self._tallies[group]
-        d, s = self._engine.scores(self._engine.load(chunk), float(m[0]))
         lo, hi, base = float(h.lo[group]), float(h.hi[group]), int(h.base[group])
         zero = s == 0
         inside = (s >= lo) & (s <= hi) & ~zero
@@ -285,8 +292,6 @@ class _Counting(_Pass):
         places = self._places(group, torch.where(chosen, _keys(s) - base, 0))
         elsewhere = torch.arange(s.numel(), device=s.device) % _SPREAD + size
         bins.scatter_add_(0, torch.where(chosen, places, elsewhere), torch.ones_like(places))
-        finite = d.isfinite().all().to(torch.int64)
-        self._found.append(_Later([finite, self._missed], _counted))
 
     def _places(self, group: int, inside: torch.Tensor) -> torch.Tensor:
         """The bins of keys, less the lowest, inside the group's bracket."""

@@ -104,10 +104,18 @@ class DeltaWriter:
         out: where the file will appear.
         compress, reversible: how it is written, and whether with base's values.
         also: another writer, that gets the same bytes.
+        first: another one over the same base, that gets as many bytes before this one, and takes base's checksums.
     """
 
     def __init__(
-        self, shard: Shard, sides: Sides, out: Store, compress: bool, reversible: bool, also: Writer | None = None
+        self,
+        shard: Shard,
+        sides: Sides,
+        out: Store,
+        compress: bool,
+        reversible: bool,
+        also: Writer | None = None,
+        first: DeltaWriter | None = None,
     ):
         self._shard, self._sides, self._out, self._also = shard, sides, out, also
         self._how, self._scratch = (compress, reversible), sparse.Scratch()
@@ -116,6 +124,8 @@ class DeltaWriter:
         self._entries: list[tuple[str, str, tuple[int, ...], int, IO[bytes] | bytes, int]] = []
         self.tensors: dict[str, dict[str, Any]] = {}
         self._file: Writer | None = None
+        self._first = first
+        self._there: tuple[str, int, np.ndarray] = "", 0, np.empty(0, np.uint8)
         self._begin()
 
     def _begin(self) -> None:
@@ -124,6 +134,10 @@ class DeltaWriter:
         self._pending = np.empty(0, np.uint8)
         self._done = 0  # elements
         self._at = self._places.tell(), self._values.tell(), self._before.tell()
+
+    def know(self, name: str, start: int, base: np.ndarray) -> None:
+        """As of `writing.Comparing`."""
+        self._there = name, start, base
 
     def write(self, offset: int, data: np.ndarray | bytes) -> None:
         if self._also:
@@ -154,10 +168,9 @@ class DeltaWriter:
 
     def _block(self, tensor: PairedTensor, out: np.ndarray) -> None:
         assert tensor.base
-        width = itemsize(tensor.base.dtype)
-        stored = self._scratch.take("base", out.size * width)
-        self._sides.read_into(Part("base", tensor.base), self._done * width, (self._done + out.size) * width, stored)
-        self._of_base.update(stored.data)
+        stored = self._base(tensor, self._done, self._done + out.size)
+        if self._first is None:
+            self._of_base.update(stored.data)
         base = sparse.in_dtype(stored, tensor.base.dtype, tensor.dtype)
         row, places, values, before = sparse.encode(base, out, *self._how, self._scratch)
         self._table.append(row)
@@ -165,6 +178,18 @@ class DeltaWriter:
         self._values.write(values)
         self._before.write(before)
         self._done += out.size
+
+    def _base(self, tensor: PairedTensor, start: int, stop: int) -> np.ndarray:
+        """The bytes of base's elements."""
+        assert tensor.base
+        width, (name, first, there) = itemsize(tensor.base.dtype), self._there
+        if name == tensor.name and first <= start and stop <= first + there.size // width:
+            found = there[(start - first) * width : (stop - first) * width]
+            if found.ctypes.data % width == 0:
+                return found
+        stored = self._scratch.take("base", (stop - start) * width)
+        self._sides.read_into(Part("base", tensor.base), start * width, stop * width, stored)
+        return stored
 
     def _end(self, tensor: PairedTensor) -> None:
         name, (places, values, before) = tensor.name, self._at
@@ -196,6 +221,10 @@ class DeltaWriter:
 
     def finish(self) -> dict[str, Any]:
         """Put the file together; returns its name, size and xxh3-128. It appears when it is published."""
+        if self._first:
+            for name, said in self.tensors.items():
+                if "base_xxh3_128" in said:
+                    said["base_xxh3_128"] = self._first.tensors[name]["base_xxh3_128"]
         header = build_header(entry[:4] for entry in self._entries)
         size, name = len(header) + sum(entry[3] for entry in self._entries), delta_name(self._shard.name)
         self._file = self._out.create(name, size)

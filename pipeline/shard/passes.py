@@ -37,7 +37,7 @@ from pipeline.shard.sample import Sample
 from pipeline.shard.section import SMALL, Slice
 from pipeline.shard.table import MEASURED, change_quantiles, finite
 from pipeline.shard.task import Check, known_threshold
-from pipeline.shard.writing import Sink
+from pipeline.shard.writing import AnySink
 
 
 class BlockSums:
@@ -86,6 +86,7 @@ class Bench:
     Attributes:
         groups: every group of its tensors, by name.
         tensors: the section's, as this recipe's plan has them.
+        taken: samples and their scores, shared by the benches of a section.
         names: the groups in the order of the arrays.
         group_of: (t,) int64, each tensor's group; −1 where it is not pruned.
         mean, base_squares: (t,) float64, mean|p| and Σp².
@@ -100,6 +101,7 @@ class Bench:
     check: Check = lambda: None
     scratch: Scratch = field(default_factory=Scratch)
     tensors: tuple[PairedTensor, ...] = ()
+    taken: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tensors = self.tensors or self.pieces.section.tensors
@@ -155,10 +157,24 @@ class Bench:
 
     def sample(self, tensor: PairedTensor, share: float, longest: int = sample.RUN) -> Sample:
         """About `share` of a tensor's elements, in runs of `longest` at most."""
-        parts = self.pieces.parts(tensor)
-        if parts:
-            return sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
-        return sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
+        key = tensor.name, share, longest
+        if key not in self.taken:
+            parts = self.pieces.parts(tensor)
+            if parts:
+                found = sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
+            else:
+                found = sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
+            self.taken[key] = found
+        taken: Sample = self.taken[key]
+        return taken
+
+    def scores(self, taken: Sample, tensor: PairedTensor, mean: np.float32) -> np.ndarray:
+        """The scores of a sample's elements (float32)."""
+        key = self.recipe.method, tensor.name, taken.p.size
+        if key not in self.taken:
+            self.taken[key] = taken.scores(tensor, self.recipe, mean)
+        scores: np.ndarray = self.taken[key]
+        return scores
 
 
 def places(part: Slice) -> slice:
@@ -208,52 +224,100 @@ def find_means(bench: Bench, known: np.ndarray | None = None) -> None:
 
 
 @dataclass
-class Counting:
+class Tally:
     """Scores of some groups of a bench, to be counted.
 
     Attributes:
-        counted: their histograms; `names`: of the groups, in the order of those.
+        counted: histograms of benches of one method; `first`: of them, the one of the first of `names`.
     """
 
     bench: Bench
-    counted: Histograms
     names: Sequence[str]
+    counted: Histograms
+    first: int
+
+    def narrow(self, i: int, k: int) -> Bracket | Threshold:
+        """What the count says of the i-th group, see `threshold.narrow`."""
+        return self.counted.narrow(self.first + i, k)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was counted: keys above each bracket; keys inside, of all groups one after the other; where each one's
+        begin."""
+        mine = slice(self.first, self.first + len(self.names))
+        starts = self.counted.starts[self.first : mine.stop + 1]
+        bins = self.counted.bins[starts[0] : starts[-1]]
+        bins = bins if bins.max(initial=0) >= 2**32 else bins.astype(np.uint32)
+        return {"above": self.counted.above[mine], "bins": bins, "starts": starts - starts[0]}
 
 
-def count(countings: Sequence[Counting]) -> None:
-    """Count the scores into their histograms, in one pass for all.
+Wanted = tuple[Sequence[Bracket], Sequence[int] | None]
+"""The brackets in which the scores of some groups of a bench are counted, and how many bins each may have."""
+
+
+def tallies(
+    benches: Sequence[Bench], names: Sequence[Sequence[str]], wanted: Sequence[Wanted], scratch: Scratch | None = None
+) -> list[Tally]:
+    """Empty histograms for some groups of each bench; benches of one method have theirs together.
+
+    Args:
+        scratch: where the memory of the histograms comes from, if there is only one such method.
+    """
+    by_method: dict[str, list[int]] = {}
+    for i, bench in enumerate(benches):
+        by_method.setdefault(bench.recipe.method, []).append(i)
+    zeros: dict[str, Any] = {"zeros": scratch.zeros} if scratch and len(by_method) == 1 else {}
+    found: dict[int, Tally] = {}
+    for members in by_method.values():
+        brackets = [bracket for i in members for bracket in wanted[i][0]]
+        limits = [limit for i in members for limit in wanted[i][1] or [MAX_BINS] * len(wanted[i][0])]
+        counted, first = histograms(brackets, limits, **zeros), 0
+        for i in members:
+            found[i] = Tally(benches[i], names[i], counted, first)
+            first += len(names[i])
+    return [found[i] for i in range(len(benches))]
+
+
+def count(tallies: Sequence[Tally]) -> None:
+    """Count the scores into their histograms, in one pass for all; those of one method are computed once.
 
     Raises:
         UserError: weights are not finite.
     """
+    shared: dict[int, list[Tally]] = {}
+    for tally in tallies:
+        shared.setdefault(id(tally.counted), []).append(tally)
+    together = list(shared.values())
     for thorough in (False, True):
-        passes = [_counting(counting, thorough) for counting in countings]
+        passes = [_counting(of, thorough) for of in together]
         each_chunk([wanted for wanted, _ in passes])
         incomplete = []
-        for counting, (_, passed) in zip(countings, passes, strict=True):
+        for of, (_, passed) in zip(together, passes, strict=True):
             found = passed.result()
             if not all(one.finite for one in found):
-                refuse_nonfinite(counting.bench)
+                refuse_nonfinite(of[0].bench)
             if not all(one.complete for one in found):
-                incomplete.append(counting)
+                incomplete.append(of)
         if not incomplete:
             return
-        countings = incomplete
+        together = incomplete
 
 
-def _counting(counting: Counting, thorough: bool) -> tuple[tuple[Bench, np.ndarray, Take], Pass[..., Counted]]:
-    bench = counting.bench
-    place = {name: i for i, name in enumerate(counting.names)}
-    by_group = np.array([place.get(name, -1) for name in bench.names] + [-1], np.int64)
-    into = by_group[bench.group_of]  # the last, for −1
+def _counting(of: Sequence[Tally], thorough: bool) -> tuple[tuple[Bench, np.ndarray, Take], Pass[..., Counted]]:
+    columns = []
+    for tally in of:
+        place = {name: tally.first + i for i, name in enumerate(tally.names)}
+        by_group = np.array([place.get(name, -1) for name in tally.bench.names] + [-1], np.int64)
+        columns.append(by_group[tally.bench.group_of])  # the last, for −1
+    into = np.stack(columns, 1)
+    bench = of[0].bench
     means = bench.mean.astype(np.float32)
-    passed = bench.engine.counting(counting.counted, thorough)
+    passed = bench.engine.counting(of[0].counted, thorough)
 
     def take(here: slice, chunk: AnyChunk) -> None:
         if not thorough or isinstance(chunk, StoredChunk):
             passed.add(chunk, means[here], into[here])
 
-    return (bench, into >= 0, take), passed
+    return (bench, np.any(into >= 0, axis=1), take), passed
 
 
 _ALL = 1 << 62  # elements
@@ -278,17 +342,16 @@ def search(benches: Sequence[Bench], found: Sequence[dict[str, Threshold]], left
         }
         searches.append((bench, brackets, limits))
     while searches := [search for search in searches if search[1]]:
-        # Histograms of several benches are needed at once, those of one are the scratch's.
-        zeros: dict[str, Any] = {"zeros": searches[0][0].scratch.zeros} if len(searches) == 1 else {}
-        countings = []
-        for bench, brackets, limits in searches:
-            names = list(brackets)
-            counted = histograms(list(brackets.values()), [limits[name] for name in names], **zeros)
-            countings.append(Counting(bench, counted, names))
-        count(countings)
-        for counting, (bench, brackets, _) in zip(countings, searches, strict=True):
-            for i, name in enumerate(counting.names):
-                result = counting.counted.narrow(i, bench.groups[name].k)
+        counted = tallies(
+            [bench for bench, _, _ in searches],
+            [list(brackets) for _, brackets, _ in searches],
+            [(list(brackets.values()), [limits[name] for name in brackets]) for _, brackets, limits in searches],
+            searches[0][0].scratch,
+        )
+        count(counted)
+        for tally, (bench, brackets, _) in zip(counted, searches, strict=True):
+            for i, name in enumerate(tally.names):
+                result = tally.narrow(i, bench.groups[name].k)
                 if isinstance(result, Threshold):
                     g = bench.names.index(name)
                     bench.keys[g], bench.quotas[g], bench.ties[g] = result.key, result.ties, result.ties
@@ -355,11 +418,13 @@ def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_
         return sample.survey(members, group, looks, bench.look, bench.recipe, means).bracket(group, max_bins)
     (tensor,) = members
     taken = bench.look(tensor, looks / group.numel)
-    return bracket_from_scores(taken.scores(tensor, bench.recipe, means[tensor.name]), group.k / group.numel)
+    return bracket_from_scores(bench.scores(taken, tensor, means[tensor.name]), group.k / group.numel)
 
 
 def apply(
-    benches: Sequence[Bench], sinks: Sequence[Sink], progress: Callable[[int], None] = lambda nbytes: None
+    benches: Sequence[Bench],
+    sinks: Sequence[AnySink],
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[np.ndarray]:
     """Write the section's bytes in order, and return what was measured of its tensors: (t,) MEASURED, of each bench.
 
@@ -379,7 +444,7 @@ def apply(
 class _Applying:
     """The application of one bench's thresholds, slice by slice."""
 
-    def __init__(self, bench: Bench, sink: Sink):
+    def __init__(self, bench: Bench, sink: AnySink):
         self._bench, self._sink = bench, sink
         rows = self._rows = np.zeros(len(bench.tensors), MEASURED)
         rows["before"] = rows["after"] = np.nan
@@ -408,6 +473,8 @@ class _Applying:
         if chunk.runs > 1:
             _describe_many(bench, here, chunk, thresholds, self._rows)
             self._described[here] = True
+        elif isinstance(held, list):
+            self._sink.filled_from(part.tensors[0].name, part.start, held[0])
 
     def measured(self) -> np.ndarray:
         bench, rows, overflowed = self._bench, self._rows, self._overflowed
@@ -451,12 +518,12 @@ def _describe(bench: Bench, i: int, threshold: np.float32, rows: np.ndarray) -> 
     taken = bench.sample(tensor, sample.REPORTED / tensor.common)
     scores = np.zeros(taken.p.size, np.float32)
     if METHODS[bench.recipe.method].score:
-        scores = taken.scores(tensor, bench.recipe, np.float32(bench.mean[i]))
+        scores = bench.scores(taken, tensor, np.float32(bench.mean[i]))
     before, after = change_quantiles(taken.p, taken.f, scores, np.array([threshold]), np.array([0, taken.p.size]))
     rows["before"][i], rows["after"][i] = before[0], after[0]
 
 
-def _pass_through(part: Slice, stored: np.ndarray, sink: Sink) -> None:
+def _pass_through(part: Slice, stored: np.ndarray, sink: AnySink) -> None:
     (tensor,) = part.tensors
     source, target = tensor.sources[-1].dtype, tensor.dtype
     if source == target or not is_weight(source):

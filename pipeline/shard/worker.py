@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +31,10 @@ from pipeline.plan import PairedTensor, Shard
 from pipeline.recipe import LEAST_DEVICE_MEMORY, LEAST_MEMORY, Recipe, format_bytes
 from pipeline.scoring.device import has_failed, is_full, make_engine
 from pipeline.scoring.engine import DeviceEngine, Engine
-from pipeline.scoring.threshold import histograms
 from pipeline.shard import passes
 from pipeline.shard.delta import Checked, DeltaWriter, promised
 from pipeline.shard.landing import shares
-from pipeline.shard.passes import Bench, Counting, Scratch
+from pipeline.shard.passes import Bench, Scratch, Tally, tallies
 from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
 from pipeline.shard.sample import LONG_RUN, RUN, Sample, far, survey, wide_size
 from pipeline.shard.section import Section, sections
@@ -53,7 +52,7 @@ from pipeline.shard.task import (
     sample_name,
     save_arrays,
 )
-from pipeline.shard.writing import BUFFER_BYTES, BUFFERS, Sink
+from pipeline.shard.writing import BUFFER_BYTES, BUFFERS, AnySink, Direct, Sink
 from pipeline.storage.address import open_store
 from pipeline.storage.store import Store, Writer
 
@@ -224,29 +223,27 @@ class Worker:
         """Count all scores of groups over several shards inside their brackets, into `measure_name`."""
         meter = _Meter(self._reader)
         runs = self._runs(task)
-        zeros = self._scratch.zeros if len(runs) == 1 else partial(np.zeros, dtype=np.int64)
-        counted = [histograms(list(run.task.brackets.values()), zeros=zeros) for run in runs]
+        counted: list[Tally] = []
         first, dealt = task.round == 1, 0
         for pieces in self._sections(self._cut_to_measure, task, following, keep=True):
             place = [runs[0].place[t.name] for t in pieces.section.tensors]
             half_done = first and not np.isnan(runs[0].means[place]).any()  # by `sample`
             benches = self._benches(runs, pieces)
             self._find_means(runs, benches)
-            passes.count(
-                [
-                    Counting(bench, one, list(run.task.brackets))
-                    for run, bench, one in zip(runs, benches, counted, strict=True)
-                ]
-            )
+            if not counted:
+                brackets = [run.task.brackets for run in runs]
+                wanted = [(list(of.values()), None) for of in brackets]
+                counted = tallies(benches, [list(of) for of in brackets], wanted, self._scratch)
+            counted = [replace(tally, bench=bench) for tally, bench in zip(counted, benches, strict=True)]
+            passes.count(counted)
             nbytes = pieces.section.nbytes - (_half(pieces.section) if half_done else 0)
             dealt += nbytes
             self.tell(nbytes)
         read = meter.read_bytes
-        for run, one in zip(runs, counted, strict=True):
-            bins = one.bins if one.bins.max(initial=0) >= 2**32 else one.bins.astype(np.uint32)
-            found = {"above": one.above, "bins": bins, "starts": one.starts, "means": run.means}
+        for run, tally in zip(runs, counted, strict=True):
+            found = tally.arrays()
             name = measure_name(task.shard.index, run.task.round)
-            save_arrays(run.out, name, read, list(run.task.brackets), **found)
+            save_arrays(run.out, name, read, list(tally.names), **found, means=run.means)
         return meter.done(task, dealt)
 
     @_step
@@ -257,7 +254,7 @@ class Worker:
         writings: list[_Writing] = []
         try:
             for run in runs:
-                writings.append(self._begin_writing(run))
+                writings.append(self._begin_writing(run, writings[0].delta if writings else None))
             sinks = [writing.sink for writing in writings]
             first = 0
             for pieces in self._sections(_to_write, task, following):
@@ -286,10 +283,14 @@ class Worker:
         seconds = time.perf_counter() - began + sum(sink.seconds for sink in sinks)
         return meter.done(task, sum(t.read_bytes for t in task.shard.tensors), written, seconds)
 
-    def _begin_writing(self, run: _Run) -> _Writing:
+    def _begin_writing(self, run: _Run, first: DeltaWriter | None) -> _Writing:
         shard = run.task.shard
-        writer, delta = self._writers(run)
-        sink = self._sink(writer, shard.nbytes)
+        writer, delta = self._writers(run, first)
+        sink: AnySink
+        if delta and run.recipe.emit == "delta" and self._engine.device is None:
+            sink = Direct(delta, shard.nbytes)
+        else:
+            sink = self._sink(writer, shard.nbytes)
         sink.append(shard.header)
         return _Writing(writer, delta, sink, np.zeros(len(shard.tensors), MEASURED), {})
 
@@ -308,7 +309,7 @@ class Worker:
         writing.writer.publish()
         return int(record["nbytes"]) + (sparse["nbytes"] if sparse and run.recipe.emit == "both" else 0)
 
-    def _writers(self, run: _Run) -> tuple[Writer, DeltaWriter | None]:
+    def _writers(self, run: _Run, first: DeltaWriter | None) -> tuple[Writer, DeltaWriter | None]:
         """What takes the shard's bytes; and what makes its sparse task vector of them, if that is wanted."""
         recipe, shard, writer = run.recipe, run.task.shard, None
         if recipe.emit != "delta":
@@ -319,7 +320,7 @@ class Worker:
                 return writer, None
         compress = recipe.delta_compression != "none"
         sides = Sides(*self._inputs)
-        delta = DeltaWriter(shard, sides, run.out, compress, recipe.reversible, writer)
+        delta = DeltaWriter(shard, sides, run.out, compress, recipe.reversible, writer, first)
         return delta, delta
 
     def _runs(self, task: Task) -> list[_Run]:
@@ -338,12 +339,14 @@ class Worker:
     def _benches(self, runs: Sequence[_Run], pieces: Pieces) -> list[Bench]:
         """One for each run, over the same pieces."""
         tensors = pieces.section.tensors
-        benches = []
+        benches: list[Bench] = []
+        taken: dict[Any, Any] = {}
         for run in runs:
             if len(runs) > 1:
                 tensors = tuple(run.tensors[t.name] for t in pieces.section.tensors)
             engine = self._engine_for(run.recipe.method)
-            benches.append(Bench(run.recipe, engine, pieces, run.task.groups, self._check, self._scratch, tensors))
+            given = run.recipe, engine, pieces, run.task.groups, self._check, self._scratch
+            benches.append(Bench(*given, tensors, taken))
         return benches
 
     def _find_means(self, runs: Sequence[_Run], benches: Sequence[Bench]) -> None:
@@ -569,7 +572,7 @@ class _Writing:
 
     writer: Writer
     delta: DeltaWriter | None
-    sink: Sink
+    sink: AnySink
     rows: np.ndarray
     ties: dict[str, int]
 

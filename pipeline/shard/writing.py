@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -64,6 +65,9 @@ class Sink:
         self._used += nbytes
         return lent
 
+    def filled_from(self, name: str, start: int, base: np.ndarray) -> None:
+        """What was lent last is filled, with elements of a tensor from `start` on, and those of base are at hand."""
+
     def append(self, data: np.ndarray | bytes) -> None:
         """Copy bytes to the end."""
         view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
@@ -110,6 +114,63 @@ class Sink:
                     self._error = error
             self.seconds += time.perf_counter() - began
             self._free.put(buffer)
+
+
+class Comparing(Writer, Protocol):
+    """A writer that compares what it gets with base."""
+
+    def know(self, name: str, start: int, base: np.ndarray) -> None:
+        """That the bytes of base's elements of a tensor from `start` on are in memory, until this is called again."""
+        ...
+
+
+class Direct:
+    """The same without a thread and without buffers between, for a writer that computes more than it writes: what is
+    filled goes there while it is still in the processor's cache. It has no checksum of the file.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, writer: Comparing, size: int):
+        self._writer, self._size, self._position = writer, size, 0
+        self._buffer = np.empty(0, np.uint8)
+        self._lent: np.ndarray | None = None
+
+    def reserve(self, nbytes: int, align: int = 1) -> np.ndarray:
+        self._flush()
+        if self._buffer.size < nbytes:
+            self._buffer = np.empty(nbytes, np.uint8)
+        self._lent = self._buffer[:nbytes]
+        return self._lent
+
+    def filled_from(self, name: str, start: int, base: np.ndarray) -> None:
+        self._writer.know(name, start, base)
+        self._flush()
+        self._writer.know("", 0, base[:0])
+
+    def append(self, data: np.ndarray | bytes) -> None:
+        self._flush()
+        self._write(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data)
+
+    def finish(self) -> str:
+        self._flush()
+        assert self._position == self._size, (self._position, self._size)
+        return ""
+
+    def abandon(self) -> None:
+        self._writer.discard()
+
+    def _flush(self) -> None:
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            self._write(lent)
+
+    def _write(self, data: np.ndarray) -> None:
+        self._writer.write(self._position, data)
+        self._position += data.size
+
+
+AnySink = Sink | Direct
 
 
 def at_once() -> None:

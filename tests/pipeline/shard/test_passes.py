@@ -17,7 +17,7 @@ from pipeline.plan import Plan
 from pipeline.scoring.device import make_engine
 from pipeline.scoring.threshold import Bracket, Threshold, histograms, key_of
 from pipeline.shard import passes
-from pipeline.shard.passes import Bench, BlockSums, Counting, Scratch
+from pipeline.shard.passes import Bench, BlockSums, Scratch, Tally
 from pipeline.shard.reading import NOTHING, Pieces, SectionReader
 from pipeline.shard.section import sections
 from pipeline.storage.local import Folder
@@ -37,6 +37,8 @@ class Written:
     def reserve(self, nbytes: int, align: int = 1) -> np.ndarray:
         self.parts.append(np.zeros(nbytes, np.uint8))
         return self.parts[-1]
+
+    def filled_from(self, name: str, start: int, base: np.ndarray) -> None: ...
 
     def append(self, data: np.ndarray) -> None:
         self.parts.append(data.copy())
@@ -102,7 +104,7 @@ def test_counts(setting):
     bench = setting.bench(scope="layer")
     passes.find_means(bench)
     counted = histograms([Bracket(1 << 31, (1 << 31) + (1 << 30)), Bracket()], [1 << 12, 1 << 12])
-    passes.count([Counting(bench, counted, ["layers.1", "layers.0"])])
+    passes.count([Tally(bench, ["layers.1", "layers.0"], counted, 0)])
     for i, group in enumerate(("layers.1", "layers.0")):
         keys = key_of(setting.scores(group, "layer")).astype(np.int64)
         bracket, shift = counted.layouts[i].bracket, counted.layouts[i].shift
