@@ -1,0 +1,268 @@
+"""Evaluating checkpoints by the user's own means, each in a process of its own.
+
+What an evaluation says is kept as it comes, in `evaluations/` beside the candidates, together with what was asked: what
+is there is not asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.choosing.skills import SKILLS, Measure, read_skills
+from pipeline.choosing.sources import Source, at_hand
+from pipeline.errors import UserError
+from pipeline.storage.store import Store
+
+CHECKPOINT = "{checkpoint}"
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_SAID_BYTES = 1 << 20  # of an answer that is read
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of every checkpoint.
+
+    Attributes:
+        commands: with `{checkpoint}` in them, or `package.module:function`; they say JSON.
+        tasks: of lm-evaluation-harness, by skill: names, or YAML files.
+        texts: files of text, by skill, whose cross entropy is measured.
+        seconds: each may take.
+    """
+
+    commands: tuple[str, ...] = ()
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 3600.0
+
+    @property
+    def is_none(self) -> bool:
+        return not (self.commands or self.tasks or self.texts)
+
+    def key(self) -> str:
+        """What distinguishes what is asked; of texts and task files what is in them counts."""
+        files = {**self.texts, **{name: name for names in self.tasks.values() for name in names if _is_file(name)}}
+        digests = {name: hashlib.blake2b(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
+        asked = [self.commands, {k: list(v) for k, v in self.tasks.items()}, dict(self.texts), digests]
+        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def asked(self, path: str) -> Iterator[list[str]]:
+        """The command lines for a checkpoint in a folder on this machine."""
+        folder = Path(__file__).parent
+        call, harness, text = ([sys.executable, "-P", str(folder / f"{n}.py")] for n in ("call", "harness", "text"))
+        for command in self.commands:
+            if _FUNCTION.fullmatch(command):
+                yield [*call, command, path]
+            else:
+                yield ["/bin/sh", "-c", command.replace(CHECKPOINT, shlex.quote(path))]
+        if self.tasks:
+            yield [*harness, path, *(f"{k}={','.join(v)}" for k, v in self.tasks.items())]
+        if self.texts:
+            yield [*text, path, *(f"{k}={v}" for k, v in self.texts.items())]
+
+
+def evaluation(
+    commands: Sequence[str], tasks: Sequence[str], texts: Sequence[str], seconds: float | None = None
+) -> Evaluation:
+    """What a user asks for, checked before anything is made.
+
+    Args:
+        tasks, texts: like `old=mmlu,hellaswag new=gsm8k`.
+
+    Raises:
+        UserError: it cannot be asked.
+    """
+    for command in commands:
+        if not _FUNCTION.fullmatch(command) and CHECKPOINT not in command:
+            raise UserError(
+                f"--evaluate {command}: give a command with {CHECKPOINT} where the path belongs, or "
+                "package.module:function"
+            )
+    files = _by_skill(texts, "--text")
+    for path in files.values():
+        if not Path(path).is_file():
+            raise UserError(f"--text {path}: there is no such file")
+    named = {skill: tuple(n for n in names.split(",") if n) for skill, names in _by_skill(tasks, "--tasks").items()}
+    for name in (name for names in named.values() for name in names):
+        if name.endswith((".yaml", ".yml")) and not _is_file(name):
+            raise UserError(f"--tasks {name}: there is no such file")
+    if named:
+        _needs("lm_eval", "--tasks")
+    if files:
+        _needs("transformers", "--text")
+    files = {skill: os.path.abspath(path) for skill, path in files.items()}
+    named = {s: tuple(os.path.abspath(n) if _is_file(n) else n for n in names) for s, names in named.items()}
+    limit = 3600.0 if seconds is None else seconds
+    if limit <= 0:
+        raise UserError(f"--evaluate-seconds: give a time above 0 (it is {limit:g})")
+    return Evaluation(tuple(commands), named, files, limit)
+
+
+def _needs(module: str, option: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise UserError(f"{option} needs {module.replace('_', '-')}: pip install 'fapm[eval]'")
+
+
+def _by_skill(given: Sequence[str], option: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for word in (word for text in given for word in text.split()):
+        skill, equals, what = word.partition("=")
+        if not equals or not what or skill not in SKILLS:
+            raise UserError(f"{option} {word}: write it like old=… or new=…")
+        if skill in found:
+            raise UserError(f"{option}: {skill} is given twice")
+        found[skill] = what
+    return found
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an evaluation has said of a checkpoint: its skills, or why there are none."""
+
+    name: str
+    skills: dict[str, Measure]
+    error: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"{self.name} could not be evaluated: {self.error}"
+        return f"{self.name}: " + ", ".join(f"{skill} {measure}" for skill, measure in self.skills.items())
+
+
+def evaluate(asked: Evaluation, source: Source) -> Said:
+    """Evaluate one checkpoint here. Errors are what it says, so that they do not end others."""
+    began = time.perf_counter()
+    skills: dict[str, Measure] = {}
+    error = ""
+    try:
+        with at_hand(source) as path:
+            for command in asked.asked(path):
+                skills |= read_skills(_answer(command, asked.seconds))
+    except UserError as failed:
+        skills, error = {}, str(failed)
+    return Said(source.name, skills, error, round(time.perf_counter() - began, 3))
+
+
+def _answer(command: Sequence[str], seconds: float) -> Any:
+    """The JSON that a command prints: all that it prints, or the last line that is an object.
+
+    Raises:
+        UserError: it fails, prints something else, or takes too long. Nothing that it started lives on.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"it took longer than {seconds:g} s (--evaluate-seconds)") from None
+        finally:
+            _end(process)
+        printed, complaints = _tail(out), _tail(err)
+    if code:
+        lines = [line for line in complaints.splitlines() if line.strip()] or ["it said nothing on stderr"]
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise UserError(f"{how}: {lines[-1].strip()[:300]}")
+    for text in (printed, *reversed(printed.splitlines())):
+        if text.lstrip().startswith("{"):
+            try:
+                return json.loads(text)
+            except ValueError:
+                continue
+    raise UserError('it printed no JSON object like {"new": 0.93, "old": 0.81}')
+
+
+def _tail(file: Any) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _SAID_BYTES))
+    text: str = file.read().decode(errors="replace")
+    return text
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """What a command has started ends with it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+Evaluate = Callable[[Evaluation, Sequence[Source]], Iterator[Said]]
+"""Evaluates checkpoints, in any order, and says each result as it comes."""
+
+
+def in_turn(asked: Evaluation, sources: Sequence[Source]) -> Iterator[Said]:
+    """One after the other, here."""
+    for source in sources:
+        yield evaluate(asked, source)
+
+
+def evaluate_all(
+    asked: Evaluation,
+    sources: Sequence[Source],
+    kept: Store,
+    do: Evaluate = in_turn,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Said]:
+    """What is said of checkpoints, by name, in their order: what is kept from before, and what is asked now.
+
+    Args:
+        kept: the folder in which it is kept. What failed is asked again.
+    """
+    key = asked.key()
+    found = {source.name: said for source in sources if (said := _kept(kept, source, key))}
+    missing = [source for source in sources if source.name not in found]
+    for said in do(asked, missing) if missing else ():
+        source = next(source for source in missing if source.name == said.name)
+        kept.write(_file(said.name), json.dumps(_facts(said) | {"key": key, "of": source.identity}, indent=1).encode())
+        found[said.name] = said
+        say(str(said))
+    return {source.name: found[source.name] for source in sources}
+
+
+def _facts(said: Said) -> dict[str, Any]:
+    return {
+        "skills": {skill: asdict(m) for skill, m in said.skills.items()},
+        "error": said.error,
+        "seconds": said.seconds,
+    }
+
+
+def _file(name: str) -> str:
+    return f"evaluations/{name}.json"
+
+
+def _kept(folder: Store, source: Source, key: str) -> Said | None:
+    if not folder.has(_file(source.name)):
+        return None
+    try:
+        data = json.loads(folder.read(_file(source.name)))
+        if data["key"] != key or data["of"] != source.identity or data["error"]:
+            return None
+        skills = {skill: Measure(**measure) for skill, measure in data["skills"].items()}
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Said(source.name, skills, "", data["seconds"])
+
+
+def skills_of(said: Iterable[Said]) -> dict[str, dict[str, Measure]]:
+    """The skills of those that could be evaluated, by name."""
+    return {one.name: one.skills for one in said if not one.error}
