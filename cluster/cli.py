@@ -12,13 +12,17 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cluster.options import (
+    Evaluating,
     address_option,
     choice_options,
+    evaluation_options,
+    gather_choices,
     json_option,
     read_choices,
     recipe_options,
@@ -27,9 +31,11 @@ from cluster.options import (
 from pipeline.errors import PassingError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
     from cluster.submission import Place
+    from pipeline.choosing.evaluation import Evaluate, Said
     from pipeline.plan import Plan
     from pipeline.pool import Pool
     from pipeline.recipe import Recipe
@@ -165,6 +171,136 @@ def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -
 
     recipe, ray, by = read_choices(None, {**choices, "rules": EVERYTHING})
     _prune(recipe, ray, by, overwrite, as_json)
+
+
+@cli.command(cls=Evaluating)
+@recipe_options
+@evaluation_options
+@click.option(
+    "--choose",
+    metavar="HOW",
+    help="Make OUT of a candidate: 'retained>=0.99' (of those the one with the least forgetting), 'forgetting<=0.02' "
+    "(the one that retains most), knee, or its name.",
+)
+def sweep(
+    config: str | None,
+    overwrite: bool,
+    as_json: bool,
+    commands: tuple[str, ...],
+    tasks: tuple[str, ...],
+    texts: tuple[str, ...],
+    seconds: float | None,
+    choose: str | None,
+    **choices: Any,
+) -> None:
+    """Prune in many ways from one reading, evaluate each by your own means, and choose.
+
+    --method, --scope and --density take several values between commas, or lists in the recipe. The candidates are in
+    OUT/sweep/, each as complete as prune makes it; what is chosen becomes OUT. The same command again does what is
+    missing.
+
+    \b
+    Examples:
+      fapm sweep --base llama/ --finetuned llama-math/ --out pruned/ --density 0.05,0.1,0.2 --emit delta
+      fapm sweep --base llama/ --finetuned llama-math/ --out pruned/ --method fapm,magnitude --density 0.1,0.2 \\
+        --tasks new=gsm8k old=mmlu,hellaswag --choose 'retained>=0.99'
+      fapm sweep --config recipe.yaml --evaluate './score.sh {checkpoint}' --choose knee --ray local
+    """
+    from cluster.progress import Progress
+    from pipeline.choosing import sweep as sweeping
+    from pipeline.choosing.candidates import SWEPT, candidates
+    from pipeline.choosing.choice import by_name, check_choice
+    from pipeline.choosing.choice import choose as choose_from
+    from pipeline.choosing.evaluation import evaluation
+    from pipeline.recipe import Recipe
+    from pipeline.report import sweep_text
+
+    given, ray, by = gather_choices(config, choices)
+    asked = evaluation(commands, tasks, texts, seconds)
+    one = Recipe.of(**{name: value for name, value in given.items() if name not in SWEPT})
+    folder = sweeping.sweep_folder(one)
+    wanted = candidates(given, folder)
+    recipes = {candidate.name: candidate.recipe for candidate in wanted}
+    if choose:
+        check_choice(choose, list(recipes))
+        if asked.is_none and choose not in recipes:
+            raise UserError(f"--choose {choose} needs --evaluate, --tasks or --text")
+    pool = _pool(ray, by)
+    with Progress() as progress:
+        watch = progress.watch()
+        made = sweeping.sweep(wanted, overwrite=overwrite, pool=pool, watch=watch)
+    watch.say(f"{len(made)} candidate(s) in {folder}")
+    swept = sweeping.evaluate_sweep(folder, made, asked, _evaluating(ray, made[0].plan.recipe), watch)
+    facts = sweeping.write_sweep(swept)
+    if choose:
+        named = choose in recipes
+        choice = by_name(choose, len(recipes)) if named else choose_from(choose, swept.candidate_points)
+        recipe = recipes[choice.name].model_copy(update={"out": one.out, "emit": "checkpoint"})
+        with Progress() as progress:
+            sweeping.take(swept, choice, recipe, overwrite=overwrite, pool=pool, watch=progress.watch())
+        facts = sweeping.write_sweep(replace(swept, choice=choice))
+    _print({"out": one.out, **facts}, sweep_text(facts, one.out), as_json)
+    _end_if_failed(list(swept.said.values()), "; the same command tries them again")
+
+
+def _evaluating(ray: str, recipe: Recipe) -> Evaluate:
+    if ray == "off":
+        from pipeline.choosing.evaluation import in_turn
+
+        return in_turn
+    from cluster.evaluating import on_ray
+
+    return on_ray(ray, recipe, _log)
+
+
+def _end_if_failed(said: Sequence[Said], hint: str = "") -> None:
+    failed = [one for one in said if one.error]
+    for one in failed:
+        _log(str(one))
+    if failed:
+        _log(f"{len(failed)} of {len(said)} evaluations failed{hint}")
+        sys.exit(1)
+
+
+@cli.command(cls=Evaluating)
+@click.argument("checkpoints", nargs=-1, metavar="CHECKPOINT CHECKPOINT…")
+@evaluation_options
+@click.option("--base", metavar="FOLDER", help="The pre-trained checkpoint.  [that of the outputs of fapm among them]")
+@click.option("--finetuned", metavar="FOLDER", help="The fine-tuned checkpoint.  [likewise]")
+@click.option(
+    "--ray", metavar="WHERE", default="off", help="off, local, or a cluster's ADDRESS, to evaluate side by side.  [off]"
+)
+@json_option
+def compare(
+    checkpoints: tuple[str, ...],
+    commands: tuple[str, ...],
+    tasks: tuple[str, ...],
+    texts: tuple[str, ...],
+    seconds: float | None,
+    base: str | None,
+    finetuned: str | None,
+    ray: str,
+    as_json: bool,
+) -> None:
+    """Show two or more finished checkpoints side by side: what was kept in each, and the same evaluations of all.
+
+    \b
+    Examples:
+      fapm compare pruned-0.1/ pruned-0.2/
+      fapm compare pruned/ merged/ --base llama/ --finetuned llama-math/ --tasks new=gsm8k old=hellaswag
+    """
+    from pipeline.choosing.compare import compare
+    from pipeline.choosing.evaluation import evaluation
+    from pipeline.recipe import Recipe
+    from pipeline.report import compare_text
+
+    if len(checkpoints) < 2:
+        raise click.UsageError("give two checkpoints or more")
+    asked = evaluation(commands, tasks, texts, seconds)
+    recipe = Recipe.of(base=checkpoints[0], finetuned=checkpoints[1], out="-")
+    compared = compare(checkpoints, asked, base, finetuned, _evaluating(ray, recipe), _log)
+    _print(compared.facts(), compare_text(compared.facts()), as_json)
+    _end_if_failed(list(compared.said.values()))
 
 
 def _pool(ray: str, by: str) -> MakePool:

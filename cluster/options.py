@@ -177,7 +177,17 @@ def read_choices(config: str | None, choices: dict[str, Any], ray: str | None = 
     Args:
         ray: where, unless an option says otherwise; what the file and the environment say is for this machine.
     """
-    from pipeline.recipe import Recipe, read_yaml
+    from pipeline.recipe import Recipe
+
+    given, where, by = gather_choices(config, choices, ray)
+    return Recipe.of(**given), where, by
+
+
+def gather_choices(
+    config: str | None, choices: dict[str, Any], ray: str | None = None
+) -> tuple[dict[str, Any], str, str]:
+    """The same, the choices as they were given."""
+    from pipeline.recipe import read_yaml
 
     given, by = choices.pop("ray"), "--ray"
     ray = ray if given is None else given
@@ -195,4 +205,47 @@ def read_choices(config: str | None, choices: dict[str, Any], ray: str | None = 
     missing = [f"--{side}" for side in ("base", "finetuned", "out") if choices.get(side) is None]
     if missing:
         raise click.UsageError(f"missing: {', '.join(missing)}. Give each here or in the recipe of --config.")
-    return Recipe.of(**choices), ray, by
+    return choices, ray, by
+
+
+_EVALUATION_OPTIONS = (
+    click.option(
+        "--evaluate", "commands", metavar="COMMAND", multiple=True,
+        help="Evaluate every checkpoint by a command with {checkpoint} in it, that prints JSON like "
+        '{"new": 0.93, "old": 0.81}, or by package.module:function, that returns such. Repeatable.',
+    ),
+    click.option(
+        "--tasks", metavar="SKILL=TASK,…", multiple=True,
+        help="Evaluate by tasks of lm-evaluation-harness, names or YAML files: new=gsm8k old=mmlu,hellaswag. "
+        "Needs fapm[eval].",
+    ),
+    click.option(
+        "--text", "texts", metavar="SKILL=FILE", multiple=True,
+        help="Evaluate a language model by its cross entropy on a text: old=corpus.txt. Needs fapm[eval].",
+    ),
+    click.option(
+        "--evaluate-seconds", "seconds", metavar="S", type=float, help="How long an evaluation may take.  [3600]"
+    ),
+)  # fmt: skip
+
+
+def evaluation_options(command: Command) -> Command:
+    """How checkpoints are evaluated."""
+    for option in reversed(_EVALUATION_OPTIONS):
+        command = option(command)
+    return command
+
+
+class Evaluating(click.Command):
+    """A command whose --tasks and --text take all the words that follow them and say which skill they are about."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        option = ""
+        for word in args:
+            if option and words[-1] != option and word.partition("=")[0] in ("new", "old"):
+                words.append(option)
+            elif word.startswith("-"):
+                option = word if word in ("--tasks", "--text") else ""
+            words.append(word)
+        return super().parse_args(ctx, words)

@@ -266,6 +266,23 @@ class RayPool:
             ray.shutdown()
 
 
+@contextlib.contextmanager
+def connected(address: str, recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
+    """The cluster at `address`, or a Ray of its own for the time being, where this process has none yet.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    owns = not ray.is_initialized()
+    if owns:
+        _connect(address, recipe, say)
+    try:
+        yield
+    finally:
+        if owns:
+            ray.shutdown()
+
+
 def _nothing(worker: Worker, task: Task, following: Task | None) -> Done:
     raise AssertionError("there is nothing to do yet")
 

@@ -39,6 +39,7 @@ def model_card(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         f"---\n{metadata}\n---",
         f"# {_name(plan.finetuned)}, pruned",
         _what(plan, rows),
+        *([f"## How it was chosen\n\n{plan.chosen}"] if plan.chosen else []),
         "## What was kept\n\n" + _table(rows),
         "## How to make it again\n\n" + _again(plan),
     ]

@@ -103,6 +103,7 @@ class Plan:
         given: the same as it was given.
         left_out: the tensors that only base has; `added`: those that only finetuned has.
         accounts: by side, what becomes of every stored tensor.
+        chosen: how the recipe was chosen, for the card; empty where nothing is to be said.
     """
 
     recipe: Recipe
@@ -115,6 +116,7 @@ class Plan:
     added: tuple[str, ...]
     oddities: tuple[str, ...]
     accounts: dict[str, Account]
+    chosen: str = ""
 
     @property
     def write_bytes(self) -> int:

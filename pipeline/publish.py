@@ -32,7 +32,12 @@ from pipeline.storage.store import Store
 
 
 def prune(
-    recipe: Recipe, *, overwrite: bool = False, pool: MakePool | None = None, watch: Watch | None = None
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    pool: MakePool | None = None,
+    watch: Watch | None = None,
+    chosen: str = "",
 ) -> Result:
     """`pipeline.run.prune`, also into a repository of the Hub.
 
@@ -41,7 +46,7 @@ def prune(
         PassingError: the Hub does not answer; what is uploaded stays.
     """
     if scheme_of(recipe.out) != HUB:
-        return run.prune(recipe, overwrite=overwrite, pool=pool, watch=watch)
+        return run.prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=chosen)
     from pipeline.storage.hub import Target
 
     target, watch = Target(recipe.out, private=recipe.visibility == "private"), watch or Watch()
@@ -61,7 +66,8 @@ def prune(
         watch.note(event, **facts)
 
     try:
-        result = run.prune(staged, overwrite=overwrite, pool=pool, watch=replace(watch, note=note))
+        noted = replace(watch, note=note)
+        result = run.prune(staged, overwrite=overwrite, pool=pool, watch=noted, chosen=chosen)
         for name in _stored(result.manifest):
             uploads.add(name)
         uploads.finish()

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import advice_text, advise
+from pipeline.choosing.skills import DEFINITIONS
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
 from pipeline.pool import cores
@@ -386,3 +387,46 @@ def checkpoint_text(facts: dict[str, Any]) -> str:
         ("other files", _names(facts["side_files"]) if facts["side_files"] else "none"),
     ]
     return layout(rows, right=(3, 4, 5, 6)) + "\n" + _with_oddities("", fields, facts["oddities"])
+
+
+_AXES = ("new", "old", "retained", "forgetting")
+
+
+def _measure_text(measure: dict[str, Any] | None) -> str:
+    if measure is None:
+        return "–"
+    return f"{measure['value']:.4f}" + (f" ±{measure['stderr']:.4f}" if measure["stderr"] is not None else "")
+
+
+def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, str]) -> str:
+    """Checkpoints in rows: what was kept, and what was measured."""
+    listed = list(facts)
+    shown = [axis for axis in _AXES if any(one.get(axis) for one in listed)]
+    rows = [(heading, "kept", "size", *shown, "")]
+    for one in listed:
+        kept = _share(one["kept"] / one["pruned_numel"]) if one.get("pruned_numel") else ""
+        size = format_bytes(one["written_bytes"]) if one.get("written_bytes") else ""
+        note = f"not evaluated: {one['error']}" if one.get("error") else notes.get(one["name"], "")
+        rows.append((one["name"], kept, size, *(_measure_text(one.get(axis)) for axis in shown), note))
+    return layout(rows, right=range(1, 3 + len(shown)))
+
+
+def sweep_text(facts: dict[str, Any], out: str) -> str:
+    """A sweep as a table, from `choosing.sweep.sweep_facts`."""
+    evaluated = [{"name": side, **facts[side]} for side in ("base", "finetuned") if "error" in facts[side]]
+    chosen = facts["chosen"]
+    notes = {one["name"]: "on the front" for one in facts["candidates"] if one["front"]}
+    if chosen:
+        notes |= dict.fromkeys(chosen["alike"], "not told from the chosen one")
+        notes |= {chosen["name"]: "chosen"}
+    text = _compared("candidate", [*evaluated, *facts["candidates"]], notes)
+    if evaluated:
+        text += f"\n\n{DEFINITIONS}"
+    return text + (f"\n\n{out} is {chosen['name']}: {chosen['why']}" if chosen else "")
+
+
+def compare_text(facts: dict[str, Any]) -> str:
+    """Compared checkpoints as a table, from `choosing.compare.Compared`."""
+    found = facts["checkpoints"]
+    text = _compared("checkpoint", found, {})
+    return text + (f"\n\n{DEFINITIONS}" if any(one["retained"] or one["forgetting"] for one in found) else "")

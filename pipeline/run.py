@@ -70,6 +70,7 @@ def prune(
     overwrite: bool = False,
     pool: MakePool | None = None,
     watch: Watch | None = None,
+    chosen: str = "",
 ) -> Result:
     """Prune a checkpoint as the recipe says, or go on with a prune that was stopped.
 
@@ -78,6 +79,7 @@ def prune(
         overwrite: start again in a folder that holds something else.
         pool: makes the workers; threads of this process by default.
         watch: told about the progress.
+        chosen: how the recipe was chosen, for the card.
 
     Raises:
         UserError: the inputs, the folder or the disk do not allow it, or another run is at work there. What is
@@ -86,6 +88,7 @@ def prune(
     began = time.perf_counter()
     watch = watch or Watch()
     plan, state = manifest.look(recipe, overwrite)
+    plan = replace(plan, chosen=chosen)
     if state == "finished" and manifest.is_tidy(plan):
         return _nothing_to_do(plan, began)
     check_disk(plan, state)

@@ -38,8 +38,13 @@ def check_choice(how: str, names: Sequence[str]) -> None:
         )
 
 
+def by_name(name: str, of: int) -> Choice:
+    """The one candidate `of` so many that the user names."""
+    return Choice(name, f"it was chosen by name, out of {of} candidates")
+
+
 def choose(how: str, found: Mapping[str, Point]) -> Choice:
-    """The candidate that `how` means.
+    """The candidate that `how`, which is no name, means.
 
     Args:
         found: the candidates that were evaluated.
@@ -47,8 +52,6 @@ def choose(how: str, found: Mapping[str, Point]) -> Choice:
     Raises:
         UserError: none is like that, or what it asks for was not evaluated.
     """
-    if how in found:
-        return Choice(how, f"it was chosen by name, out of {len(found)} candidates")
     both = {name: point for name, point in found.items() if point.retained and point.forgetting}
     if not both:
         raise UserError(

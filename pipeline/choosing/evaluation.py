@@ -247,7 +247,8 @@ def _facts(said: Said) -> dict[str, Any]:
 
 
 def _file(name: str) -> str:
-    return f"evaluations/{name}.json"
+    plain = re.fullmatch(r"\w[\w.+-]*", name)
+    return f"evaluations/{name if plain else hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
 
 
 def _kept(folder: Store, source: Source, key: str) -> Said | None:

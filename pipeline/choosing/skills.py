@@ -19,6 +19,10 @@ from pipeline.errors import UserError
 
 SKILLS = ("new", "old")
 
+DEFINITIONS = (
+    "retained: new skill / finetuned's; forgetting: (base's old skill − this) / base's. ± is one standard error."
+)
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import run
 from pipeline.plan import Plan
 from pipeline.recipe import EVERYTHING, Recipe
-from pipeline.storage.address import HUB, open_store, scheme_of
+from pipeline.storage.address import HUB, open_store, scheme_of, split
 from pipeline.storage.local import Folder
 
 
@@ -92,7 +92,7 @@ def at_hand(source: Source) -> Iterator[str]:
         yield snapshot_download(name, revision=revision or None)
         return
     with tempfile.TemporaryDirectory(prefix="fapm-") as folder:
-        path = str(Path(folder, source.name))
+        path = str(Path(folder, split(source.address)[1]))
         if source.recipe:
             run.prune(source.recipe.model_copy(update={"out": path}))
         else:

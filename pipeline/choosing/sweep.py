@@ -9,21 +9,27 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline import manifest, run
+from pipeline.card import CARD, model_card
 from pipeline.choosing.candidates import Candidate
+from pipeline.choosing.choice import Choice, front
+from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
+from pipeline.choosing.skills import DEFINITIONS, Point, points
+from pipeline.choosing.sources import BASE, FINETUNED, inputs, output
 from pipeline.errors import UserError
 from pipeline.plan import Plan, make_plans
-from pipeline.publish import staged_recipe
+from pipeline.publish import prune, staged_recipe
 from pipeline.recipe import Recipe, binary
-from pipeline.run import Begun, MakePool, Watch
+from pipeline.run import Begun, MakePool, Result, Watch
 from pipeline.shard.worker import at_once
 from pipeline.storage.address import HUB, inside, open_store, scheme_of
 from pipeline.storage.hold import hold
 
-SWEEP = f"{manifest.SWEEP}/sweep.json"
+SWEEP = "sweep.json"
+"""In the folder of the candidates, what the last sweep has come to."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Made:
     """A candidate that is there, and whether it was before."""
 
     candidate: Candidate
+    plan: Plan
     manifest: dict[str, Any]
     was_there: bool
 
@@ -69,6 +76,7 @@ def sweep(
     run.check_disk_for([(plan, state) for _, plan, state in todo])
     made: dict[str, dict[str, Any]] = {}
     for batch in _batches(todo, watch):
+        watch.say(f"{len(batch)} candidate(s) from one reading: {', '.join(c.name for c, *_ in batch)}")
         with ExitStack() as held:
             begun = []
             for _, plan, _ in batch:
@@ -80,8 +88,8 @@ def sweep(
             for (candidate, *_), found in zip(batch, run.prune_all(begun, pool, watch), strict=True):
                 made[candidate.name] = found.manifest
     return [
-        Made(c, made[c.name] if c.name in made else manifest.load_manifest(c.recipe.out), c.name in there)
-        for c in candidates
+        Made(c, plan, made[c.name] if c.name in made else manifest.load_manifest(c.recipe.out), c.name in there)
+        for c, (plan, _) in zip(candidates, plans, strict=True)
     ]
 
 
@@ -115,12 +123,140 @@ def _batches(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
     return [todo[i : i + size] for i in range(0, len(todo), size)]
 
 
-def write_sweep(folder: str, facts: dict[str, Any]) -> None:
-    """What the last sweep over a folder was about."""
-    open_store(folder).write("sweep.json", json.dumps(facts, indent=1).encode())
+@dataclass(frozen=True)
+class Swept:
+    """A sweep: its candidates, what was said of them, of base and of finetuned, and which was taken."""
+
+    folder: str
+    made: Sequence[Made]
+    said: dict[str, Said]
+    choice: Choice | None = None
+
+    @property
+    def points(self) -> dict[str, Point]:
+        """Everything that was evaluated, by name."""
+        return points(skills_of(self.said.values()), BASE, FINETUNED)
+
+    @property
+    def candidate_points(self) -> dict[str, Point]:
+        return {name: point for name, point in self.points.items() if name not in (BASE, FINETUNED)}
 
 
-def read_sweep(out: str) -> dict[str, Any] | None:
-    """The same, of an output; None if it is of no sweep."""
-    store = open_store(out)
-    return json.loads(store.read(SWEEP)) if store.has(SWEEP) else None
+def evaluate_sweep(
+    folder: str, made: Sequence[Made], asked: Evaluation, do: Evaluate = in_turn, watch: Watch | None = None
+) -> Swept:
+    """Evaluate base, finetuned and all candidates, and keep what is said in the sweep's folder."""
+    watch = watch or Watch()
+    if asked.is_none:
+        return Swept(folder, made, {})
+    sources = inputs(made[0].plan)
+    for one in made:
+        recipe = one.plan.recipe
+        sources.append(output(one.candidate.name, open_store(recipe.out).absolute().address, one.manifest, recipe))
+    kept = open_store(folder)
+    return Swept(folder, made, evaluate_all(asked, sources, kept, do, watch.say))
+
+
+def take(
+    swept: Swept,
+    choice: Choice,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    pool: MakePool | None = None,
+    watch: Watch | None = None,
+) -> Result:
+    """Make the output the chosen candidate; one that was chosen before by this sweep makes way.
+
+    Args:
+        recipe: that of the candidate, with the output's path.
+    """
+    before = read_sweep(swept.folder) or {}
+    chosen = {one["name"]: one for one in before.get("candidates", ())}.get((before.get("chosen") or {}).get("name"))
+    there = open_store(recipe.out) if scheme_of(recipe.out) != HUB else None
+    if chosen and there and there.has(manifest.RUN):
+        now = json.loads(there.read(manifest.RUN)).get("recipe", {})
+        overwrite |= now == chosen["decides"] and now != json.loads(json.dumps(recipe.decides()))
+    how = chosen_text(swept, choice)
+    result = prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
+    if result.nothing_to_do and there and how not in there.read(CARD).decode(errors="replace"):
+        plan = replace(result.plan, chosen=how)
+        there.write(CARD, model_card(plan, manifest.read_table(recipe.out)).encode())
+    return result
+
+
+def chosen_text(swept: Swept, choice: Choice) -> str:
+    """How a candidate was chosen, in Markdown."""
+    lines = [f"Chosen from a sweep: {choice.why}."]
+    if choice.alike:
+        lines.append(f"The standard errors do not tell it from {', '.join(choice.alike)}.")
+    found = swept.points
+    if found:
+        lines += ["", "| | new skill | old skill | retained | forgetting |", "| --- | ---: | ---: | ---: | ---: |"]
+        for point in found.values():
+            name = f"**{point.name}**" if point.name == choice.name else point.name
+            cells = [name, *(str(m) if m else "–" for m in (point.new, point.old, point.retained, point.forgetting))]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", DEFINITIONS]
+    return "\n".join(lines)
+
+
+def sweep_facts(swept: Swept) -> dict[str, Any]:
+    """A sweep as it is kept beside its candidates, and as JSON."""
+    found, best = swept.candidate_points, set()
+    with_both = {name: point for name, point in found.items() if point.retained and point.forgetting}
+    if with_both:
+        best = {point.name for point in front(with_both)}
+    candidates = []
+    for one in swept.made:
+        name, recipe, totals = one.candidate.name, one.plan.recipe, one.manifest["totals"]
+        candidates.append(
+            {
+                "name": name,
+                "out": recipe.out,
+                "method": recipe.method,
+                "scope": recipe.scope,
+                "density": recipe.density,
+                "decides": recipe.decides(),
+                "kept": totals["kept"],
+                "pruned_numel": totals["pruned_numel"],
+                "kept_share": totals["kept_share"],
+                "written_bytes": totals["written_bytes"],
+                **_said(swept, name),
+                "front": name in best,
+            }
+        )
+    first = swept.made[0].plan.recipe
+    return {
+        "base": {"path": first.base, **_said(swept, BASE)},
+        "finetuned": {"path": first.finetuned, **_said(swept, FINETUNED)},
+        "candidates": candidates,
+        "chosen": asdict(swept.choice) if swept.choice else None,
+    }
+
+
+def _said(swept: Swept, name: str) -> dict[str, Any]:
+    said, point = swept.said.get(name), swept.points.get(name)
+    facts: dict[str, Any] = {}
+    if said:
+        facts = {"error": said.error, "seconds": said.seconds}
+    for axis in ("new", "old", "retained", "forgetting"):
+        measure = getattr(point, axis, None)
+        facts[axis] = asdict(measure) if measure else None
+    return facts
+
+
+def write_sweep(swept: Swept) -> dict[str, Any]:
+    """Keep what a sweep has come to; returns it."""
+    facts = sweep_facts(swept)
+    open_store(swept.folder).write(SWEEP, json.dumps(facts, indent=1).encode())
+    return facts
+
+
+def read_sweep(folder: str) -> dict[str, Any] | None:
+    """What the last sweep in this folder has come to; None if there was none."""
+    store = open_store(folder)
+    if not store.has(SWEEP):
+        return None
+    found: dict[str, Any] = json.loads(store.read(SWEEP))
+    return found

@@ -52,8 +52,8 @@ def main() -> None:
     path, *texts = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
-    model.train(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model.to(device).train(False)
     seen = getattr(model.config, "max_position_embeddings", None) or WINDOW
     said = {}
     for word in texts:
