@@ -553,24 +553,42 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("out")
+@click.option("--html", metavar="FILE", help="Write it as one HTML file to look at instead. Needs fapm[page].")
 @json_option
-def report(out: str, as_json: bool) -> None:
-    """Show again what the finished prune in the folder OUT has done, and which tensors kept least and most of Δ.
+def report(out: str, html: str | None, as_json: bool) -> None:
+    """Show again what the finished prune or sweep in the folder OUT has done, and what kept least and most of Δ.
 
     \b
     Examples:
       fapm report pruned/
+      fapm report pruned/ --html report.html
       fapm report pruned/ --json
     """
-    from pipeline.manifest import load_manifest, read_table
-    from pipeline.report import densities, densities_text, extremes, extremes_text, run_facts, run_text
+    from pipeline.choosing.sweep import read_sweep
+    from pipeline.manifest import MANIFEST, SWEEP, load_manifest, read_table
+    from pipeline.report import densities, densities_text, extremes, extremes_text, run_facts, run_text, sweep_text
+    from pipeline.storage.address import inside, open_store
 
-    facts = run_facts(load_manifest(out), out)
-    rows = read_table(out)
-    found = densities((row["name"], row["density"]) for row in rows if row["density"] is not None)
-    facts |= extremes(rows) | {"densities": found}
-    text = f"{run_text(facts)}\n\n{extremes_text(facts)}"
-    _print(facts, text + (f"\n\ndensities: {densities_text(found)}" if found else ""), as_json)
+    if html:
+        from pathlib import Path
+
+        from pipeline.page import page
+        from pipeline.storage.local import Folder
+
+        written, file = page(out), Path(html)
+        Folder(file.parent).write(file.name, written.encode())
+        _print({"html": html, "bytes": len(written.encode())}, html, as_json)
+        return
+    swept = read_sweep(inside(out, SWEEP))
+    facts, texts = {"sweep": swept} if swept else {}, [sweep_text(swept, out)] if swept else []
+    if not swept or open_store(out).has(MANIFEST):
+        facts |= run_facts(load_manifest(out), out)
+        rows = read_table(out)
+        found = densities((row["name"], row["density"]) for row in rows if row["density"] is not None)
+        facts |= extremes(rows) | {"densities": found}
+        texts += [run_text(facts), extremes_text(facts)]
+        texts += [f"densities: {densities_text(found)}"] if found else []
+    _print(facts, "\n\n".join(texts), as_json)
 
 
 @cli.command()

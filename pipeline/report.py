@@ -404,11 +404,20 @@ def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, st
     shown = [axis for axis in _AXES if any(one.get(axis) for one in listed)]
     rows = [(heading, "kept", "size", *shown, "")]
     for one in listed:
-        kept = _share(one["kept"] / one["pruned_numel"]) if one.get("pruned_numel") else ""
+        kept = kept_text(one)
         size = format_bytes(one["written_bytes"]) if one.get("written_bytes") else ""
         note = f"not evaluated: {one['error']}" if one.get("error") else notes.get(one["name"], "")
         rows.append((one["name"], kept, size, *(_measure_text(one.get(axis)) for axis in shown), note))
     return layout(rows, right=range(1, 3 + len(shown)))
+
+
+def kept_text(facts: dict[str, Any]) -> str:
+    """What of the elements a candidate keeps, or of Δ where its method mixes."""
+    if not facts.get("pruned_numel"):
+        return ""
+    if METHODS[facts["method"]].score is None:
+        return f"α {facts['density']:g}"
+    return _share(facts["kept"] / facts["pruned_numel"])
 
 
 def sweep_text(facts: dict[str, Any], out: str) -> str:
