@@ -23,7 +23,7 @@ from pipeline.choosing.sweep import read_sweep
 from pipeline.errors import UserError
 from pipeline.plan import group_of
 from pipeline.recipe import format_bytes
-from pipeline.report import kept_text, run_facts, run_text
+from pipeline.report import kept_text, measure_text, run_facts, run_text
 from pipeline.storage.address import inside, open_store
 
 _INK, _LINE, _PAPER = "#010203", "#040506", "#070809"
@@ -118,7 +118,7 @@ def _of_sweep(swept: dict[str, Any], out: str) -> list[str]:
         note = f"not evaluated: {row['error']}" if row.get("error") else "on the front" if row.get("front") else ""
         if row["name"] == chosen:
             note = "chosen"
-        body.append([row["name"], kept, size, *(_measure(row.get(axis)) for axis in shown), note])
+        body.append([row["name"], kept, size, *(measure_text(row.get(axis)) for axis in shown), note])
     parts.append(_table(head, body, mark=chosen))
     parts.append(f"<p>{_e(DEFINITIONS)}</p>")
     if chosen:
@@ -126,12 +126,6 @@ def _of_sweep(swept: dict[str, Any], out: str) -> list[str]:
         told = f" The standard errors do not tell it from {', '.join(alike)}." if alike else ""
         parts.append(f"<p><strong>{_e(out)} is {_e(chosen)}</strong>: {_e(swept['chosen']['why'])}.{_e(told)}</p>")
     return parts
-
-
-def _measure(measure: dict[str, Any] | None) -> str:
-    if measure is None:
-        return "–"
-    return f"{measure['value']:.4f}" + (f" ±{measure['stderr']:.4f}" if measure["stderr"] is not None else "")
 
 
 def _of_output(made: dict[str, Any], rows: Sequence[dict[str, Any]], out: str, name: str) -> list[str]:

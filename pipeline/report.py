@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -392,10 +393,13 @@ def checkpoint_text(facts: dict[str, Any]) -> str:
 _AXES = ("new", "old", "retained", "forgetting")
 
 
-def _measure_text(measure: dict[str, Any] | None) -> str:
+def measure_text(measure: dict[str, Any] | None) -> str:
+    """`0.8123 ±0.0040`, of small numbers as many digits."""
     if measure is None:
         return "–"
-    return f"{measure['value']:.4f}" + (f" ±{measure['stderr']:.4f}" if measure["stderr"] is not None else "")
+    value, stderr = measure["value"], measure["stderr"]
+    places = 4 if abs(value) >= 0.1 or value == 0 else min(8, 3 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}" + (f" ±{stderr:.{places}f}" if stderr is not None else "")
 
 
 def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, str]) -> str:
@@ -407,7 +411,7 @@ def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, st
         kept = kept_text(one)
         size = format_bytes(one["written_bytes"]) if one.get("written_bytes") else ""
         note = f"not evaluated: {one['error']}" if one.get("error") else notes.get(one["name"], "")
-        rows.append((one["name"], kept, size, *(_measure_text(one.get(axis)) for axis in shown), note))
+        rows.append((one["name"], kept, size, *(measure_text(one.get(axis)) for axis in shown), note))
     return layout(rows, right=range(1, 3 + len(shown)))
 
 

@@ -691,15 +691,16 @@ def test_a_log_that_cannot_be_written_is_no_error(pair, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("command", ["report", "verify"])
-def test_a_hundred_processes_that_read_the_table_end_well(pair, command):
-    """pyarrow's reading threads aborted a third of them (exit 134) at their end."""
+def test_all_processes_that_read_the_table_end_well(pair, command):
+    """pyarrow's reading threads aborted a third of them (exit 134) at their end: of 30 one would in all but 5 of a
+    million runs."""
     assert on_pair("prune").exit_code == 0
 
     def run(_: int) -> int:
         return process(command, "out", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(120)
 
     with ThreadPoolExecutor(3) as pool:
-        assert set(pool.map(run, range(100))) == {0}
+        assert set(pool.map(run, range(30))) == {0}
 
 
 def test_plan_and_report_show_the_density_of_each_tensor(pair):

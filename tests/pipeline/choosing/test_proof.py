@@ -1,0 +1,131 @@
+"""The whole of it on real weights, through the command line: `pytest -s` shows the tables.
+
+MiniLM-L6 with three seeds of fine-tuning, and a small decoder trained here. Nothing is asserted of which method is
+better; that there is something to choose from, and that what is chosen is what was asked for, is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import Recipe, prune
+from pipeline.choosing.skills import Measure
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("apt-cache") is None, reason="the texts come from Debian's packages"),
+]
+TESTS = Path(__file__).parents[2]
+
+
+def fapm(folder: Path, *words: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "cluster", *words, "--json"]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def value(row: dict[str, Any], axis: str) -> float:
+    return float(row[axis]["value"])
+
+
+def rows_of(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    sides = {side: {"name": side, **facts[side]} for side in ("base", "finetuned")}
+    rows = sides | {row["name"]: row for row in facts["candidates"]}
+    assert not any(row["error"] for row in rows.values()), rows
+    return rows
+
+
+def follows_its_words(facts: dict[str, Any], floor: float) -> None:
+    """The chosen one has the least forgetting above the floor, as far as the standard errors tell."""
+    rows = {row["name"]: row for row in facts["candidates"]}
+    fits = [row for row in rows.values() if value(row, "retained") >= floor]
+    chosen, least = rows[facts["chosen"]["name"]], min(fits, key=lambda row: value(row, "forgetting"))
+    assert value(chosen, "retained") >= floor
+    error = math.hypot(chosen["forgetting"]["stderr"], least["forgetting"]["stderr"])
+    assert value(chosen, "forgetting") - value(least, "forgetting") <= error
+
+
+@pytest.mark.timeout(1800)
+def test_minilm_learns_to_sort_packages(tmp_path):
+    import minilm
+
+    said: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        minilm.tune(folder / "finetuned", seed)
+        facts = fapm(
+            folder, "sweep", "--base", str(minilm.base()), "--finetuned", "finetuned", "--out", "out",
+            "--emit", "delta", "--method", "fapm,magnitude,wise-ft", "--density", "0.1,0.3",
+            "--evaluate", "minilm:score", "--choose", "retained>=0.95",
+        )  # fmt: skip
+        for name, row in rows_of(facts).items():
+            said.setdefault(name, []).append(row)
+        follows_its_words(facts, 0.95)
+        recipe = next(row["decides"] for row in facts["candidates"] if row["name"] == facts["chosen"]["name"])
+        sides = {"base": str(minilm.base()), "finetuned": str(folder / "finetuned"), "out": str(folder / "alone")}
+        prune(Recipe.of(**{**recipe, **sides, "emit": "checkpoint"}))
+        stored = [(folder / out / "model.safetensors").read_bytes() for out in ("out", "alone")]
+        assert stored[0] == stored[1]
+    print(f"\n| | new skill | old skill | retained | forgetting |\n| --- | {'---: | ' * 4}")
+    for name, rows in said.items():
+        cells = []
+        for axis in ("new", "old", "retained", "forgetting"):
+            seeds = [value(row, axis) for row in rows]
+            cells.append(f"{statistics.mean(seeds):.3f} ±{statistics.stdev(seeds) / math.sqrt(3):.3f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+    for tuned, known in zip(said["finetuned"], said["base"], strict=True):  # else there would be nothing to choose
+        assert value(tuned, "new") > value(known, "new") and value(tuned, "old") < value(known, "old")
+    again = minilm.score(str(tmp_path / "0" / "out"))
+    taken = next(row for row in facts["candidates"] if row["name"] == facts["chosen"]["name"])
+    assert taken["name"] in said and again["new"]["value"] > 0
+    page = fapm(tmp_path / "0", "report", "out", "--html", "page.html")
+    assert page["bytes"] > 10_000 and (tmp_path / "0" / "page.html").read_text().count("<svg") == 3
+
+
+@pytest.mark.timeout(1200)
+def test_a_decoder_learns_another_kind_of_text(tmp_path):
+    import decoder
+
+    texts = decoder.texts(tmp_path)
+    decoder.make(tmp_path, {skill: learned for skill, (learned, _) in texts.items()})
+    for skill, (_, held_out) in texts.items():
+        (tmp_path / f"{skill}.txt").write_text(held_out)
+    facts = fapm(
+        tmp_path, "sweep", "--base", "base", "--finetuned", "finetuned", "--out", "out",
+        "--method", "fapm,magnitude,wise-ft", "--density", "0.1,0.3", "--text", "old=old.txt", "new=new.txt",
+        "--choose", "retained>=0.7",
+    )  # fmt: skip
+    rows = rows_of(facts)
+    follows_its_words(facts, 0.7)
+    print(f"\n| | new, nats a token | old, nats a token | retained | forgetting |\n| --- | {'---: | ' * 4}")
+    for name, row in rows.items():
+        nats = [f"{-math.log(value(row, skill)):.3f}" for skill in ("new", "old")]
+        shares = [Measure(**row[axis]) for axis in ("retained", "forgetting")]
+        print(f"| {name} | {' | '.join(nats)} | {' | '.join(f'{m.value:.3f} ±{m.stderr or 0:.3f}' for m in shares)} |")
+    assert value(rows["finetuned"], "new") > value(rows["base"], "new")
+    assert value(rows["finetuned"], "old") < value(rows["base"], "old")
+    # One number once more, by transformers alone.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned", dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "finetuned")(texts["new"][1], return_tensors="pt").input_ids[0]
+    with torch.no_grad():
+        windows = tokens[: tokens.numel() // decoder.WINDOW * decoder.WINDOW].view(-1, decoder.WINDOW)[:40]
+        nats = float(model(windows, labels=windows).loss)
+    assert math.exp(-nats) == pytest.approx(value(rows["finetuned"], "new"), rel=0.15)
