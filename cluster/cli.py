@@ -233,8 +233,12 @@ def sweep(
     swept = sweeping.evaluate_sweep(folder, made, asked, _evaluating(ray, made[0].plan.recipe), watch)
     facts = sweeping.write_sweep(swept)
     if choose:
-        named = choose in recipes
-        choice = by_name(choose, len(recipes)) if named else choose_from(choose, swept.candidate_points)
+        try:
+            named = choose in recipes
+            choice = by_name(choose, len(recipes)) if named else choose_from(choose, swept.candidate_points)
+        except UserError:
+            _print({"out": one.out, **facts}, sweep_text(facts, one.out), as_json)
+            raise
         recipe = recipes[choice.name].model_copy(update={"out": one.out, "emit": "checkpoint"})
         with Progress() as progress:
             sweeping.take(swept, choice, recipe, overwrite=overwrite, pool=pool, watch=progress.watch())

@@ -21,8 +21,8 @@ def on_ray(address: str, recipe: Recipe, say: Callable[[str], None]) -> Evaluate
         with connected(address, recipe, say):
             gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
             means = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-            task: Any = ray.remote(evaluate).options(**means)
-            calls = {task.options(name=f"fapm evaluate {s.name}").remote(asked, s): s for s in sources}
+            task: Any = ray.remote(evaluate)
+            calls = {task.options(name=f"fapm evaluate {s.name}", **means).remote(asked, s): s for s in sources}
             while calls:
                 (call,), _ = ray.wait(list(calls), num_returns=1)
                 source = calls.pop(call)

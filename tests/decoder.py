@@ -42,7 +42,7 @@ def _split(parts: list[str]) -> tuple[str, str]:
     return "\n".join(parts), "\n".join(held)
 
 
-def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (250, 150)) -> None:
+def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (250, 80)) -> None:
     """base/ and finetuned/ with their tokenizer, in bfloat16."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -59,11 +59,11 @@ def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (250, 1
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=WINDOW, bos_token_id=0, eos_token_id=1,
+        vocab_size=WORDS, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=WINDOW, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
-    for side, skill, many, rate in zip(("base", "finetuned"), ("old", "new"), steps, (2e-3, 5e-4), strict=True):
+    for side, skill, many, rate in zip(("base", "finetuned"), ("old", "new"), steps, (2e-3, 1e-3), strict=True):
         tokens = torch.tensor(tokenizer.encode(learned[skill]).ids)
         _train(model, tokens, many, rate)
         for saved in (model, fast):

@@ -41,12 +41,14 @@ class Evaluation:
         tasks: of lm-evaluation-harness, by skill: names, or YAML files.
         texts: files of text, by skill, whose cross entropy is measured.
         seconds: each may take.
+        folder: in which they are asked, where a node has it.
     """
 
     commands: tuple[str, ...] = ()
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 3600.0
+    folder: str = "."
 
     @property
     def is_none(self) -> bool:
@@ -108,7 +110,7 @@ def evaluation(
     limit = 3600.0 if seconds is None else seconds
     if limit <= 0:
         raise UserError(f"--evaluate-seconds: give a time above 0 (it is {limit:g})")
-    return Evaluation(tuple(commands), named, files, limit)
+    return Evaluation(tuple(commands), named, files, limit, os.getcwd())
 
 
 def _needs(module: str, option: str) -> None:
@@ -157,20 +159,27 @@ def evaluate(asked: Evaluation, source: Source) -> Said:
     try:
         with at_hand(source) as path:
             for command in asked.asked(path):
-                skills |= read_skills(_answer(command, asked.seconds))
+                skills |= read_skills(_answer(command, asked.seconds, asked.folder))
     except UserError as failed:
         skills, error = {}, str(failed)
     return Said(source.name, skills, error, round(time.perf_counter() - began, 3))
 
 
-def _answer(command: Sequence[str], seconds: float) -> Any:
+def _answer(command: Sequence[str], seconds: float, folder: str) -> Any:
     """The JSON that a command prints: all that it prints, or the last line that is an object.
 
     Raises:
         UserError: it fails, prints something else, or takes too long. Nothing that it started lives on.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=folder if os.path.isdir(folder) else None,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import run
 from pipeline.plan import Plan
 from pipeline.recipe import EVERYTHING, Recipe
-from pipeline.storage.address import HUB, open_store, scheme_of, split
+from pipeline.storage.address import HUB, absolute, open_store, scheme_of, split
 from pipeline.storage.local import Folder
 
 
@@ -45,7 +45,15 @@ def inputs(plan: Plan) -> list[Source]:
     address = plan.finetuned.folder.absolute().address
     formed = any(info.form for info in plan.finetuned.tensors.values())
     whole = recipe.model_copy(
-        update={"rules": EVERYTHING, "method": "fapm", "scope": "tensor", "emit": "checkpoint", "dtype": None}
+        update={
+            "base": base.address,
+            "finetuned": absolute(recipe.finetuned),
+            "rules": EVERYTHING,
+            "method": "fapm",
+            "scope": "tensor",
+            "emit": "checkpoint",
+            "dtype": None,
+        }
     )
     return [base, Source(FINETUNED, address, _identity(plan, FINETUNED), whole if formed else None)]
 
@@ -69,8 +77,8 @@ def output(name: str, address: str, manifest: dict[str, Any], recipe: Recipe) ->
     if recipe.emit != "delta":
         return Source(name, address, digest)
     whole = Recipe.of(
-        base=recipe.base, finetuned=address, out=address, rules=EVERYTHING, allow_code=True, memory=recipe.memory,
-        device=recipe.device, workers=recipe.workers,
+        base=absolute(recipe.base), finetuned=address, out=address, rules=EVERYTHING, allow_code=True,
+        memory=recipe.memory, device=recipe.device, workers=recipe.workers,
     )  # fmt: skip
     return Source(name, address, digest, whole)
 

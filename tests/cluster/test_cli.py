@@ -35,7 +35,23 @@ from cluster.progress import Progress
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("prune", "plan", "inspect", "report", "status", "verify", "demo", "submit", "jobs", "logs", "stop")
+COMMANDS = (
+    "prune",
+    "sweep",
+    "compare",
+    "apply",
+    "extract",
+    "plan",
+    "inspect",
+    "report",
+    "status",
+    "verify",
+    "demo",
+    "submit",
+    "jobs",
+    "logs",
+    "stop",
+)
 
 
 @pytest.fixture
