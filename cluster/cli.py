@@ -577,11 +577,14 @@ def report(out: str, html: str | None, as_json: bool) -> None:
         from pathlib import Path
 
         from pipeline.page import page
-        from pipeline.storage.local import Folder
+        from pipeline.storage.local import plain_errors
 
-        written, file = page(out), Path(html)
-        Folder(file.parent).write(file.name, written.encode())
-        _print({"html": html, "bytes": len(written.encode())}, html, as_json)
+        written, file = page(out).encode(), Path(html)
+        with plain_errors(file):
+            before = file.with_name(f".{file.name}.{os.getpid()}")
+            before.write_bytes(written)
+            before.replace(file)
+        _print({"html": html, "bytes": len(written)}, html, as_json)
         return
     swept = read_sweep(inside(out, SWEEP))
     facts, texts = {"sweep": swept} if swept else {}, [sweep_text(swept, out)] if swept else []

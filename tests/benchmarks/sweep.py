@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from delta import PIECE, run, timed
@@ -45,15 +46,17 @@ def floor(folder: Path) -> float:
 
     def copy(path: Path) -> None:
         buffer, other = bytearray(PIECE), bytearray(PIECE)
-        targets = [open(folder / "copies" / f"{path.name}-{i}", "wb", 0) for i in range(MANY)]
-        with open(path, "rb", 0) as one, open(folder / "finetuned" / path.name, "rb", 0) as two:
+        with ExitStack() as opened:
+            names = [folder / "copies" / f"{path.name}-{i}" for i in range(MANY)]
+            targets = [opened.enter_context(open(name, "wb", 0)) for name in names]
+            one = opened.enter_context(open(path, "rb", 0))
+            two = opened.enter_context(open(folder / "finetuned" / path.name, "rb", 0))
             while got := one.readinto(buffer):
                 two.readinto(other)
                 for target in targets:
                     target.write(memoryview(buffer)[:got])
-        for target in targets:
-            os.fsync(target.fileno())
-            target.close()
+            for target in targets:
+                os.fsync(target.fileno())
 
     (folder / "copies").mkdir()
     began = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,25 @@ def test_without_an_evaluation_one_is_chosen_by_name(pair: Path) -> None:
     assert "--choose knee needs --evaluate, --tasks or --text" in err
     _, err = fapm(pair, *words, "--out", "out", "--evaluate", "score:nothing", code=1)
     assert "8 of 8 evaluations failed; the same command tries them again" in err
+
+
+def test_the_commands_of_the_readme(pair: Path) -> None:
+    (block,) = re.findall(r"```sh\n(fapm sweep .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (pair / "BASE").symlink_to("base")
+    (pair / "FINETUNED").symlink_to("finetuned")
+    script = f"#!{sys.executable}\n{SCORE}\nprint(json.dumps(score(sys.argv[1])))\n"
+    (pair / "score.py").write_text(script)
+    (pair / "score.py").chmod(0o755)
+    (pair / "fapm").write_text(f'#!/bin/sh\nexec {sys.executable} -m cluster "$@"\n')
+    (pair / "fapm").chmod(0o755)
+    path = f"{pair}:{os.environ['PATH']}"
+    command = block.replace("retained>=0.95", "retained>=0.7")  # this score's skills are others
+    subprocess.run(
+        ["bash", "-euc", command], cwd=pair, env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}, check=True,
+        timeout=300,
+    )  # fmt: skip
+    assert (pair / "report.html").stat().st_size > 10_000
+    assert (pair / "OUT" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
