@@ -317,5 +317,7 @@ def _sentence(error: Any, choices: dict[str, Any]) -> str:
     elif field == "device":
         message = "choose auto, cpu, cuda or cuda:N"
     typed = choices.get(field, error["input"])
+    if field in ("method", "scope", "density") and (isinstance(typed, list) or "," in str(typed)):
+        message = "give one value; several are for fapm sweep"
     shown = typed if isinstance(typed, str) else reprlib.repr(typed)
     return f"{option}: {message[0].lower()}{message[1:]} (it is {reprlib.repr(shown)[1:-1]})"

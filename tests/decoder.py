@@ -16,7 +16,7 @@ import torch
 PACKAGES = ("dict-foldoc", "fortunes", "fortunes-min")
 WORDS = 2048
 WINDOW = 128
-HELD_OUT = 30_000  # characters
+HELD_OUT = 60_000  # characters
 
 
 def texts(folder: Path) -> dict[str, tuple[str, str]]:
@@ -26,12 +26,12 @@ def texts(folder: Path) -> dict[str, tuple[str, str]]:
     for package in folder.glob("*.deb"):
         subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True, timeout=60)
     foldoc = gzip.decompress((folder / "usr/share/dictd/foldoc.dict.dz").read_bytes()).decode(errors="replace")
-    entries = [" ".join(entry.split()) for entry in re.split(r"\n\n(?=\S)", foldoc) if len(entry) > 80]
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n\n(?=\S)", foldoc) if 80 < len(entry) < 2000]
     cookies = []
     for path in sorted((folder / "usr/share/games/fortunes").iterdir()):
         if path.is_file() and not path.suffix:
             cookies += [" ".join(cookie.split()) for cookie in path.read_text(errors="replace").split("\n%\n")]
-    return {"old": _split(entries), "new": _split([cookie for cookie in cookies if len(cookie) > 40])}
+    return {"old": _split(entries), "new": _split([cookie for cookie in cookies if 40 < len(cookie) < 2000])}
 
 
 def _split(parts: list[str]) -> tuple[str, str]:
@@ -42,7 +42,7 @@ def _split(parts: list[str]) -> tuple[str, str]:
     return "\n".join(parts), "\n".join(held)
 
 
-def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (250, 80)) -> None:
+def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (250, 110)) -> None:
     """base/ and finetuned/ with their tokenizer, in bfloat16."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
