@@ -220,10 +220,10 @@ def sweep(
     one = Recipe.of(**{name: value for name, value in given.items() if name not in SWEPT})
     folder = sweeping.sweep_folder(one)
     wanted = candidates(given, folder)
-    recipes = {candidate.name: candidate.recipe for candidate in wanted}
+    names = [candidate.name for candidate in wanted]
     if choose:
-        check_choice(choose, list(recipes))
-        if asked.is_none and choose not in recipes:
+        check_choice(choose, names)
+        if asked.is_none and choose not in names:
             raise UserError(f"--choose {choose} needs --evaluate, --tasks or --text")
     pool = _pool(ray, by)
     with Progress() as progress:
@@ -234,14 +234,13 @@ def sweep(
     facts = sweeping.write_sweep(swept)
     if choose:
         try:
-            named = choose in recipes
-            choice = by_name(choose, len(recipes)) if named else choose_from(choose, swept.candidate_points)
+            named = choose in names
+            choice = by_name(choose, len(names)) if named else choose_from(choose, swept.candidate_points)
         except UserError:
             _print({"out": one.out, **facts}, sweep_text(facts, one.out), as_json)
             raise
-        recipe = recipes[choice.name].model_copy(update={"out": one.out, "emit": "checkpoint"})
         with Progress() as progress:
-            sweeping.take(swept, choice, recipe, overwrite=overwrite, pool=pool, watch=progress.watch())
+            sweeping.take(swept, choice, one.out, overwrite=overwrite, pool=pool, watch=progress.watch())
         facts = sweeping.write_sweep(replace(swept, choice=choice))
     _print({"out": one.out, **facts}, sweep_text(facts, one.out), as_json)
     _end_if_failed(list(swept.said.values()), "; the same command tries them again")

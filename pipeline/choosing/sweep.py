@@ -74,7 +74,6 @@ def sweep(
     there = {c.name for c, (plan, state) in zip(candidates, plans, strict=True) if _is_done(plan, state)}
     todo = [(c, *of) for c, of in zip(candidates, plans, strict=True) if c.name not in there]
     run.check_disk_for([(plan, state) for _, plan, state in todo])
-    made: dict[str, dict[str, Any]] = {}
     for batch in _batches(todo, watch):
         watch.say(f"{len(batch)} candidate(s) from one reading: {', '.join(c.name for c, *_ in batch)}")
         with ExitStack() as held:
@@ -82,13 +81,15 @@ def sweep(
             for _, plan, _ in batch:
                 out = held.enter_context(hold(plan.recipe.out, watch.say))
                 state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
-                if state != "finished":
-                    manifest.begin(plan, state, out)
+                if state == "finished":
+                    manifest.tidy(plan, out)
+                    continue
+                manifest.begin(plan, state, out)
                 begun.append(Begun(plan, out))
-            for (candidate, *_), found in zip(batch, run.prune_all(begun, pool, watch), strict=True):
-                made[candidate.name] = found.manifest
+            if begun:
+                run.prune_all(begun, pool, watch)
     return [
-        Made(c, plan, made[c.name] if c.name in made else manifest.load_manifest(c.recipe.out), c.name in there)
+        Made(c, plan, manifest.load_manifest(plan.recipe.out), c.name in there)
         for c, (plan, _) in zip(candidates, plans, strict=True)
     ]
 
@@ -160,23 +161,19 @@ def evaluate_sweep(
 def take(
     swept: Swept,
     choice: Choice,
-    recipe: Recipe,
+    out: str,
     *,
     overwrite: bool = False,
     pool: MakePool | None = None,
     watch: Watch | None = None,
 ) -> Result:
-    """Make the output the chosen candidate; one that was chosen before by this sweep makes way.
-
-    Args:
-        recipe: that of the candidate, with the output's path.
-    """
-    before = read_sweep(swept.folder) or {}
-    chosen = {one["name"]: one for one in before.get("candidates", ())}.get((before.get("chosen") or {}).get("name"))
+    """Make `out` the chosen candidate, as a whole checkpoint; one that was chosen before by this sweep makes way."""
+    recipe = _taken(swept, choice.name).model_copy(update={"out": out})
+    chosen = (read_sweep(swept.folder) or {}).get("chosen")
     there = open_store(recipe.out) if scheme_of(recipe.out) != HUB else None
     if chosen and there and there.has(manifest.RUN):
-        now = json.loads(there.read(manifest.RUN)).get("recipe", {})
-        overwrite |= now == chosen["decides"] and now != json.loads(json.dumps(recipe.decides()))
+        now, wanted = json.loads(there.read(manifest.RUN)).get("recipe", {}), json.loads(json.dumps(recipe.decides()))
+        overwrite |= now == chosen["decides"] and now != wanted
     how = chosen_text(swept, choice)
     result = prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
     if result.nothing_to_do and there and how not in there.read(CARD).decode(errors="replace"):
@@ -231,8 +228,16 @@ def sweep_facts(swept: Swept) -> dict[str, Any]:
         "base": {"path": first.base, **_said(swept, BASE)},
         "finetuned": {"path": first.finetuned, **_said(swept, FINETUNED)},
         "candidates": candidates,
-        "chosen": asdict(swept.choice) if swept.choice else None,
+        "chosen": asdict(swept.choice) | {"decides": _taken(swept, swept.choice.name).decides()}
+        if swept.choice
+        else None,
     }
+
+
+def _taken(swept: Swept, name: str) -> Recipe:
+    """The recipe of the output that a candidate becomes: a whole checkpoint."""
+    recipe = next(one.candidate.recipe for one in swept.made if one.candidate.name == name)
+    return recipe.model_copy(update={"emit": "checkpoint"})
 
 
 def _said(swept: Swept, name: str) -> dict[str, Any]:
@@ -247,8 +252,10 @@ def _said(swept: Swept, name: str) -> dict[str, Any]:
 
 
 def write_sweep(swept: Swept) -> dict[str, Any]:
-    """Keep what a sweep has come to; returns it."""
+    """Keep what a sweep has come to, and, where it has chosen nothing, what one before it had chosen; returns it."""
     facts = sweep_facts(swept)
+    if not facts["chosen"]:
+        facts["chosen"] = (read_sweep(swept.folder) or {}).get("chosen")
     open_store(swept.folder).write(SWEEP, json.dumps(facts, indent=1).encode())
     return facts
 

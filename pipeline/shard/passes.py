@@ -79,6 +79,22 @@ class Scratch:
         return self._bins[:size]
 
 
+class Taken:
+    """Samples and their scores that several runs look at, a few at a time."""
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            if len(self._found) >= self._MOST:
+                self._found.clear()
+            self._found[key] = make()
+        return self._found[key]
+
+
 @dataclass
 class Bench:
     """One section on a worker's bench.
@@ -86,7 +102,7 @@ class Bench:
     Attributes:
         groups: every group of its tensors, by name.
         tensors: the section's, as this recipe's plan has them.
-        taken: samples and their scores, shared by the benches of a section.
+        taken: what the benches of a section share of their samples, if there are several.
         names: the groups in the order of the arrays.
         group_of: (t,) int64, each tensor's group; −1 where it is not pruned.
         mean, base_squares: (t,) float64, mean|p| and Σp².
@@ -101,7 +117,7 @@ class Bench:
     check: Check = lambda: None
     scratch: Scratch = field(default_factory=Scratch)
     tensors: tuple[PairedTensor, ...] = ()
-    taken: dict[Any, Any] = field(default_factory=dict)
+    taken: Taken | None = None
 
     def __post_init__(self) -> None:
         self.tensors = self.tensors or self.pieces.section.tensors
@@ -157,24 +173,22 @@ class Bench:
 
     def sample(self, tensor: PairedTensor, share: float, longest: int = sample.RUN) -> Sample:
         """About `share` of a tensor's elements, in runs of `longest` at most."""
-        key = tensor.name, share, longest
-        if key not in self.taken:
+
+        def take() -> Sample:
             parts = self.pieces.parts(tensor)
             if parts:
-                found = sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
-            else:
-                found = sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
-            self.taken[key] = found
-        taken: Sample = self.taken[key]
-        return taken
+                return sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
+            return sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
+
+        return self.taken.get((tensor.name, share, longest), take) if self.taken else take()
 
     def scores(self, taken: Sample, tensor: PairedTensor, mean: np.float32) -> np.ndarray:
         """The scores of a sample's elements (float32)."""
         key = self.recipe.method, tensor.name, taken.p.size
-        if key not in self.taken:
-            self.taken[key] = taken.scores(tensor, self.recipe, mean)
-        scores: np.ndarray = self.taken[key]
-        return scores
+        if self.taken is None:
+            return taken.scores(tensor, self.recipe, mean)
+        found: np.ndarray = self.taken.get(key, lambda: taken.scores(tensor, self.recipe, mean))
+        return found
 
 
 def places(part: Slice) -> slice:

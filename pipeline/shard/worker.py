@@ -34,7 +34,7 @@ from pipeline.scoring.engine import DeviceEngine, Engine
 from pipeline.shard import passes
 from pipeline.shard.delta import Checked, DeltaWriter, promised
 from pipeline.shard.landing import shares
-from pipeline.shard.passes import Bench, Scratch, Tally, tallies
+from pipeline.shard.passes import Bench, Scratch, Taken, Tally, tallies
 from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
 from pipeline.shard.sample import LONG_RUN, RUN, Sample, far, survey, wide_size
 from pipeline.shard.section import Section, sections
@@ -187,13 +187,12 @@ class Worker:
                 self._find_means(runs, benches)
                 dealt += _half(section)
                 self.tell(_half(section))
-        taken: dict[tuple[str, float], Sample] = {}
+        taken = Taken() if len(runs) > 1 else None
 
         def take(tensor: PairedTensor, share: float) -> Sample:
-            if (tensor.name, share) not in taken:
-                longest = LONG_RUN if self._reader.is_far else RUN
-                taken[tensor.name, share] = far(self._reader, tensor, share, self._recipe, longest)
-            return taken[tensor.name, share]
+            longest = LONG_RUN if self._reader.is_far else RUN
+            given = self._reader, tensor, share, self._recipe, longest
+            return taken.get((tensor.name, share), lambda: far(*given)) if taken else far(*given)
 
         for run in runs:
             members: dict[str, list[PairedTensor]] = {}
@@ -255,6 +254,7 @@ class Worker:
         try:
             for run in runs:
                 writings.append(self._begin_writing(run, writings[0].delta if writings else None))
+                writings[-1].sink.append(run.task.shard.header)
             sinks = [writing.sink for writing in writings]
             first = 0
             for pieces in self._sections(_to_write, task, following):
@@ -291,7 +291,6 @@ class Worker:
             sink = Direct(delta, shard.nbytes)
         else:
             sink = self._sink(writer, shard.nbytes)
-        sink.append(shard.header)
         return _Writing(writer, delta, sink, np.zeros(len(shard.tensors), MEASURED), {})
 
     def _publish(
@@ -340,7 +339,7 @@ class Worker:
         """One for each run, over the same pieces."""
         tensors = pieces.section.tensors
         benches: list[Bench] = []
-        taken: dict[Any, Any] = {}
+        taken = Taken() if len(runs) > 1 else None
         for run in runs:
             if len(runs) > 1:
                 tensors = tuple(run.tensors[t.name] for t in pieces.section.tensors)

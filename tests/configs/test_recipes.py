@@ -16,7 +16,7 @@ from pipeline import Recipe, prune
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-# That of a sweep is tests/cluster/test_sweep.py's.
+# That of a sweep is tests/cluster/test_sweeping.py's.
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "sweep")
 
 

@@ -54,8 +54,7 @@ def swept(folder: Path, out: str, evaluated: bool = True, chosen: str = "retaine
     write_sweep(result)
     if chosen and evaluated:
         choice = choose(chosen, result.candidate_points)
-        recipe = next(one.candidate.recipe for one in found if one.candidate.name == choice.name)
-        take(result, choice, recipe.model_copy(update={"out": given["out"]}))
+        take(result, choice, given["out"])
         write_sweep(Swept(home, found, measures, choice))
     return folder / out
 

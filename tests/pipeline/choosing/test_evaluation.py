@@ -17,7 +17,7 @@ from checkpoints import gaussian, load, save
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
 from pipeline.choosing.candidates import candidates
-from pipeline.choosing.choice import choose
+from pipeline.choosing.choice import Choice, choose
 from pipeline.choosing.compare import compare
 from pipeline.choosing.evaluation import Evaluation, Said, evaluate, evaluate_all, evaluation
 from pipeline.choosing.skills import Measure
@@ -174,8 +174,7 @@ def test_a_sweep_is_evaluated_and_one_becomes_the_output(pair, emit):
         assert found.points["fapm-0.3"].retained.value == pytest.approx(1 - distance / whole)
     choice = choose("retained>=0.5", found.candidate_points)
     recipe = next(one.candidate.recipe for one in found.made if one.candidate.name == choice.name)
-    out = recipe.model_copy(update={"out": "out", "emit": "checkpoint"})
-    take(found, choice, out)
+    take(found, choice, "out")
     assert verify("out") == []
     prune(recipe.model_copy(update={"out": "alone", "emit": "checkpoint"}))
     assert (pair / "out" / "model.safetensors").read_bytes() == (pair / "alone" / "model.safetensors").read_bytes()
@@ -183,13 +182,13 @@ def test_a_sweep_is_evaluated_and_one_becomes_the_output(pair, emit):
     assert "## How it was chosen" in card and choice.why in card and f"**{choice.name}**" in card
 
 
-def test_another_choice_of_the_same_sweep_takes_its_place(pair):
-    found = swept(pair, asked(COMMAND), density="0.1,0.3")
+@pytest.mark.parametrize("emit", ["checkpoint", "delta"])
+def test_another_choice_of_the_same_sweep_takes_its_place(pair, emit):
+    found = swept(pair, asked(COMMAND), density="0.1,0.3", emit=emit)
     for name in ("fapm-0.1", "fapm-0.3", "fapm-0.3"):
-        choice = choose("retained>=0", found.candidate_points)
-        choice = type(choice)(name, "it was wanted")
-        recipe = next(one.candidate.recipe for one in found.made if one.candidate.name == name)
-        take(found, choice, recipe.model_copy(update={"out": "out"}))
+        choice = Choice(name, "it was wanted")
+        write_sweep(found)  # as the command does before it chooses
+        take(found, choice, "out")
         write_sweep(Swept(found.folder, found.made, found.said, choice))
         manifest = json.loads((pair / "out" / "fapm" / "manifest.json").read_text())
         assert f"fapm-{manifest['recipe']['density']:g}" == name
@@ -200,7 +199,7 @@ def test_another_choice_of_the_same_sweep_takes_its_place(pair):
         prune(mine)
     prune(mine, overwrite=True)  # now it is not of the sweep any more
     with pytest.raises(UserError, match="belongs to another run"):
-        take(found, choice, recipe.model_copy(update={"out": "out"}))
+        take(found, choice, "out")
 
 
 def test_a_failed_evaluation_does_not_end_the_others(pair):

@@ -123,6 +123,16 @@ def test_it_goes_on_where_it_was_stopped(pair, monkeypatch):
     same_as_alone(pair, again)
 
 
+def test_what_was_lost_beside_a_finished_candidate_is_made_again(pair):
+    swept(pair, density="0.1,0.2")
+    card = pair / "out" / "sweep" / "fapm-0.1" / "README.md"
+    before = card.read_bytes()
+    card.unlink()
+    made = swept(pair, density="0.1,0.2")
+    assert card.read_bytes() == before
+    assert [one.was_there for one in made] == [False, True]
+
+
 def test_other_inputs_are_refused(pair):
     swept(pair, density="0.1,0.2")
     save(pair / "finetuned", gaussian(SHAPES, torch.float32)[1])

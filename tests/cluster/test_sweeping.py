@@ -82,6 +82,9 @@ def test_the_whole_of_it(pair: Path) -> None:
     again, err = fapm(pair, *SWEEP, "--out", "out", "--choose", "retained>=0.8", "--json")
     assert json.loads(again) == facts
     assert (pair / "asked").read_text() == asked  # nothing was evaluated twice
+    fapm(pair, *SWEEP, "--out", "out", "--choose", "fapm-tensor-0.1")  # takes the place of what was chosen before
+    assert json.loads((pair / "out/fapm/manifest.json").read_text())["recipe"]["density"] == 0.1
+    fapm(pair, *SWEEP, "--out", "out", "--choose", "retained>=0.8")
     shown = fapm(pair, "report", "out")[0]
     assert "chosen" in shown and "on the front" in shown and "written" in shown
     fapm(pair, "report", "out", "--html", "page.html")
