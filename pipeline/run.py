@@ -97,19 +97,14 @@ def prune(
         if state == "finished":
             manifest.tidy(plan, out)
             return _nothing_to_do(plan, began)
-        return _prune(plan, state, out, pool or in_process, watch, began)
+        manifest.begin(plan, state, out)
+        (result,) = prune_all([Begun(plan, out)], pool, watch, began)
+        return result
 
 
 def _nothing_to_do(plan: Plan, began: float) -> Result:
     made = manifest.load_manifest(plan.recipe.out)
     return Result(made, plan, len(plan.shards), True, time.perf_counter() - began)
-
-
-def _prune(plan: Plan, state: manifest.State, out: Store, pool: MakePool, watch: Watch, began: float) -> Result:
-    """Prune into a folder that is held."""
-    manifest.begin(plan, state, out)
-    (result,) = _prune_all([Begun(plan, out)], pool, watch, began)
-    return result
 
 
 @dataclass(frozen=True)
@@ -120,17 +115,21 @@ class Begun:
     out: Store
 
 
-def prune_all(begun: Sequence[Begun], pool: MakePool | None = None, watch: Watch | None = None) -> list[Result]:
+def prune_all(
+    runs: Sequence[Begun],
+    pool: MakePool | None = None,
+    watch: Watch | None = None,
+    began: float | None = None,
+) -> list[Result]:
     """Bring runs over the same inputs to their end, from one reading.
 
     Args:
-        begun: whose plans are cut into the same shards.
+        runs: whose plans are cut into the same shards.
         pool: made for the first of them, and works for all.
+        began: when, by `time.perf_counter`; now by default.
     """
-    return _prune_all(begun, pool or in_process, watch or Watch(), time.perf_counter())
-
-
-def _prune_all(runs: Sequence[Begun], pool: MakePool, watch: Watch, began: float) -> list[Result]:
+    pool, watch = pool or in_process, watch or Watch()
+    began = time.perf_counter() if began is None else began
     plan, logs = runs[0].plan, [Log(run.out) for run in runs]
     unfinished = [manifest.unfinished_shards(run.plan) for run in runs]
     todo = sorted({index for indices in unfinished for index in indices})

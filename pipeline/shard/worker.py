@@ -325,7 +325,8 @@ class Worker:
     def _runs(self, task: Task) -> list[_Run]:
         """Those that a task is for, with what is known of the means of the shard's tensors."""
         runs = [_Run(of, of.recipe or self._recipe, of.out or self._out) for of in task.each]
-        lent = sum(candidate_bytes(run.recipe, run.out) for run in runs[1:])
+        buffer = BUFFER_BYTES if self._engine.device is None else self._shares.output
+        lent = sum(candidate_bytes(run.recipe, run.out, buffer) for run in runs[1:])
         if lent != self._lent:
             self._forget_ahead()
             self._reader.lend(lent)
@@ -430,10 +431,14 @@ class Worker:
         return Sink(writer, size, [device.host(self._shares.output) for _ in range(BUFFERS)], device.received)
 
 
-def candidate_bytes(recipe: Recipe, out: Store) -> int:
-    """What a worker needs for each run beside the first that it does in the same reading."""
+def candidate_bytes(recipe: Recipe, out: Store, buffer: int = BUFFER_BYTES) -> int:
+    """What a worker needs for each run beside the first that it does in the same reading.
+
+    Args:
+        buffer: bytes of each on the way to the output.
+    """
     sparse = 16 << 20 if recipe.emit != "checkpoint" else 0
-    return BUFFERS * BUFFER_BYTES + out.writing_bytes + _COUNTS_BYTES + sparse
+    return BUFFERS * buffer + out.writing_bytes + _COUNTS_BYTES + sparse
 
 
 _COUNTS_BYTES = 8 << 20

@@ -17,6 +17,8 @@ from checkpoints import digests, gaussian
 from chunks import Device
 
 from pipeline import Recipe, UserError, prune
+from pipeline.choosing.candidates import candidates
+from pipeline.choosing.sweep import sweep
 from pipeline.errors import DeviceError, PassingError
 from pipeline.run import Watch
 from pipeline.scoring.device import gpus
@@ -51,6 +53,20 @@ def test_methods_and_scopes(runner, method, scope):
     runner.write(*gaussian(SHAPES, torch.bfloat16))
     choices = {"method": method, "scope": scope, "density": 0.3, "shard_size": "800kB"}
     same(on_torch(runner.recipe(**choices)), runner.prune(**choices)[0])
+
+
+@pytest.mark.parametrize("emit", ["checkpoint", "delta"])
+def test_candidates_from_one_reading(runner, emit):
+    runner.write(*gaussian(SHAPES, torch.bfloat16))
+    recipe = runner.recipe(shard_size="800kB", emit=emit)
+    choices = recipe.model_dump() | {"method": list(METHODS), "scope": "tensor,global", "density": "0.1,0.4"}
+    device = Device()
+    made = sweep(candidates(choices, str(runner.folder / "swept")), pool=chunks.on_torch(device))
+    assert len(made) == 2 * (2 * (len(METHODS) - 1) + 1)
+    for one in made:
+        alone = one.candidate.recipe.model_copy(update={"out": str(runner.folder / "alone" / one.candidate.name)})
+        prune(alone)
+        same(Path(one.candidate.recipe.out), Path(alone.out))
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
