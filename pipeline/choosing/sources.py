@@ -78,7 +78,7 @@ def output(name: str, address: str, manifest: dict[str, Any], recipe: Recipe) ->
         return Source(name, address, digest)
     whole = Recipe.of(
         base=absolute(recipe.base), finetuned=address, out=address, rules=EVERYTHING, allow_code=True,
-        memory=recipe.memory, device=recipe.device, workers=recipe.workers,
+        memory=recipe.memory, device=recipe.device, workers=recipe.workers, shard_size=recipe.shard_size,
     )  # fmt: skip
     return Source(name, address, digest, whole)
 

@@ -27,6 +27,10 @@ from safetensors.torch import save_file
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
+from pipeline.choosing.candidates import candidates
+from pipeline.choosing.choice import Choice
+from pipeline.choosing.evaluation import evaluation
+from pipeline.choosing.sweep import evaluate_sweep, sweep, sweep_folder, take
 from pipeline.errors import PassingError
 from pipeline.status import status_facts
 from pipeline.storage import bucket
@@ -100,6 +104,34 @@ def test_the_same_bytes_in_many_parts(client, home, runner):
     far = recipe(home, runner, "out", shard_size="1GB", memory="64MiB")
     prune(far)
     assert contents(client, far.out) == contents(client, str(expected))
+
+
+@pytest.mark.parametrize("emit", ["checkpoint", "delta"])
+def test_a_sweep_into_a_bucket(client, home, runner, between, emit):
+    far = recipe(home, runner, *ALL, shard_size="400kB")
+    choices = far.model_dump() | {"density": "0.1,0.3", "emit": emit}
+    between.reset()
+    made = sweep(candidates(choices, sweep_folder(far)))
+    files = [path for side in ("base", "finetuned") for path in (runner.folder / side).glob("*.safetensors")]
+    size = sum(path.stat().st_size for path in files)
+    assert made[0].manifest["totals"]["read_bytes"] <= size
+    script = runner.folder / "score.py"
+    script.write_text(
+        "import glob, json, sys\nprint(json.dumps({'new': len(glob.glob(sys.argv[1] + '/*.safetensors')), 'old': 1}))\n"
+    )
+    command = f"{sys.executable} {script} {{checkpoint}}"
+    found = evaluate_sweep(sweep_folder(far), made, evaluation([command], [], []))
+    assert {name: said.skills["new"].value for name, said in found.said.items() if not said.error} == {
+        "base": 2, "finetuned": 1, "fapm-0.1": len(made[0].plan.shards), "fapm-0.3": len(made[0].plan.shards),
+    }  # fmt: skip
+    take(found, Choice("fapm-0.3", "it was wanted"), far.out)
+    expected, _ = runner.prune(density=0.3, shard_size="400kB")
+    mine = {name: data for name, data in contents(client, far.out).items() if not name.startswith("sweep/")}
+    assert {n: d for n, d in mine.items() if n != "README.md"} == {
+        n: d for n, d in contents(client, str(expected)).items() if n != "README.md"
+    }
+    assert b"it was wanted" in mine["README.md"]
+    assert verify(far.out) == []
 
 
 def test_headers_are_all_that_a_plan_reads(client, home, runner, between):
