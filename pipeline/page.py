@@ -63,9 +63,14 @@ def page(out: str) -> str:
         UserError: the folder holds neither, or matplotlib is missing.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib as mpl
     except ImportError:
         raise UserError("--html needs matplotlib: pip install 'fapm[page]'") from None
+    with mpl.rc_context(_RC):
+        return _page(out)
+
+
+def _page(out: str) -> str:
     folder = inside(out, manifest.SWEEP)
     swept = read_sweep(folder)
     has_output = open_store(out).has(manifest.MANIFEST)
@@ -74,9 +79,10 @@ def page(out: str) -> str:
     parts: list[str] = []
     if swept:
         parts += _of_sweep(swept, out)
-    about, name = (out, "") if has_output or not swept else (inside(folder, swept["candidates"][0]["name"]), "")
+    about, name = out, ""
     if not has_output and swept:
-        name = f" in {swept['candidates'][0]['name']}, the first candidate"
+        first = swept["candidates"][0]["name"]
+        about, name = inside(folder, first), f" in {first}, the first candidate"
     made = manifest.load_manifest(about)
     parts += _of_output(made, manifest.read_table(about), about, name)
     title = f"fapm: {out}"
@@ -279,14 +285,12 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]], mark: str | None 
 
 def _figure(drawn: Any, name: str, title: str, told: str) -> str:
     """A figure of matplotlib as SVG inside the page, with its text alternative."""
-    import matplotlib.pyplot as plt
+    import matplotlib as mpl
 
     buffer = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        drawn.savefig(
-            buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
-        )
-    plt.close(drawn)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        metadata = {"Date": None, "Creator": None}
+        drawn.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -299,22 +303,20 @@ def _figure(drawn: Any, name: str, title: str, told: str) -> str:
     return f"<figure>{svg[:end]}{said}{svg[end:]}<figcaption>{_e(told)}</figcaption></figure>"
 
 
+_RC: Any = {
+    "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _INK,
+    "grid.color": _LINE, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "font.size": 10, "text.parse_math": False, "legend.frameon": False,
+    "legend.labelcolor": _INK, "axes.facecolor": "none",
+}  # fmt: skip
+
+
 def _axes(width: float, height: float, count: int = 1) -> tuple[Any, Any]:
-    import matplotlib as mpl
+    """A figure that belongs to no window, and its axes side by side."""
+    from matplotlib.figure import Figure
 
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-            "axes.edgecolor": _INK, "grid.color": _LINE, "axes.grid": True, "axes.axisbelow": True,
-            "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "text.parse_math": False,
-            "legend.frameon": False, "legend.labelcolor": _INK, "axes.facecolor": "none",
-        }
-    )  # fmt: skip
-    figure, axes = plt.subplots(1, count, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 _BESIDE = ((6, -11), (-20, 6), (6, 6))
