@@ -56,7 +56,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             module = nodeid.partition("::")[0]
             return "cluster" if "cluster/" in module or module.endswith("test_ceph.py") else module
 
+    config.option.loadscopereorder = False  # the order is `pytest_collection_modifyitems`'
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: ("cluster/" not in item.nodeid, "test_proof" not in item.nodeid))
 
 
 _status = [0]
