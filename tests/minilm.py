@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -33,9 +35,20 @@ def base() -> Path:
     return Path(str(weights.locate())).parent
 
 
+KEPT = "MINILM_TEXTS"
+"""In the environment, a file in which the texts are kept: to find them takes longer than to use them."""
+
+
+def keep(path: Path) -> None:
+    path.write_text(json.dumps([packages(), docstrings()]))
+
+
 @functools.cache
 def packages() -> dict[str, list[str]]:
     """Short descriptions by section, in an order of their own."""
+    if KEPT in os.environ:
+        kept: dict[str, list[str]] = json.loads(Path(os.environ[KEPT]).read_text())[0]
+        return kept
     listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True, timeout=120).stdout
     found: dict[str, set[str]] = {section: set() for section in SECTIONS}
     for entry in listed.split("\n\n"):
@@ -53,6 +66,8 @@ def packages() -> dict[str, list[str]]:
 @functools.cache
 def docstrings() -> list[tuple[str, str]]:
     """First lines of docstrings, and what follows them."""
+    if KEPT in os.environ:
+        return [(first, rest) for first, rest in json.loads(Path(os.environ[KEPT]).read_text())[1]]
     found: dict[str, str] = {}
     for library in _LIBRARIES:
         for value in vars(importlib.import_module(library)).values():

@@ -62,9 +62,11 @@ def follows_its_words(facts: dict[str, Any], floor: float) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_minilm_learns_to_sort_packages(tmp_path):
+def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
     import minilm
 
+    minilm.keep(tmp_path / "texts.json")
+    monkeypatch.setenv(minilm.KEPT, str(tmp_path / "texts.json"))
     said: dict[str, list[dict[str, Any]]] = {}
     for seed in range(3):
         folder = tmp_path / str(seed)
