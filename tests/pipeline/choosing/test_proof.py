@@ -65,9 +65,13 @@ def follows_its_words(facts: dict[str, Any], floor: float) -> None:
 def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
     import minilm
 
-    minilm.keep(tmp_path / "texts.json")
+    # In a process of its own: what a library has depends on what else was imported.
+    keep = "import minilm, pathlib, sys; minilm.keep(pathlib.Path(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    subprocess.run([sys.executable, "-c", keep, str(tmp_path / "texts.json")], env=environment, check=True, timeout=120)
     monkeypatch.setenv(minilm.KEPT, str(tmp_path / "texts.json"))
     said: dict[str, list[dict[str, Any]]] = {}
+    chosen: list[str] = []
     for seed in range(3):
         folder = tmp_path / str(seed)
         minilm.tune(folder / "finetuned", seed)
@@ -79,6 +83,7 @@ def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
         for name, row in rows_of(facts).items():
             said.setdefault(name, []).append(row)
         follows_its_words(facts, 0.95)
+        chosen.append(facts["chosen"]["name"])
         recipe = next(row["decides"] for row in facts["candidates"] if row["name"] == facts["chosen"]["name"])
         sides = {"base": str(minilm.base()), "finetuned": str(folder / "finetuned"), "out": str(folder / "alone")}
         prune(Recipe.of(**{**recipe, **sides, "emit": "checkpoint"}))
@@ -94,8 +99,8 @@ def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
     for tuned, known in zip(said["finetuned"], said["base"], strict=True):  # else there would be nothing to choose
         assert value(tuned, "new") > value(known, "new") and value(tuned, "old") < value(known, "old")
     again = minilm.score(str(tmp_path / "0" / "out"))
-    taken = next(row for row in facts["candidates"] if row["name"] == facts["chosen"]["name"])
-    assert taken["name"] in said and again["new"]["value"] > 0
+    for axis in ("new", "old"):
+        assert again[axis]["value"] == pytest.approx(value(said[chosen[0]][0], axis), abs=0.01)
     page = fapm(tmp_path / "0", "report", "out", "--html", "page.html")
     assert page["bytes"] > 10_000 and (tmp_path / "0" / "page.html").read_text().count("<svg") == 3
 
@@ -111,10 +116,10 @@ def test_a_decoder_learns_another_kind_of_text(tmp_path):
     facts = fapm(
         tmp_path, "sweep", "--base", "base", "--finetuned", "finetuned", "--out", "out",
         "--method", "fapm,magnitude,wise-ft", "--density", "0.1,0.3", "--text", "old=old.txt", "new=new.txt",
-        "--choose", "retained>=0.7",
+        "--choose", "retained>=0.5",
     )  # fmt: skip
     rows = rows_of(facts)
-    follows_its_words(facts, 0.7)
+    follows_its_words(facts, 0.5)
     print(f"\n| | new, nats a token | old, nats a token | retained | forgetting |\n| --- | {'---: | ' * 4}")
     for name, row in rows.items():
         nats = [f"{-math.log(value(row, skill)):.3f}" for skill in ("new", "old")]
