@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import manifest
-from pipeline.choosing.skills import DEFINITIONS
+from pipeline.choosing.skills import AXES, DEFINITIONS
 from pipeline.choosing.sweep import read_sweep
 from pipeline.errors import UserError
 from pipeline.plan import group_of
@@ -115,7 +115,7 @@ def _of_sweep(swept: dict[str, Any], out: str) -> list[str]:
     else:
         parts.append("<p>Nothing was evaluated; fapm sweep --evaluate, --tasks or --text does.</p>")
     chosen = (swept["chosen"] or {}).get("name")
-    shown = [axis for axis in ("new", "old", "retained", "forgetting") if any(row.get(axis) for row in rows)]
+    shown = [axis for axis in AXES if any(row.get(axis) for row in rows)]
     head = ["candidate", "kept", "size", *(f"{axis} skill" if axis in ("new", "old") else axis for axis in shown), ""]
     body = []
     for row in rows:

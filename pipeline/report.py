@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import advice_text, advise
-from pipeline.choosing.skills import DEFINITIONS
+from pipeline.choosing.skills import AXES, DEFINITIONS
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
 from pipeline.pool import cores
@@ -390,9 +390,6 @@ def checkpoint_text(facts: dict[str, Any]) -> str:
     return layout(rows, right=(3, 4, 5, 6)) + "\n" + _with_oddities("", fields, facts["oddities"])
 
 
-_AXES = ("new", "old", "retained", "forgetting")
-
-
 def measure_text(measure: dict[str, Any] | None) -> str:
     """`0.8123 ±0.0040`, of small numbers as many digits."""
     if measure is None:
@@ -405,7 +402,7 @@ def measure_text(measure: dict[str, Any] | None) -> str:
 def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, str]) -> str:
     """Checkpoints in rows: what was kept, and what was measured."""
     listed = list(facts)
-    shown = [axis for axis in _AXES if any(one.get(axis) for one in listed)]
+    shown = [axis for axis in AXES if any(one.get(axis) for one in listed)]
     rows = [(heading, "kept", "size", *shown, "")]
     for one in listed:
         kept = kept_text(one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,3 @@ def _listed(value: Any) -> list[Any]:
     if isinstance(value, Iterable):
         return [one for part in value for one in _listed(part)]
     return [value]
-
-
-def several(values: Sequence[Candidate], field: str) -> bool:
-    """Whether candidates differ in a choice."""
-    return len({getattr(candidate.recipe, field) for candidate in values}) > 1

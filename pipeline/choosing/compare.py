@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import manifest
 from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
-from pipeline.choosing.skills import points
+from pipeline.choosing.skills import point_facts, points
 from pipeline.choosing.sources import BASE, FINETUNED, Source, output
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -27,15 +27,12 @@ class Compared:
         found = points(skills_of(self.said.values()), BASE, FINETUNED)
         rows = []
         for name in dict.fromkeys([*self.said, *self.manifests]):
-            made, point = self.manifests.get(name), found.get(name)
+            made = self.manifests.get(name)
             row: dict[str, Any] = {"name": name, "error": self.said[name].error if name in self.said else ""}
             if made:
                 row |= {key: made["recipe"][key] for key in ("method", "scope", "density")}
                 row |= {key: made["totals"][key] for key in ("kept", "pruned_numel", "kept_share", "written_bytes")}
-            for axis in ("new", "old", "retained", "forgetting"):
-                measure = getattr(point, axis, None)
-                row[axis] = asdict(measure) if measure else None
-            rows.append(row)
+            rows.append(row | point_facts(found.get(name)))
         return {"checkpoints": rows}
 
 

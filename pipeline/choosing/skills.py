@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import UserError
 
 SKILLS = ("new", "old")
+AXES = (*SKILLS, "retained", "forgetting")
+"""What is said of a checkpoint."""
 
 DEFINITIONS = (
     "retained: new skill / finetuned's; forgetting: (base's old skill − this) / base's. ± is one standard error."
@@ -107,6 +109,12 @@ class Point:
     old: Measure | None
     retained: Measure | None
     forgetting: Measure | None
+
+
+def point_facts(point: Point | None) -> dict[str, Any]:
+    """What is said of a checkpoint, as JSON; of one that was not evaluated, that nothing is."""
+    measures = {axis: getattr(point, axis, None) for axis in AXES}
+    return {axis: asdict(measure) if measure else None for axis, measure in measures.items()}
 
 
 def points(skills: Mapping[str, Mapping[str, Measure]], base: str, finetuned: str) -> dict[str, Point]:

@@ -17,7 +17,7 @@ from pipeline.card import CARD, model_card
 from pipeline.choosing.candidates import Candidate
 from pipeline.choosing.choice import Choice, front
 from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
-from pipeline.choosing.skills import DEFINITIONS, Point, points
+from pipeline.choosing.skills import DEFINITIONS, Point, point_facts, points
 from pipeline.choosing.sources import BASE, FINETUNED, inputs, output
 from pipeline.errors import UserError
 from pipeline.plan import Plan, make_plans
@@ -241,14 +241,9 @@ def _taken(swept: Swept, name: str) -> Recipe:
 
 
 def _said(swept: Swept, name: str) -> dict[str, Any]:
-    said, point = swept.said.get(name), swept.points.get(name)
-    facts: dict[str, Any] = {}
-    if said:
-        facts = {"error": said.error, "seconds": said.seconds}
-    for axis in ("new", "old", "retained", "forgetting"):
-        measure = getattr(point, axis, None)
-        facts[axis] = asdict(measure) if measure else None
-    return facts
+    said = swept.said.get(name)
+    facts = {"error": said.error, "seconds": said.seconds} if said else {}
+    return facts | point_facts(swept.points.get(name))
 
 
 def write_sweep(swept: Swept) -> dict[str, Any]:
