@@ -26,11 +26,11 @@ from pipeline.recipe import format_bytes
 from pipeline.report import kept_text, measure_text, run_facts, run_text
 from pipeline.storage.address import inside, open_store
 
-_INK, _LINE, _PAPER = "#010203", "#040506", "#070809"
+_INK, _LINE = "#010203", "#040506"
 _SERIES = tuple(f"#0{i}0a0b" for i in range(6))
 """Colours that stand for variables of the page."""
 
-_VARIABLES = {_INK: "--ink", _LINE: "--line", _PAPER: "--paper"} | {c: f"--s{i}" for i, c in enumerate(_SERIES)}
+_VARIABLES = {_INK: "--ink", _LINE: "--line"} | {c: f"--s{i}" for i, c in enumerate(_SERIES)}
 
 # Okabe and Ito's colours, that people with any colour vision tell apart, darkened or lightened for the ground.
 _STYLE = """
