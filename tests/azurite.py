@@ -6,27 +6,27 @@ import base64
 import datetime
 import hashlib
 import hmac
-import shutil
 import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
+from needs import program
+from pace import wait_until
 
 from pipeline.storage import bucket
 
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """The emulator's, which everybody knows."""
-_HERE = Path(__file__).parents[1] / ".venv/node/node_modules/.bin/azurite-blob"  # where CI puts it
 
 
-def command() -> str | None:
-    return shutil.which("azurite-blob") or (str(_HERE) if _HERE.exists() else None)
+def _answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 @contextmanager
@@ -35,15 +35,12 @@ def served() -> Iterator[str]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    program = command()
-    assert program, "azurite-blob is not installed"
+    command = [str(program("node")), str(program("azurite-blob"))]
     arguments = ["--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--blobPort", str(port)]
-    running = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.2)
+        wait_until(lambda: running.poll() is not None or _answers(port), pause=0.2)
+        assert running.poll() is None, "azurite-blob did not start"
         yield f"http://127.0.0.1:{port}/{ACCOUNT}"
     finally:
         running.terminate()

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_timeout
 from checkpoints import Tensors, load, save
+from pace import patience
 
 from pipeline import Recipe, prune
 from pipeline.run import Result
@@ -63,6 +65,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest first, so that no process waits for another at the end."""
     items.sort(key=lambda item: ("cluster/" not in item.nodeid, "test_proof" not in item.nodeid))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Any:
+    """A test's limit is in seconds of a quiet machine."""
+    return pytest_timeout.pytest_timeout_set_timer(item, settings._replace(timeout=settings.timeout * patience()))
 
 
 _status = [0]

@@ -7,28 +7,24 @@ from __future__ import annotations
 import gzip
 import random
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+from needs import DEBIAN
 
-PACKAGES = ("dict-foldoc", "fortunes", "fortunes-min")
+FOLDOC, FORTUNES = DEBIAN / "usr/share/dictd/foldoc.dict.dz", DEBIAN / "usr/share/games/fortunes"
 WORDS = 2048
 WINDOW = 128
 HELD_OUT = 60_000  # characters
 
 
-def texts(folder: Path) -> dict[str, tuple[str, str]]:
+def texts() -> dict[str, tuple[str, str]]:
     """What to learn from and what is held out, of `old` and `new`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["apt-get", "-qq", "download", *PACKAGES], cwd=folder, check=True, timeout=300, capture_output=True)
-    for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True, timeout=60)
-    foldoc = gzip.decompress((folder / "usr/share/dictd/foldoc.dict.dz").read_bytes()).decode(errors="replace")
+    foldoc = gzip.decompress(FOLDOC.read_bytes()).decode(errors="replace")
     entries = [" ".join(entry.split()) for entry in re.split(r"\n\n(?=\S)", foldoc) if 80 < len(entry) < 2000]
     cookies = []
-    for path in sorted((folder / "usr/share/games/fortunes").iterdir()):
+    for path in sorted(FORTUNES.iterdir()):
         if path.is_file() and not path.suffix:
             cookies += [" ".join(cookie.split()) for cookie in path.read_text(errors="replace").split("\n%\n")]
     return {"old": _split(entries), "new": _split([cookie for cookie in cookies if 40 < len(cookie) < 2000])}

@@ -15,13 +15,14 @@ import math
 import os
 import random
 import re
-import subprocess
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from needs import DEBIAN
 
+AVAILABLE = DEBIAN / "available"
 SECTIONS = ("admin", "games", "graphics", "mail", "math", "net", "science", "sound", "text", "web")
 TRAINED, PROTOTYPES, HELD_OUT = 240, 60, 60
 """Packages of each section: to learn from, of those to find the middle of a section, and to be sorted."""
@@ -49,9 +50,8 @@ def packages() -> dict[str, list[str]]:
     if KEPT in os.environ:
         kept: dict[str, list[str]] = json.loads(Path(os.environ[KEPT]).read_text())[0]
         return kept
-    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True, timeout=120).stdout
     found: dict[str, set[str]] = {section: set() for section in SECTIONS}
-    for entry in listed.split("\n\n"):
+    for entry in AVAILABLE.read_text().split("\n\n"):
         said = dict(re.findall(r"^(Section|Description(?:-en)?): (.+)$", entry, re.MULTILINE))
         text = said.get("Description") or said.get("Description-en")
         if text and len(text) > 20 and said.get("Section") in found:

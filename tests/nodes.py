@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -105,15 +104,6 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def raylet_of(node: subprocess.Popen[bytes]) -> int | None:
     return next((pid for pid in children(node.pid) if b"raylet/raylet" in _title(pid)), None)
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait until something is so, and return it."""
-    until = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
-    return found
 
 
 SCOPES = ("tensor", "layer", "global")

@@ -11,7 +11,6 @@ import site
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodes import STORE, descendants, ended, is_worker
+from pace import wait_until
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,11 @@ def free_ports(count: int) -> list[int]:
 
 def _wait_until_it_answers(head: subprocess.Popen[bytes], address: str, token: Path, log: Path) -> None:
     request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text()}"})
-    until = time.monotonic() + 60
-    while True:
-        with suppress(OSError), urllib.request.urlopen(request, timeout=5):
-            return
+
+    def answers() -> bool:
         assert head.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.2)
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5):
+            return True
+        return False
+
+    wait_until(answers, pause=0.2)

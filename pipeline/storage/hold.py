@@ -2,8 +2,8 @@
 
 A run that wants the folder makes the file `fapm/lock/N` for the next N, which only one can, and touches it every few
 seconds; the highest N counts. Another run that finds the file watches it. If it is touched, the run is refused. If it
-is not for LEASE_SECONDS, or was made on this machine by a process that is gone, the run makes N + 1. No two clocks are
-ever compared.
+is not for LEASE_SECONDS, or was made on this machine by a process that is gone, the run makes N + 1, and takes it back
+if by then another lock counts than the one that it had watched. No two clocks are ever compared.
 
 The holder may only have been paused. So what it writes lies in a folder of its own, `fapm/tmp/TOKEN`, until it is
 renamed to its place, and what it removes is renamed into that folder first. A successor begins by renaming that folder
@@ -93,8 +93,10 @@ def hold(address: str, say: Callable[[str], None] = lambda line: None) -> Iterat
 def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Folder]:
     held = Folder(there.path, me.token)
     try:
-        number = _take(there, me, say)
-        with open(there.path / _lock(number), "rb") as lock:
+        number = _take(there, functools.partial(_make, there, me), say)
+        with held.changing(there.path):
+            opened = open(there.path / _lock(number), "rb")
+        with opened as lock:
             touch = functools.partial(os.utime, lock.fileno())  # one that has been replaced is not touched
             try:
                 with _beating(touch):
@@ -109,13 +111,7 @@ def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Fol
 
 @contextlib.contextmanager
 def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None]) -> Iterator[Any]:
-    while True:
-        number = max(there.locks(), default=0)
-        if number:
-            _wait_until_silent(there, _lock(number), say)
-        number += 1
-        if there.write_new(_lock(number), json.dumps(asdict(me)).encode()):
-            break
+    number = _take(there, lambda name: bool(there.write_new(name, json.dumps(asdict(me)).encode())), say)
     held = there.under(me.token, number)
     beats = itertools.count()
     beat_now = functools.partial(_beat_bucket, there, number, beats)
@@ -141,25 +137,42 @@ def _lock(number: int) -> str:
     return f"{LOCKS}/{number:06d}"
 
 
-def _take(folder: Folder, me: Holder, say: Callable[[str], None]) -> int:
+def _take(folder: Store, make: Callable[[str], bool], say: Callable[[str], None]) -> int:
     """Make the next lock, once the newest there is has no living holder; returns its number."""
-    mine = folder.path / TEMPORARY / me.token
     while True:
-        number = max((int(name) for name in _numbers(folder)), default=0)
-        if number:
-            _wait_until_silent(folder, _lock(number), say)
-        number += 1
-        _make_folders(mine, folder.path / LOCKS)
-        text = mine / "lock"
-        with plain_errors(folder.path):
-            try:
-                text.write_text(json.dumps(asdict(me)))
-                _make_exclusively(text, folder.path / _lock(number))
-            except (FileExistsError, FileNotFoundError):
-                continue  # another run was faster, or has ended and removed what was empty
-        if mine.exists():
-            return number
-        (folder.path / _lock(number)).unlink(missing_ok=True)  # swept away before it could count
+        number = _newest(folder)
+        silent = _wait_until_silent(folder, _lock(number), say) if number else None
+        if number and silent is None:
+            continue  # it has ended, and others may have begun
+        mine = number + 1
+        if not make(_lock(mine)):
+            continue
+        # Who looked before one lock was there, and made its own after that was gone, would be a second one at work.
+        if _newest(folder, but=mine) == number and (not number or _look(folder, _lock(number)) == silent):
+            return mine
+        folder.remove(_lock(mine))
+
+
+def _make(folder: Folder, me: Holder, name: str) -> bool:
+    """Make a lock, and the folder without which its holder cannot change anything."""
+    mine = folder.path / TEMPORARY / me.token
+    _make_folders(mine, folder.path / LOCKS)
+    text = mine / "lock"
+    with plain_errors(folder.path):
+        try:
+            text.write_text(json.dumps(asdict(me)))
+            _make_exclusively(text, folder.path / name)
+        except (FileExistsError, FileNotFoundError):
+            return False  # another run was faster, or has ended and removed what was empty
+    if mine.exists():
+        return True
+    (folder.path / name).unlink(missing_ok=True)  # swept away before it could count
+    return False
+
+
+def _newest(folder: Store, but: int = 0) -> int:
+    """The highest number of a lock, 0 if there is none."""
+    return max((number for number in map(int, _numbers(folder)) if number != but), default=0)
 
 
 def _make_folders(*paths: Path) -> None:
@@ -190,8 +203,8 @@ def _make_exclusively(text: Path, path: Path) -> None:
             file.write(text.read_bytes())
 
 
-def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> None:
-    """Return when a lock's holder is gone, or has not touched it for long.
+def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> tuple[Holder | None, Any] | None:
+    """What a lock says whose holder is gone or has not touched it for long; None when it is not there.
 
     Raises:
         PassingError: it touches it.
@@ -203,20 +216,21 @@ def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> 
         silent = time.monotonic() - began
         if holder and holder.gone:
             say(f"note: {folder.address} was held by {holder}, which is gone")
-            return
+            return first
         if silent >= LEASE_SECONDS:
             say(f"note: {folder.address} was held by {holder or 'a run'}, silent since: taken over")
-            return
+            return first
         if silent > 2 * BEAT_SECONDS and not said:
             said = True
             say(f"note: {folder.address} is held by {holder or 'a run'}, but silent: waiting whether it is gone")
         time.sleep(BEAT_SECONDS / 10)
         now = _look(folder, lock)
         if now is None:
-            return
+            break
         if now[1] != touched:
             who = now[0] or "another run"
             raise PassingError(f"--out {folder.address} is being written by {who}; wait until it has ended, or stop it")
+    return None
 
 
 def _look(folder: Store, lock: str) -> tuple[Holder | None, Any] | None:
@@ -249,7 +263,7 @@ def last_sign_of_life(folder: Store) -> tuple[str, float] | None:
 
     Only to be shown: it takes this machine's clock for that of where the folder is.
     """
-    number = max((int(name) for name in _numbers(folder)), default=0)
+    number = _newest(folder)
     found = _look(folder, _lock(number)) if number else None
     if found is None:
         return None

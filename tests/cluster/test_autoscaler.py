@@ -23,7 +23,8 @@ import pytest
 import torch
 from checkpoints import digests, gaussian
 from conftest import Runner
-from nodes import STORE, Driver, wait_until
+from nodes import STORE, Driver
+from pace import wait_until
 
 pytest.importorskip("ray")
 

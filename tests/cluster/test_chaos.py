@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from checkpoints import digests
 from conftest import Runner
-from nodes import CHOICES, SCOPES, Driver, actors, add_node, head_alone, thirty_shards, undisturbed_runs, wait_until
+from nodes import CHOICES, SCOPES, Driver, actors, add_node, head_alone, thirty_shards, undisturbed_runs
+from pace import wait_until
 
 from pipeline.storage.hold import hold
 

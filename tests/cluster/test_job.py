@@ -23,7 +23,8 @@ import pytest
 import torch
 from checkpoints import digests, gaussian, save
 from conftest import Runner
-from nodes import CHOICES, thirty_shards, wait_until
+from nodes import CHOICES, thirty_shards
+from pace import wait_until
 from ray_head import Head, started_head
 
 pytest.importorskip("ray")

@@ -19,7 +19,7 @@ import yaml
 from checkpoints import digests, gaussian, save
 from conftest import Runner
 from kubernetes_api import Kubernetes, kubernetes
-from nodes import wait_until
+from pace import wait_until
 from ray_head import Head, started_head
 
 pytest.importorskip("lightkube")

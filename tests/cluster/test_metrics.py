@@ -1,13 +1,12 @@
 """pytest tests/cluster/test_metrics.py: what Prometheus and the dashboard of configs/ know of a run.
 
-The slow test wants a `prometheus` on the PATH; Debian has one, and `.ci/run` fetches it.
+The slow test wants a `prometheus`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes import CHOICES, thirty_shards, wait_until
+from needs import needs, program
+from nodes import CHOICES, thirty_shards
+from pace import wait_until
 from ray_head import Head, free_ports, started_head
 
 pytest.importorskip("ray")
@@ -75,7 +76,11 @@ def prometheus(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     targets = [{"targets": [f"127.0.0.1:{head.metrics_port}"]}]
     scrape = {"job_name": "ray", "scrape_interval": "1s", "scrape_timeout": "1s", "static_configs": targets}
     (folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))  # JSON is YAML
-    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    command = [
+        str(program("prometheus")),
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+    ]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
     try:
@@ -87,7 +92,7 @@ def prometheus(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus on the PATH: apt-get install prometheus")
+@needs("Prometheus", "prometheus")
 def test_prometheus_answers_the_dashboard_during_a_run(head, prometheus, tmp_path):
     runner = thirty_shards(tmp_path)
     recipe = runner.recipe("out", **CHOICES)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from checkpoints import gaussian, load, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pace import wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -167,10 +167,10 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )  # fmt: skip
         there = len(list((tmp_path / "out").glob("delta-*")))
-        until = time.monotonic() + 30
-        while len(list((tmp_path / "out").glob("delta-*"))) <= there and process.poll() is None:
-            assert time.monotonic() < until
-            time.sleep(random.uniform(0, 0.02))
+        wait_until(
+            lambda p=process, n=there: len(list((tmp_path / "out").glob("delta-*"))) > n or p.poll() is not None,
+            pause=random.uniform(0, 0.02),
+        )
         killed += process.poll() is None
         process.kill()
         process.wait()

@@ -6,7 +6,6 @@ import html.parser
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import gaussian, save
+from needs import needs, program
 
 from pipeline import Recipe, UserError, prune
 from pipeline.choosing.candidates import candidates
@@ -142,16 +142,14 @@ def test_without_layers_there_is_no_heat_map(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.fail("chromium and chromium-driver are missing: apt-get install chromium chromium-driver")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
         options.add_argument(argument)
-    options.binary_location = str(shutil.which("chromium"))
+    options.binary_location = str(program("chromium"))
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(program("chromedriver")))
     yield driver
     driver.quit()
 
@@ -169,6 +167,7 @@ def contrast(one: str, two: str) -> float:
 
 
 @pytest.mark.slow
+@needs("Chromium", "chromium", "chromedriver")
 @pytest.mark.parametrize("media", ["light", "dark", "print"])
 def test_a_browser_shows_it(browser, chosen, tmp_path, media):
     import numpy as np

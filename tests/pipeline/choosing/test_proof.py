@@ -9,32 +9,30 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import decoder
+import minilm
 import pytest
 import torch
+from needs import needs
 
 from pipeline import Recipe, prune
 from pipeline.choosing.skills import Measure
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("apt-cache") is None, reason="the texts come from Debian's packages"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TESTS = Path(__file__).parents[2]
 
 
 def fapm(folder: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster", *words, "--json"]
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=900
-    )
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -61,14 +59,12 @@ def follows_its_words(facts: dict[str, Any], floor: float) -> None:
     assert value(chosen, "forgetting") - value(least, "forgetting") <= error
 
 
-@pytest.mark.timeout(1800)
+@needs("the list of Debian's packages", files=(minilm.AVAILABLE,))
 def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
-    import minilm
-
     # In a process of its own: what a library has depends on what else was imported.
     keep = "import minilm, pathlib, sys; minilm.keep(pathlib.Path(sys.argv[1]))"
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    subprocess.run([sys.executable, "-c", keep, str(tmp_path / "texts.json")], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", keep, str(tmp_path / "texts.json")], env=environment, check=True)
     monkeypatch.setenv(minilm.KEPT, str(tmp_path / "texts.json"))
     said: dict[str, list[dict[str, Any]]] = {}
     chosen: list[str] = []
@@ -105,11 +101,9 @@ def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
     assert page["bytes"] > 10_000 and (tmp_path / "0" / "page.html").read_text().count("<svg") == 3
 
 
-@pytest.mark.timeout(1200)
+@needs("a dictionary and fortune cookies", files=(decoder.FOLDOC, decoder.FORTUNES))
 def test_a_decoder_learns_another_kind_of_text(tmp_path):
-    import decoder
-
-    texts = decoder.texts(tmp_path)
+    texts = decoder.texts()
     decoder.make(tmp_path, {skill: learned for skill, (learned, _) in texts.items()})
     for skill, (_, held_out) in texts.items():
         (tmp_path / f"{skill}.txt").write_text(held_out)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import gaussian, raw_file, save
+from pace import at_once
 
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import open_checkpoint
@@ -18,10 +18,8 @@ TENSORS = {"a": torch.ones(3), "b": torch.zeros(2, 2), "c": torch.arange(4)}
 
 
 def error_of(folder: Path) -> str:
-    began = time.perf_counter()
-    with pytest.raises(UserError) as caught:
+    with at_once(1), pytest.raises(UserError) as caught:
         open_checkpoint(str(folder), "finetuned")
-    assert time.perf_counter() - began < 1
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith("finetuned: ")
@@ -232,9 +230,8 @@ def test_what_comes_along_and_what_stays_behind(tmp_path):
 def test_a_hundred_thousand_tensors_open_in_seconds(tmp_path):
     entry = {"dtype": "BF16", "shape": [0, 2048], "data_offsets": [0, 0]}
     raw_file(tmp_path / "model.safetensors", {f"model.layers.{i}.weight": entry for i in range(100_000)}, b"")
-    began = time.perf_counter()
-    assert len(open_checkpoint(str(tmp_path), "base").tensors) == 100_000
-    assert time.perf_counter() - began < 15
+    with at_once(15):
+        assert len(open_checkpoint(str(tmp_path), "base").tensors) == 100_000
 
 
 def test_a_checkpoint_without_a_tensor(tmp_path, runner):

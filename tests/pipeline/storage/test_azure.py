@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import time
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ import azurite
 import pytest
 import torch
 from checkpoints import gaussian
+from needs import needs
 
 from pipeline import UserError, prune
 from pipeline.checking.verify import verify
@@ -18,10 +18,7 @@ from pipeline.errors import PassingError
 from pipeline.storage.address import open_store
 from pipeline.storage.hold import hold
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not azurite.command() and not os.environ.get("CI"), reason="Azurite is not installed here"),
-]
+pytestmark = [pytest.mark.slow, needs("Azurite", "node", "azurite-blob")]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import s3
+from pace import soon
 
 from pipeline.errors import PassingError, UserError
 from pipeline.storage import bucket
@@ -207,10 +208,9 @@ def test_without_credentials_it_is_said_which(name, monkeypatch):
         monkeypatch.delenv(key)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3.forget()
-    began = time.monotonic()
-    with pytest.raises(UserError, match="no credentials were found; they come from AWS_ACCESS_KEY_ID, AWS_PROFILE"):
+    said = "no credentials were found; they come from AWS_ACCESS_KEY_ID, AWS_PROFILE"
+    with soon(4), pytest.raises(UserError, match=said):
         open_store(f"s3://{name}/x").exists()
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_a_store_that_is_away_is_waited_for_within_bounds(monkeypatch):
     monkeypatch.setattr(bucket, "RETRY", {"max_retries": 0})
     monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.0)
     began = time.monotonic()
-    with pytest.raises(PassingError, match="cannot be reached"):
+    with soon(10), pytest.raises(PassingError, match="cannot be reached"):
         open_store("s3://bucket/x").exists()
-    assert 1 <= time.monotonic() - began < 10
+    assert time.monotonic() - began >= 1
     s3.forget()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import gaussian, weights_of
+from pace import wait_until
 
 from pipeline.errors import PassingError
 from pipeline.storage import hold as holding
@@ -86,6 +87,24 @@ def test_one_that_is_silent_is_waited_for_and_taken_over(tmp_path):
     assert "process 7 on elsewhere" in said[0]
     assert "waiting" in said[0]
     assert "taken over" in said[1]
+
+
+def test_one_that_began_between_the_look_and_the_taking_is_no_predecessor(tmp_path, monkeypatch):
+    """It was given a number that a finished run had left free."""
+    first, make = someone_else(tmp_path), holding._make
+
+    def make_after_another(folder, me, name):
+        if json.loads(first.read_text())["process"] == 7:
+            first.unlink()
+            someone_else(tmp_path, process=8)
+        return make(folder, me, name)
+
+    monkeypatch.setattr(holding, "_make", make_after_another)
+    said: list[str] = []
+    with hold(str(tmp_path), said.append):
+        pass
+    taken_over = [line.split(" on ")[0] for line in said if "taken over" in line]
+    assert [line.rpartition("process ")[2] for line in taken_over] == ["7", "8"]
 
 
 def test_one_whose_process_is_gone_from_this_machine_is_taken_over_at_once(tmp_path, monkeypatch):
@@ -214,9 +233,7 @@ def test_a_driver_paused_in_the_middle_cannot_spoil_its_successors_checkpoint(ru
             if not after:
                 break
     else:
-        until = time.monotonic() + 30
-        while not [*(runner.folder / "out" / LOCKS).glob("0*")] and time.monotonic() < until:
-            time.sleep(0.001)
+        wait_until(lambda: [*(runner.folder / "out" / LOCKS).glob("0*")], pause=0.001)
     first.send_signal(signal.SIGSTOP)
     second = driver(0.3)
     said, _ = second.communicate(timeout=60)

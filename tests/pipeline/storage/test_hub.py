@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import s3
 import torch
 from checkpoints import digests, gaussian
 from huggingface_hub import snapshot_download
+from pace import soon
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
@@ -139,18 +139,16 @@ def test_a_gated_repository_says_so(hub, runner):
 def test_a_busy_hub_is_waited_for_within_bounds(hub, runner, monkeypatch):
     hub.busy = 3
     assert input_address("hf://org/base").startswith("hf://org/base@")
-    hub.busy, began = 10**6, time.monotonic()
+    hub.busy = 10**6
     server.hub._look.cache_clear()
-    with pytest.raises(PassingError, match="there is no folder org/base; hf://org/base: the Hub answers 503"):
+    said = "there is no folder org/base; hf://org/base: the Hub answers 503"
+    with soon(3), pytest.raises(PassingError, match=said):
         input_address("org/base")  # perhaps a path that is misspelt: said at once
-    assert time.monotonic() - began < 3
     monkeypatch.setattr(server.hub, "_SECONDS", 1.0)
     hub.busy = 10**6
     server.hub._look.cache_clear()
-    began = time.monotonic()
-    with pytest.raises(PassingError, match="the Hub answers 503"):
+    with soon(10), pytest.raises(PassingError, match="the Hub answers 503"):
         input_address("hf://org/base")
-    assert time.monotonic() - began < 20
 
 
 def test_files_in_the_local_cache_are_read_there(hub, runner, monkeypatch, tmp_path):
