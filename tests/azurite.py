@@ -44,7 +44,7 @@ def served() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/{ACCOUNT}"
     finally:
         running.terminate()
-        running.wait(20)
+        running.wait()
 
 
 def use(patch: pytest.MonkeyPatch, endpoint: str, key: str = KEY) -> None:

@@ -154,9 +154,9 @@ class Driver:
         path = self.out / "fapm" / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self) -> int:
         try:
-            code = self.process.wait(seconds)
+            code = self.process.wait()
         finally:
             self.kill()
         return code
@@ -164,7 +164,7 @@ class Driver:
     def kill(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
-            self.process.wait(30)
+            self.process.wait()
         self._reader.join()
         assert self.process.stdout
         self.process.stdout.close()

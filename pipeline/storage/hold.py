@@ -95,16 +95,15 @@ def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Fol
     try:
         number = _take(there, functools.partial(_make, there, me), say)
         with held.changing(there.path):
-            opened = open(there.path / _lock(number), "rb")
-        with opened as lock:
-            touch = functools.partial(os.utime, lock.fileno())  # one that has been replaced is not touched
-            try:
-                with _beating(touch):
-                    _sweep(held, me, number)
-                    yield held
-            finally:
-                with contextlib.suppress(UserError):  # it is the successor's, or cannot be written any more
-                    held.remove(_lock(number))
+            lock = os.open(there.path / _lock(number), os.O_RDONLY)
+        try:
+            with _beating(functools.partial(os.utime, lock)):  # one that has been replaced is not touched
+                _sweep(held, me, number)
+                yield held
+        finally:
+            os.close(lock)
+            with contextlib.suppress(UserError):  # it is the successor's, or cannot be written any more
+                held.remove(_lock(number))
     finally:
         _leave(there, me)
 

@@ -83,7 +83,7 @@ def autoscaling(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     finally:
         head.terminate()
         with suppress(subprocess.TimeoutExpired):
-            head.wait(20)
+            head.wait()
         for process in processes(str(folder)):  # whatever is left of it
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)

@@ -122,7 +122,7 @@ def test_stopped_it_leaves_no_worker_and_lets_go_of_the_folder(model, undisturbe
     driver = Driver(recipe, cluster.address)
     wait_until(lambda: driver.shards >= 3)
     driver.process.send_signal(how)
-    assert driver.wait(30) == 128 + how, driver.lines
+    assert driver.wait() == 128 + how, driver.lines
     assert driver.lines[-1] == "fapm: stopped; the same command goes on from here\n"
     assert not any((driver.out / "fapm" / name).exists() for name in ("lock", "tmp"))
     wait_until(lambda: not [pid for node in cluster.worker_nodes for pid in actors(node)], 10)

@@ -53,10 +53,10 @@ class Fapm:
         self._reader = threading.Thread(target=lambda: self.said.extend(iter(self.process.stderr.readline, "")))
         self._reader.start()
 
-    def ended(self, code: int = 0, seconds: float = 120) -> str:
+    def ended(self, code: int = 0) -> str:
         """What it has printed, once it has ended with this code."""
         try:
-            self.process.wait(seconds)
+            self.process.wait()
         finally:
             self.process.kill()
             self._reader.join()
@@ -162,9 +162,9 @@ def test_an_output_that_was_removed_is_made_again(model, fapm, tmp_path):
 
 def test_ctrl_c_detaches_stop_ends_the_job_and_the_next_one_goes_on(slow, fapm, head, tmp_path):
     following = fapm("submit", "recipe.yaml")
-    wait_until(lambda: finished(tmp_path) >= 3)
-    head.signal_workers(signal.SIGSTOP)  # perhaps before some have told of theirs
-    wait_until(lambda: following.has_said("[1/30]"))
+    wait_until(lambda: finished(tmp_path) >= 5)
+    head.signal_workers(signal.SIGSTOP)  # perhaps before both have told of their last
+    wait_until(lambda: following.has_said("[3/30]"))
     following.process.send_signal(signal.SIGINT)
     following.ended(130)
     assert following.has_said("detached, the job goes on: `fapm logs --follow fapm-")

@@ -92,7 +92,7 @@ class Driver:
 
     def close(self):
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_killed_at_random_moments(runner, scope):
     command = [sys.executable, "-c", "import sys, json; from pipeline import Recipe, prune; "
                "prune(Recipe.of(**json.loads(sys.argv[1])))", recipe.model_dump_json(exclude_none=True)]  # fmt: skip
     began = time.perf_counter()
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True)
     whole = time.perf_counter() - began
     random_, killed = random.Random(scope), 0
     for _ in range(20):

@@ -149,7 +149,7 @@ def test_what_several_ranks_have_written(pair, columns):
         )
         for rank in range(4)
     ]
-    assert [rank.wait(120) for rank in ranks] == [0] * 4
+    assert [rank.wait() for rank in ranks] == [0] * 4
     assert len(list((pair / "dcp").glob("*.distcp"))) == 4
     found, result = pruned(pair, "dcp", allow_pickle=True, memory="64MiB")
     assert found == pruned(pair, "finetuned")[0]
@@ -213,7 +213,7 @@ def test_even_what_runs_there_can_do_nothing(tmp_path, attempt):
         f"try:\n    {ATTEMPTS[attempt]}\nexcept PermissionError:\n    print('refused')\n"
     )
     command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path), str(server.getsockname()[1])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     server.close()
     assert (done.stdout, done.stderr) == ("refused\n", "")
     assert os.listdir(tmp_path) == ["there"]

@@ -68,7 +68,7 @@ def on_read_only(folder: Path, out: str, *also: str) -> subprocess.CompletedProc
     environment |= {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", command, "sh", *PRUNE],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_a_disk_too_full_to_keep_what_was_compiled_is_no_error(pair_of_folders: 
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", command, "sh", *PRUNE],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -145,9 +145,7 @@ def test_what_is_compiled_is_kept_in_the_users_cache_and_not_beside_the_sources(
     before = set(REPOSITORY.glob("pipeline/**/*.nb?"))
     for out, times in (("one", 1), ("two", 0)):
         command = [*PRUNE, "--out", out]
-        done = subprocess.run(
-            command, cwd=pair_of_folders, env=environment, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run(command, cwd=pair_of_folders, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("compiling") == times
     assert list((pair_of_folders / "cache" / "fapm" / "compiled").rglob("*.nbi"))

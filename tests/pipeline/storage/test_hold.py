@@ -192,7 +192,7 @@ def test_of_many_at_once_one_wins(tmp_path):
         subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), begin], stdout=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
-    wins = [int(racer.communicate(timeout=100)[0]) for racer in racers]
+    wins = [int(racer.communicate()[0]) for racer in racers]
     assert all(racer.returncode == 0 for racer in racers)
     assert sum(wins) >= 15
     assert list(tmp_path.iterdir()) == []
@@ -236,11 +236,11 @@ def test_a_driver_paused_in_the_middle_cannot_spoil_its_successors_checkpoint(ru
         wait_until(lambda: [*(runner.folder / "out" / LOCKS).glob("0*")], pause=0.001)
     first.send_signal(signal.SIGSTOP)
     second = driver(0.3)
-    said, _ = second.communicate(timeout=60)
+    said, _ = second.communicate()
     assert second.returncode == 0, said
     assert "taken over" in said
     first.send_signal(signal.SIGCONT)
-    said, _ = first.communicate(timeout=60)
+    said, _ = first.communicate()
     assert first.returncode == 75, said
     assert "was taken over" in said
     assert weights_of(runner.folder / "out") == weights_of(expected)
