@@ -621,8 +621,9 @@ def status(out: str, as_json: bool) -> None:
 @click.argument("out")
 @click.option("--base", metavar="FOLDER", help="Where the pre-trained checkpoint is now.  [where prune found it]")
 @click.option("--finetuned", metavar="FOLDER", help="Where the fine-tuned checkpoint is now.  [where prune found it]")
+@click.option("--load", is_flag=True, help="Ask transformers too whether the model that config.json names takes it.")
 @json_option
-def verify(out: str, base: str | None, finetuned: str | None, as_json: bool) -> None:
+def verify(out: str, base: str | None, finetuned: str | None, load: bool, as_json: bool) -> None:
     """Check the finished prune in the folder OUT against its inputs: checksums, every element, what each group keeps.
 
     Exits with 1 and a line for each problem if there are any.
@@ -630,6 +631,7 @@ def verify(out: str, base: str | None, finetuned: str | None, as_json: bool) -> 
     \b
     Examples:
       fapm verify pruned/
+      fapm verify pruned/ --load
       fapm verify pruned/ --base /new/place/llama --finetuned /new/place/llama-math
     """
     from cluster.progress import Progress
@@ -639,9 +641,12 @@ def verify(out: str, base: str | None, finetuned: str | None, as_json: bool) -> 
     run = load_manifest(out)
     with Progress() as progress:
         progress.count(run["totals"]["written_bytes"], "verify")
-        problems = verify(out, base, finetuned, progress.advance)
+        problems = verify(out, base, finetuned, progress.advance, load)
     checked = f"{run['totals']['tensors']} tensor(s) in {len(run['shards'])} shard(s)"
     fine = f"{out}: {checked} checked: every element, what each group keeps, and all checksums are as they should be"
+    alone = run["totals"].get("unpaired", 0)
+    if alone:
+        fine += f"\n{alone:,} of {run['totals']['weights']:,} weights have no partner in base and are finetuned's"
     _print({"out": out, "checked": checked, "problems": problems}, "\n".join(problems) or fine, as_json)
     if problems:
         _log(f"{out}: {len(problems)} problem(s) in {checked}")

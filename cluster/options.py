@@ -47,7 +47,17 @@ _RECIPE_OPTIONS = (
     ),
     click.option(
         "--rename", "renames", metavar="FROM=TO", multiple=True,
-        help="base's names that begin with FROM are finetuned's that begin with TO. Repeatable.",
+        help="base's names that begin with FROM are finetuned's that begin with TO; *FROM*=*TO* is the same in the "
+        "middle of a name, *FROM=*TO at its end. Repeatable.",
+    ),
+    click.option(
+        "--unpaired", metavar="WHAT",
+        help="Where weights of one side have no partner on the other that they should have: error, or pass to take "
+        "finetuned's as they are and leave out base's.  [error]",
+    ),
+    click.option(
+        "--plain-codes", is_flag=True, default=None,
+        help="FP8 tensors without scales are a plain cast: the values that they spell.",
     ),
     click.option(
         "--allow-pickle", is_flag=True, default=None,

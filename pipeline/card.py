@@ -128,11 +128,18 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     numel, kept, changed = (sum(row[key] or 0 for row in rows) for key in ("pruned_numel", "kept", "kept_changed"))
     share = f"{kept / numel:.2%}" if numel else "none"
     scaled = " and scaled up" if recipe.method == "dare" else ""
+    weights = plan.weights
+    alone = (
+        f" Of all {weights.numel:,} weights {(kept + weights.taken) / weights.numel:.2%} are fine-tuned: "
+        f"{weights.unpaired:,} have no partner in base and stay as they are."
+        if weights.unpaired
+        else ""
+    )
     return (
         f"{base} with a part of what {finetuned} has changed: of {numel:,} elements {kept:,} ({share}) are fine-tuned"
         f"{scaled}, {changed:,} of them other than in base; all others are base's. Chosen by `{recipe.method}` in "
         f"`{recipe.scope}` scope, so that the new skill is kept and the old ones are not forgotten "
-        "([arXiv 2509.08255](https://arxiv.org/abs/2509.08255))."
+        f"([arXiv 2509.08255](https://arxiv.org/abs/2509.08255)).{alone}"
     )
 
 

@@ -24,8 +24,9 @@ from pipeline import fields
 from pipeline.card import CARD, model_card
 from pipeline.errors import UserError
 from pipeline.formats.beside import is_code, without_code
+from pipeline.formats.configuration import followed
 from pipeline.formats.delta import DELTA, FORMAT, delta_name
-from pipeline.plan import Plan, Shard, index_json, make_plan
+from pipeline.plan import Plan, Shard, index_json, is_untied, make_plan, vocabulary_of
 from pipeline.recipe import PATHS, Recipe
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
@@ -343,7 +344,7 @@ def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
         if name != "config.json" and not (is_code(name) and not plan.recipe.allow_code):
             yield name, functools.partial(_side_file, plan, name)
     yield CARD, lambda: model_card(plan, read_table(plan.recipe.out)).encode()
-    if len(plan.shards) > 1 and plan.recipe.emit != "delta":
+    if sum("/" not in s.name for s in plan.shards) > 1 and plan.recipe.emit != "delta":
         yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
     if "config.json" in plan.finetuned.side_files:
         yield "config.json", lambda: _config(plan)
@@ -385,23 +386,18 @@ def _read_to_measure(out: Store) -> int:
 
 
 def _config(plan: Plan) -> bytes:
-    """finetuned's configuration, with the dtype that was asked for, if one was, and without what speaks of codes."""
+    """finetuned's configuration as it describes the output; its own bytes where nothing changes."""
     text = _side_file(plan, "config.json")
-    dtype = plan.recipe.dtype or ("bfloat16" if plan.finetuned.quantized else None)
-    if dtype is None:
-        return text
     try:
         config = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     if not isinstance(config, dict):
         return text
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = dtype
-    if plan.finetuned.quantized:
-        config.pop("quantization_config", None)
-    return (json.dumps(config, indent=2) + "\n").encode()
+    quantized = plan.finetuned.quantized
+    dtype = plan.recipe.dtype or ("bfloat16" if quantized else None)
+    known = followed(config, dtype, quantized, vocabulary_of(plan), is_untied(plan))
+    return text if known == config else (json.dumps(known, indent=2) + "\n").encode()
 
 
 def read_table(path: str) -> list[dict[str, Any]]:

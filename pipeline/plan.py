@@ -9,6 +9,7 @@ ties (SEMANTICS.md, 5), and a worker hands out its part of a tie quota without a
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,12 +22,14 @@ from pipeline import fields
 from pipeline.errors import UserError, printable
 from pipeline.formats.accounts import Account, account
 from pipeline.formats.beside import is_code
-from pipeline.formats.checkpoint import Checkpoint, open_checkpoint, read_config
+from pipeline.formats.checkpoint import MODEL, Checkpoint, open_checkpoint, read_config
 from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from pipeline.formats.header import build_header
-from pipeline.formats.names import packed_like, renamed
+from pipeline.formats.layouts import arranged_like, in_memory, reordered
+from pipeline.formats.names import packed_like, renamed, renaming
 from pipeline.formats.newest import newest
 from pipeline.formats.tensor import Side, TensorInfo
+from pipeline.formats.unpaired import refuse_strangers, refuse_unpaired
 from pipeline.formats.vocabulary import moved, tied_to, token_ids, vocabularies
 from pipeline.recipe import Recipe, Rule
 from pipeline.scoring.methods import METHODS
@@ -42,6 +45,7 @@ class PairedTensor:
         common: elements that are pruned: all of them, or those of the rows that base has too.
         group: the group it competes in; empty if it is not pruned.
         density: what it adds to its group's budget, a share of `common`; for methods that use it, α or the divisor.
+        folder: of a model of several folders the one in which it lies, with which its name then begins.
     """
 
     name: str
@@ -55,6 +59,12 @@ class PairedTensor:
     group: str
     nbytes: int
     density: float = 0.0
+    folder: str = ""
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in its file."""
+        return self.name[len(self.folder) + 1 :] if self.folder else self.name
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
@@ -94,6 +104,27 @@ class Group:
     wide: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Floating-point elements of an output: all, those taken from finetuned as they are, and of these those without a
+    partner in base."""
+
+    numel: int
+    taken: int
+    unpaired: int
+
+
+def weights_of(tensors: Iterable[PairedTensor]) -> Weights:
+    numel = taken = unpaired = 0
+    for t in tensors:
+        if is_weight(t.dtype):
+            alone = t.numel if t.base is None else t.numel - t.common if t.action == "prune" else 0
+            numel += t.numel
+            unpaired += alone
+            taken += t.numel if t.action == "finetuned" else alone
+    return Weights(numel, taken, unpaired)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that will be done.
@@ -103,6 +134,7 @@ class Plan:
         given: the same as it was given.
         left_out: the tensors that only base has; `added`: those that only finetuned has.
         accounts: by side, what becomes of every stored tensor.
+        heads: those that only finetuned stores, and that base ties to its embedding.
         chosen: how the recipe was chosen, for the card; empty where nothing is to be said.
     """
 
@@ -116,6 +148,7 @@ class Plan:
     added: tuple[str, ...]
     oddities: tuple[str, ...]
     accounts: dict[str, Account]
+    heads: tuple[str, ...] = ()
     chosen: str = ""
 
     @property
@@ -126,6 +159,10 @@ class Plan:
     def pair_bytes(self) -> int:
         """Bytes of all inputs that the output depends on."""
         return sum(t.read_bytes for s in self.shards for t in s.tensors)
+
+    @property
+    def weights(self) -> Weights:
+        return weights_of(self.tensors())
 
     def tensors(self) -> Iterable[PairedTensor]:
         return (t for s in self.shards for t in s.tensors)
@@ -147,8 +184,10 @@ def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
     finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
     with without_collection():
         pickles = recipe.allow_pickle
-        known = open_checkpoint(base, "base", allow_pickle=pickles)
-        tuned = open_checkpoint(finetuned, "finetuned", known, recipe.renames, pickles, recipe.on_conflict)
+        known = open_checkpoint(base, "base", allow_pickle=pickles, plain_codes=recipe.plain_codes)
+        tuned = open_checkpoint(
+            finetuned, "finetuned", known, recipe.renames, pickles, recipe.on_conflict, recipe.plain_codes
+        )
         plans = []
         for given in recipes:
             plan = plan_pair(given.model_copy(update={"base": base, "finetuned": finetuned}), known, tuned)
@@ -175,11 +214,10 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     left_out = tuple(sorted(base.tensors.keys() - finetuned.tensors.keys()))
     added = tuple(sorted(finetuned.tensors.keys() - base.tensors.keys()))
     if len(added) == len(finetuned.tensors):
-        raise UserError(
-            f"base and finetuned have no tensor name in common (base has {_first(left_out)}, finetuned has "
-            f"{_first(added)}): these are not two versions of one model"
-        )
+        refuse_strangers(base.tensors, finetuned.tensors)
     heads = _tied_heads(base, finetuned, added, oddities)
+    if recipe.unpaired == "error":
+        _refuse_unpaired(recipe, base, finetuned, heads)
     paired = _pair_all(recipe, base, finetuned, heads, oddities)
     _compare_vocabularies(recipe, base, finetuned, paired, oddities)
     alone = []
@@ -198,10 +236,27 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         oddities.append("base and finetuned are the same folder: the output will be its copy")
     oddities += _left_behind(recipe, finetuned)
     oddities += _ignored_settings(recipe, [t.name for t in paired])
+    if recipe.emit != "checkpoint" and any(t.folder for t in paired):
+        raise UserError(
+            f"--emit {recipe.emit}: finetuned has weights in {next(t.folder for t in paired if t.folder)} too, and a "
+            "sparse task vector is of one folder; prune it as a checkpoint"
+        )
     accounts = _accounts(base, finetuned, paired, left_out)
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
     said = tuple(map(printable, oddities))
-    return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts)
+    return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts, tuple(heads))
+
+
+def _refuse_unpaired(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, heads: dict[str, TensorInfo]) -> None:
+    def undecided(side: Checkpoint, other: Checkpoint) -> list[TensorInfo]:
+        alone = (info for name, info in side.tensors.items() if name not in other.tensors)
+        return [info for info in alone if info.name not in heads and recipe.rule_of(info.name) is None]
+
+    def numel(side: Checkpoint) -> int:
+        return sum(info.numel for info in side.tensors.values() if is_weight(info.dtype))
+
+    alone = [info for info in undecided(base, finetuned) if not tied_to(info, finetuned)]
+    refuse_unpaired(alone, undecided(finetuned, base), numel(base), numel(finetuned))
 
 
 def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> Checkpoint:
@@ -212,7 +267,44 @@ def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoi
             oddities.append("--rename changes nothing: base has all of finetuned's names")
         return base
     tensors = renamed(base.tensors, wanted, recipe.renames, oddities)
+    tensors = _in_its_layout(tensors, wanted, [_architecture(finetuned), _architecture(base)], oddities)
     return replace(base, tensors=packed_like(tensors, wanted, oddities))
+
+
+def _architecture(side: Checkpoint) -> str:
+    """The class of its model, as its configuration calls it; empty where it does not."""
+    listed = read_config(side).get("architectures")
+    return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+
+
+def _in_its_layout(
+    base: dict[str, TensorInfo], wanted: dict[str, TensorInfo], architectures: list[str], oddities: list[str]
+) -> dict[str, TensorInfo]:
+    """base's tensors, those without a partner as finetuned keeps them where it is in another layout of one model."""
+    ours = {name: info for name, info in base.items() if name not in wanted}
+    theirs = {name: info for name, info in wanted.items() if name not in base}
+    architecture = next(filter(None, architectures), "")
+    if not ours or not theirs:
+        return base
+    (here, lost), (there, lost_too) = (in_memory(side, architecture) for side in (ours, theirs))
+    if lost or lost_too:
+        raise UserError(
+            f"base and finetuned are in two layouts of {architecture}, and how {min([*lost, *lost_too])} becomes what "
+            "the other has is not known here: save them in one layout (transformers: load each, and save_pretrained)"
+        )
+    moves = renaming(here, there, (), [])
+    found, used = arranged_like({moves[name]: array for name, array in here.items()}, there, ours, theirs)
+    if not found:
+        return base
+    unclear = reordered(base.keys() & wanted.keys(), architecture)
+    if unclear:
+        raise UserError(
+            f"base and finetuned are in two layouts of {architecture}, and {min(unclear)}, which has one name in both, "
+            "is not the same in both: save them in one layout (transformers: load each, and save_pretrained)"
+        )
+    called = f" of {architecture}" if architecture else ""
+    oddities.append(f"base is compared in finetuned's layout{called} ({len(found)} tensors)")
+    return {name: info for name, info in base.items() if name not in used} | found
 
 
 def _accounts(
@@ -342,6 +434,8 @@ def _pair_all(
             grown.append(f"{name} ({p.shape[0]} → {f.shape[0]} rows)")
             paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, group_of(name, scope), density))
         else:
+            if 0 in (f.numel, p.numel):
+                _refuse_empty("base" if f.numel else "finetuned", name, p if f.numel else f)
             wrong.append(f"{name} (base {list(p.shape)}, finetuned {list(f.shape)})")
     if wrong:
         raise UserError(
@@ -355,6 +449,14 @@ def _pair_all(
     if grown:
         oddities.append(f"rows that only finetuned has are taken from it: {_first(grown)}")
     return paired
+
+
+def _refuse_empty(side: str, name: str, info: TensorInfo) -> None:
+    raise UserError(
+        f"{side}: {name} has no elements ({list(info.shape)}) where the other side has some: so DeepSpeed's ZeRO-3 "
+        "saves what it has not gathered. Save with stage3_gather_16bit_weights_on_model_save, or put them "
+        "together from its checkpoint with zero_to_fp32.py"
+    )
 
 
 def _paired(
@@ -371,7 +473,9 @@ def _paired(
     numel = math.prod(shape)
     source = p if action == "base" and p else f
     nbytes = numel * itemsize(dtype) if is_weight(dtype) else source.nbytes
-    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, density)
+    folder = f.file.rpartition("/")[0]
+    folder = folder if name.startswith(f"{folder}/") else ""
+    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, density, folder)
 
 
 def _rows_added(p: TensorInfo, f: TensorInfo) -> bool:
@@ -388,6 +492,22 @@ _VOCABULARY = re.compile(
 def _is_vocabulary(name: str) -> bool:
     outside = group_of(name, "layer") == name
     return outside and bool(_VOCABULARY.search(name)) and not re.search(r"position|token_type", name)
+
+
+def vocabulary_of(plan: Plan) -> tuple[tuple[int, ...], int] | None:
+    """The rows that base and finetuned have for their tokens, and those of the output; None if there is not one number.
+
+    Of heads, biases and embeddings outside layers.
+    """
+    found = [t for t in plan.tensors() if _is_vocabulary(t.name) and t.shape and t.base and t.finetuned]
+    written = {t.shape[0] for t in found}
+    sides = {info.shape[0] for t in found for info in (t.base, t.finetuned) if info and info.shape}
+    return (tuple(sorted(sides)), written.pop()) if len(written) == 1 and len(sides) > 1 else None
+
+
+def is_untied(plan: Plan) -> bool:
+    """Whether the output has a head of its own beside an embedding to which base ties it."""
+    return bool(plan.heads)
 
 
 def group_of(name: str, scope: str) -> str:
@@ -421,8 +541,22 @@ MOST_TENSORS = 1 << 14
 def cut(tensors: list[PairedTensor], shard_size: int) -> tuple[Shard, ...]:
     """Cut tensors, in the order given, into shards of about equal size, of at most `shard_size` bytes and MOST_TENSORS.
 
-    A tensor larger than that has a shard of its own. Names follow the Hugging Face convention.
+    A tensor larger than that has a shard of its own. Names follow the Hugging Face convention. What lies in a folder of
+    its own has one shard there.
     """
+    parts: list[list[PairedTensor]] = []
+    for folder, grouped in itertools.groupby(tensors, key=lambda t: t.folder):
+        inside = list(grouped)
+        parts += [inside] if folder else _parts(inside, shard_size)
+    count = sum(not part or not part[0].folder for part in parts)
+    numbers = itertools.count()
+    return tuple(
+        _shard(i, part, f"{part[0].folder}/{MODEL}" if part and part[0].folder else _shard_name(next(numbers), count))
+        for i, part in enumerate(parts or [[]])
+    )
+
+
+def _parts(tensors: list[PairedTensor], shard_size: int) -> list[list[PairedTensor]]:
     total = sum(t.nbytes for t in tensors)
     count = max(1, math.ceil(total / shard_size), math.ceil(len(tensors) / MOST_TENSORS))
     parts: list[list[PairedTensor]] = [[]]
@@ -435,12 +569,15 @@ def cut(tensors: list[PairedTensor], shard_size: int) -> tuple[Shard, ...]:
         parts[-1].append(tensor)
         here += tensor.nbytes
         done += tensor.nbytes
-    return tuple(_shard(i, len(parts), part) for i, part in enumerate(parts))
+    return parts
 
 
-def _shard(index: int, count: int, tensors: list[PairedTensor]) -> Shard:
-    name = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-    header = build_header((t.name, t.dtype, t.shape, t.nbytes) for t in tensors)
+def _shard_name(index: int, count: int) -> str:
+    return MODEL if count <= 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shard(index: int, tensors: list[PairedTensor], name: str) -> Shard:
+    header = build_header((t.stored_name, t.dtype, t.shape, t.nbytes) for t in tensors)
     return Shard(index, name, tuple(tensors), header, len(header) + sum(t.nbytes for t in tensors))
 
 
@@ -475,5 +612,6 @@ def budget(numels: dict[float, int]) -> int:
 
 def index_json(shards: Iterable[Shard]) -> dict[str, object]:
     """The index that Hugging Face libraries read: the size of all tensors in bytes, and each one's file."""
-    weight_map = {t.name: s.name for s in shards for t in s.tensors}
-    return {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.tensors)}, "weight_map": weight_map}
+    there = [(t, s.name) for s in shards for t in s.tensors if not t.folder]
+    weight_map = {t.name: name for t, name in there}
+    return {"metadata": {"total_size": sum(t.nbytes for t, _ in there)}, "weight_map": weight_map}

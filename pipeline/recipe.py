@@ -27,7 +27,10 @@ from pipeline import fields
 from pipeline.errors import UserError
 from pipeline.scoring.methods import METHODS
 
-_LATER = ("renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict")
+_LATER = (
+    "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",
+    "unpaired",
+)  # fmt: skip
 
 EVERYTHING = ("*=finetuned",)
 """The rules that take all of finetuned as it is."""
@@ -149,6 +152,8 @@ class Recipe(BaseModel):
     delta_compression: Literal["zstd", "none"] = "zstd"
     reversible: bool = False
     on_conflict: Literal["error", "first", "last"] = "error"
+    unpaired: Literal["error", "pass"] = "error"
+    plain_codes: bool = False
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     nonfinite: Literal["error", "base"] = "error"
@@ -186,8 +191,16 @@ class Recipe(BaseModel):
     def _renames(cls, renames: tuple[str, ...]) -> tuple[str, ...]:
         for text in renames:
             before, equals, after = text.partition("=")
-            if not equals or before == after:
-                raise ValueError(f"{text!r} is not FROM=TO, the beginnings of base's and finetuned's names")
+            stars = [(part.startswith("*"), part.endswith("*")) for part in (before, after)]
+            bare = [part.strip("*") for part in (before, after)]
+            inside = stars[0] == (True, True) and not bare[0]
+            if not equals or before == after or stars[0] != stars[1] or stars[0] == (False, True) or inside:
+                raise ValueError(
+                    f"{text!r} is not FROM=TO, the beginnings of base's and finetuned's names (*FROM*=*TO* is the same "
+                    "in the middle of names, *FROM=*TO at their ends)"
+                )
+            if any("*" in part for part in bare):
+                raise ValueError(f"{text!r}: a * stands at the beginning or the end")
         return renames
 
     @field_validator("rules", mode="before")

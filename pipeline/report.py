@@ -129,6 +129,7 @@ def run_text(facts: dict[str, Any]) -> str:
         fields.append(("density", f"{asked}, {totals['density']:.4g} kept, {effective}"))
         same = "Δ is 0 everywhere: finetuned equals base"
         fields.append(("kept ‖Δ‖²", same if totals["kept_share"] is None else _share(totals["kept_share"])))
+    fields += _of_all(totals.get("weights"), totals.get("density_of_all"), totals.get("unpaired"))
     rate = facts.get("read_bytes_per_second")
     fields += [
         ("read", format_bytes(totals["read_bytes"]) + (f", {format_bytes(rate)}/s" if rate else "")),
@@ -137,6 +138,14 @@ def run_text(facts: dict[str, Any]) -> str:
         ("time", f"{seconds_text(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
     return _with_oddities(heading, fields, facts["oddities"])
+
+
+def _of_all(weights: int | None, density: float | None, unpaired: int | None) -> list[tuple[str, str]]:
+    """What of all weights is fine-tuned, where some have no partner."""
+    if not weights or not unpaired or density is None:
+        return []
+    said = f"{density:.4g} of {weights:,} are fine-tuned, of which {unpaired:,} have no partner in base"
+    return [("all weights", said)]
 
 
 def _delta_text(totals: dict[str, Any]) -> str:
@@ -213,6 +222,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
     from pipeline.run import to_measure
 
     elements = sum(tensor.numel for tensor in plan.tensors())
+    kept, weights = sum(g.k for g in plan.groups.values()), plan.weights
     kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
     for tensor in plan.tensors():
         kinds[_kind(plan, tensor)].append(tensor.name)
@@ -232,8 +242,11 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "largest_shard_bytes": max(s.nbytes for s in plan.shards),
         "groups": len(plan.groups),
         "wide_groups": sum(g.wide for g in plan.groups.values()),
+        "weights": weights.numel,
+        "unpaired": weights.unpaired,
+        "density_of_all": (kept + weights.taken) / weights.numel if weights.numel else None,
         "competing_elements": sum(g.numel for g in plan.groups.values()),
-        "kept_elements": sum(g.k for g in plan.groups.values()),
+        "kept_elements": kept,
         "inputs": {side.role: _where(side) for side in (plan.base, plan.finetuned)},
         "upload_bytes": plan.write_bytes if scheme_of(plan.recipe.out) else 0,
         "read_bytes": plan.pair_bytes,
@@ -311,6 +324,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("shards", f"{facts['shards']:,}{left}, the largest {format_bytes(facts['largest_shard_bytes'])}"),
         ("groups", f"{facts['groups']:,}{wide}"),
         ("kept", f"{facts['kept_elements']:,} of {facts['competing_elements']:,} elements"),
+        *_of_all(facts["weights"], facts["density_of_all"], facts["unpaired"]),
         ("to read", format_bytes(facts["read_bytes"]) + (twice if facts["read_twice_bytes"] else "")),
         ("to write", _to_write(facts)),
         ("memory", f"{format_bytes(facts['memory_bytes_per_worker'])} a worker, beside the interpreter"),

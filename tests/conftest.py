@@ -35,7 +35,7 @@ class Runner:
 
     def recipe(self, out: str | None = None, **choices: Any) -> Recipe:
         sides = {"base": str(self.folder / "base"), "finetuned": str(self.folder / "finetuned")}
-        defaults = {"workers": 1, "device": "cpu", "memory": "128MB"}
+        defaults = {"workers": 1, "device": "cpu", "memory": "128MB", "plain_codes": True}
         return Recipe.of(**sides, out=str(self.folder / (out or self.new_name())), **{**defaults, **choices})
 
     def new_name(self) -> str:

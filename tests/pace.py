@@ -32,9 +32,14 @@ def pace() -> float:
     return max(1.0, (time.perf_counter() - began) / 0.3)
 
 
+_known = {"pace": 1.0, "until": 0.0}
+
+
 def patience() -> float:
-    """What seconds of a quiet machine are to be multiplied with before something counts as hung."""
-    return _MARGIN * pace()
+    """What seconds of a quiet machine are multiplied with before something counts as hung; measured once a minute."""
+    if time.monotonic() > _known["until"]:
+        _known.update(pace=pace(), until=time.monotonic() + 60)
+    return _MARGIN * _known["pace"]
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 60, pause: float = 0.02) -> Any:
@@ -42,7 +47,7 @@ def wait_until(true: Callable[[], Any], seconds: float = 60, pause: float = 0.02
     began, limit = time.monotonic(), seconds
     while not (found := true()):
         if time.monotonic() - began > limit:
-            extended = seconds * patience()
+            extended = seconds * _MARGIN * pace()
             assert limit < extended, f"it did not happen in {limit:.0f} s"
             limit = extended
         time.sleep(pause)

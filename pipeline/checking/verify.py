@@ -10,6 +10,7 @@ Each tensor is read twice, a chunk at a time (for its mean, then to be compared)
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import xxhash
 from pipeline import fields
 from pipeline.checking.comparing import Budget, Comparison, Progress
 from pipeline.checking.consumers import read_as_consumers_do
+from pipeline.checking.folder import check_folder, refused_by_transformers
 from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.formats.delta import DELTA, check_base, patched, read_delta, stored_in
@@ -33,7 +35,11 @@ from pipeline.storage.store import Reader, Store
 
 
 def verify(
-    out: str, base: str | None = None, finetuned: str | None = None, progress: Progress | None = None
+    out: str,
+    base: str | None = None,
+    finetuned: str | None = None,
+    progress: Progress | None = None,
+    load: bool = False,
 ) -> list[str]:
     """Check a finished prune: its files, every element of every tensor, and what each group keeps.
 
@@ -41,6 +47,7 @@ def verify(
         out: the output folder.
         base, finetuned: where the inputs are now, if not where the run found them.
         progress: told bytes of the output as they are checked; they add up to the bytes of its tensors.
+        load: ask transformers too whether names and shapes are those of the model.
 
     Returns:
         What is wrong, a sentence each that names the shard, tensor or group; empty if all is right.
@@ -57,7 +64,11 @@ def verify(
             tensors, unreadable, problems = _check_delta(plan, folder, records)
         else:
             tensors, unreadable, problems = _check_files(folder, records)
-            problems += _check_index(folder, tensors, unreadable, len(records))
+            listed = {name: info for name, info in tensors.items() if "/" not in info.file}
+            problems += _check_index(folder, listed, unreadable, sum("/" not in record["name"] for record in records))
+        if plan.recipe.emit != "delta":
+            problems += check_folder(folder, tensors, plan.finetuned.tensors)
+            problems += refused_by_transformers(folder) if load else []
         if plan.recipe.emit == "both":
             found, _, more = _check_delta(plan, folder, [record["delta"] for record in records])
             problems += more + _differing(plan, folder, tensors, found)
@@ -190,11 +201,13 @@ def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str
             problems.append(str(error))
             unreadable.add(name)
             continue
+        problems += read_as_consumers_do(folder, name, found)
+        inside = name.rpartition("/")[0]
         for tensor in found:
+            tensor = replace(tensor, name=f"{inside}/{tensor.name}") if inside else tensor
             if tensor.name in tensors:
                 problems.append(f"tensor {tensor.name!r}: in both {tensors[tensor.name].file} and {name}")
             tensors[tensor.name] = tensor
-        problems += read_as_consumers_do(folder, name, found)
     known = {record["name"] for record in records} | {r["delta"]["name"] for r in records if "delta" in r}
     for name in sorted(folder.files()):
         if name.endswith(".safetensors") and "/" not in name and name not in known:

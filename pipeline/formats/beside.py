@@ -14,7 +14,7 @@ TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "
 MODEL_CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 _MAX_SIDE_BYTES = 256 << 20
-_TRAINING_STATE = ("trainer_state.json", "README.md")
+_TRAINING_STATE = ("trainer_state.json", "README.md", "adapter_config.json")
 
 
 def side_files_of(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.formats.adapter import CONFIG, WEIGHTS, read_adapter, with_adapter
+from pipeline.formats.adapter import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    of_training,
+    read_adapter,
+    unmerged,
+    with_adapter,
+    without_tied_head,
+)
 from pipeline.formats.beside import MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
+from pipeline.formats.configuration import ties
 from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
 from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
 from pipeline.formats.names import packed_like, renamed, unwrapped
 from pipeline.formats.pickled import describe, distributed_folder, torch_files
-from pipeline.formats.quantized import dequantized
+from pipeline.formats.quantized import DESCRIPTION, dequantized, described_codes
 from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
 from pipeline.storage.address import open_store
 from pipeline.storage.layers import Layers
@@ -64,7 +75,7 @@ class Checkpoint:
 
 def open_checkpoint(
     path: str, role: str, base: Checkpoint | None = None, renames: Sequence[str] = (), allow_pickle: bool = False,
-    on_conflict: str = "error",
+    on_conflict: str = "error", plain_codes: bool = False,
 ) -> Checkpoint:  # fmt: skip
     """Read the headers of the checkpoint in the folder `path`.
 
@@ -73,6 +84,7 @@ def open_checkpoint(
         renames: FROM=TO, beginnings of base's names and the adapter's.
         allow_pickle: let another process look into pickles, if they are all that there is.
         on_conflict: what counts where several sparse task vectors do not agree: `first`, `last` or `error`.
+        plain_codes: FP8 without a scale is the values that it spells.
 
     Raises:
         UserError: there is no such folder, it holds no weights, a shard is missing, or a header lies.
@@ -90,16 +102,97 @@ def open_checkpoint(
         pickled = _pickled(folder, top)
         if DELTA in top and MODEL not in top and INDEX not in top:
             return _of_delta(folder, found, role, base, renames)
+        _refuse_two_kinds(folder, top, role)
         if pickled:
             read = _described(folder, *pickled, role, allow_pickle)
             oddities: list[str] = []
         else:
             read, oddities = _read_headers(folder, found, role)
+            _add_modules(folder, found, read, role)
         checkpoint = _opened(folder, found, read, role, oddities)
-        is_adapter = WEIGHTS in checkpoint.identity
-        return _with_adapter(checkpoint, base, renames) if is_adapter else _finished(checkpoint, base)
+        if {WEIGHTS, PICKLED} & checkpoint.identity.keys():
+            return _with_adapter(checkpoint, base, renames)
+        return _finished(_merged(checkpoint, base), base, plain_codes)
     finally:
         folder.close()
+
+
+def _refuse_two_kinds(folder: Store, top: set[str], role: str) -> None:
+    """Whether an adapter lies beside a whole model.
+
+    Raises:
+        UserError: it does, so that it cannot be known which is meant.
+    """
+    adapters = sorted({WEIGHTS, PICKLED} & top)
+    others = sorted(
+        {name for name in top if name.endswith(".safetensors")} - {WEIGHTS} | {*torch_files(top)} - {PICKLED}
+    )
+    if adapters and others:
+        raise UserError(
+            f"{role}: {folder.address} holds an adapter ({adapters[0]}) and a whole model ({others[0]}); give a folder "
+            "that holds the one that counts"
+        )
+
+
+def _merged(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """The same with an adapter that was saved inside it, as FSDP and others leave it, added to its own weights.
+
+    Some models (Phi-4-multimodal) have adapters for good: then base has the same names.
+
+    Raises:
+        UserError: it is not said how.
+    """
+    if base is None or checkpoint.role == "base":
+        return checkpoint
+    markers = [name for name in of_training(checkpoint.tensors) if name not in base.tensors]
+    if not markers:
+        return checkpoint
+    folder, where = checkpoint.folder, f"{checkpoint.role}: {checkpoint.folder.address}"
+    if not folder.has(CONFIG):
+        raise UserError(
+            f"{where}: {markers[0]} belongs to an adapter that was not merged, and there is no {CONFIG} that says how "
+            "strong it is; put the one of the training there, or load the model with PEFT, call merge_and_unload() "
+            "and save it"
+        )
+    said = read_adapter(_small(folder, CONFIG, where), where)
+    kinds, side = _kinds(checkpoint), _side(checkpoint.role)
+    tensors, gone = unmerged(said, checkpoint.tensors, kinds, where, side)
+    oddities = (
+        *checkpoint.oddities,
+        f"{checkpoint.role}: an adapter inside it is added to its weights as they are read",
+    )
+    identity = {**checkpoint.identity, CONFIG: _identity_of(folder, CONFIG)}
+    side_files = tuple(name for name in checkpoint.side_files if name != CONFIG)
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        gone=_as_stored(checkpoint, gone),
+        oddities=oddities,
+        identity=identity,
+        side_files=side_files,
+    )
+
+
+def _as_stored(checkpoint: Checkpoint, gone: Mapping[str, str]) -> dict[str, str]:
+    """The same by the names that the files have, before what training had put into them was taken out."""
+    names = {(info.file, info.offset, info.nbytes): info.name for info in checkpoint.stored}
+    infos = ((checkpoint.tensors[name], why) for name, why in gone.items())
+    return {names.get((info.file, info.offset, info.nbytes), info.name): why for info, why in infos}
+
+
+def _small(folder: Store, name: str, where: str) -> bytes:
+    if folder.size(name) > MAX_CONFIG_BYTES:
+        raise UserError(f"{where}: {name} has {folder.size(name)} bytes, more than any configuration")
+    return folder.read(name)
+
+
+def _kinds(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The `model_type`s of a configuration and its parts; none if its code is not transformers' own."""
+    config = read_config(checkpoint)
+    if "auto_map" in config:
+        return ()
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return tuple(part["model_type"] for part in parts if isinstance(part.get("model_type"), str))
 
 
 _Found = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
@@ -113,6 +206,44 @@ def _read_headers(folder: Store, found: dict[str, FileStat], role: str) -> tuple
     read = _headers_of(folder, files, found, role)
     _compare_with_index(index, read[0], role, oddities)
     return read, oddities
+
+
+MODULES = "modules.json"
+"""The folders of which a model of sentence-transformers consists."""
+
+PIPELINE = "model_index.json"
+"""The same of a pipeline of diffusers."""
+
+
+def _add_modules(folder: Store, found: dict[str, FileStat], read: _Found, role: str) -> None:
+    """Add the weights of the folders that a model names as its own, each tensor by its folder's name and its own.
+
+    Raises:
+        UserError: they are in a format that is not read.
+    """
+    for path in _module_folders(folder, found, role):
+        inside = {name.removeprefix(f"{path}/") for name in found if name.startswith(f"{path}/")}
+        if MODEL in inside:
+            tensors, identity = _headers_of(folder, [f"{path}/{MODEL}"], found, role)
+            read[0].update({f"{path}/{name}": replace(info, name=f"{path}/{name}") for name, info in tensors.items()})
+            read[1].update(identity)
+        elif weights := sorted(name for name in inside if name.endswith((".bin", ".pt", ".pth", ".safetensors"))):
+            raise UserError(
+                f"{role}: {folder.address} is a model of several folders ({MODULES}), and {path}/{weights[0]} is not "
+                f"read; save it with safetensors ({path}/{MODEL})"
+            )
+
+
+def _module_folders(folder: Store, found: dict[str, FileStat], role: str) -> list[str]:
+    if MODULES not in found:
+        return []
+    try:
+        listed = json.loads(_small(folder, MODULES, f"{role}: {folder.address}"))
+        paths = [str(module["path"]) for module in listed]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{role}: {folder.at(MODULES)} does not list the folders of a model") from None
+    names = {name.rpartition("/")[0] for name in found}
+    return [path for path in dict.fromkeys(paths) if path in names and path and "/" not in path]
 
 
 def _headers_of(folder: Store, files: Sequence[str], found: dict[str, FileStat], role: str) -> _Found:
@@ -203,7 +334,7 @@ def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, 
     return Checkpoint(role, folder, bare, identity, side_files, tuple(oddities), stored=stored)
 
 
-def _finished(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+def _finished(checkpoint: Checkpoint, base: Checkpoint | None, plain_codes: bool) -> Checkpoint:
     """The same with the weights that codes stand for, and with base's side files where it has no configuration."""
     if base and MODEL_CONFIG not in checkpoint.side_files and MODEL_CONFIG in base.side_files:
         borrowed = {name: base.folder for name in base.side_files if name not in checkpoint.side_files}
@@ -211,7 +342,7 @@ def _finished(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
         said = f"{checkpoint.role} has no {MODEL_CONFIG}: base's is taken, with the files beside it"
         oddities = (*checkpoint.oddities, said)
         checkpoint = replace(checkpoint, side_files=side_files, borrowed=borrowed, oddities=oddities)
-    return _with_weights(checkpoint)
+    return _with_weights(checkpoint, plain_codes)
 
 
 def _pickled(folder: Store, top: set[str]) -> tuple[str, list[str]] | None:
@@ -254,19 +385,39 @@ def _described(folder: Store, kind: str, names: list[str], role: str, allow_pick
     return tensors, identity
 
 
-def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with the weights that its codes stand for, if it is quantized."""
+def _with_weights(checkpoint: Checkpoint, plain_codes: bool) -> Checkpoint:
+    """The same with the weights that its codes stand for, if it is quantized.
+
+    Raises:
+        UserError: it says that it is, and is not.
+    """
     where = f"{checkpoint.role}: {checkpoint.folder.address}"
-    tensors, gone = dequantized(checkpoint.tensors, read_config(checkpoint), _side(checkpoint.role), where)
+    described = described_codes(read_config(checkpoint), read_json(checkpoint, DESCRIPTION))
+    tensors, gone = dequantized(checkpoint.tensors, described, _side(checkpoint.role), where, plain_codes)
     if not gone:
+        if described and checkpoint.role == "finetuned":
+            what = str(described.get("quant_method") or "some")[:40]
+            raise UserError(
+                f"{where}: its configuration says that its weights are {what} codes, and none of its tensors holds "
+                f"any; take quantization_config out of {MODEL_CONFIG} (and {DESCRIPTION} away) if the weights are what "
+                "they seem, or give the folder that has the codes"
+            )
         return checkpoint
     many = sum(info.form is not None for info in tensors.values())
     said = f"{checkpoint.role}: {many} quantized tensor(s) are taken as the bfloat16 that they stand for"
-    identity = {**checkpoint.identity}
-    if MODEL_CONFIG in checkpoint.side_files:
-        identity[MODEL_CONFIG] = _identity_of(checkpoint.folder, MODEL_CONFIG)
+    describing = [name for name in (MODEL_CONFIG, DESCRIPTION) if name in checkpoint.side_files]
+    identity = {**checkpoint.identity, **{name: _identity_of(checkpoint.folder, name) for name in describing}}
+    side_files = tuple(name for name in checkpoint.side_files if name != DESCRIPTION)
     oddities = (*checkpoint.oddities, said)
-    return replace(checkpoint, tensors=tensors, gone=gone, identity=identity, oddities=oddities, quantized=True)
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        gone={**checkpoint.gone, **_as_stored(checkpoint, gone)},
+        identity=identity,
+        side_files=side_files,
+        oddities=oddities,
+        quantized=True,
+    )
 
 
 def _side(role: str) -> Side:
@@ -286,13 +437,18 @@ def _digest(data: bytes) -> str:
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json, or nothing if there is none or it is none."""
-    if MODEL_CONFIG not in checkpoint.side_files:
+    return read_json(checkpoint, MODEL_CONFIG)
+
+
+def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """The object in a side file, or nothing if there is none."""
+    if name not in checkpoint.side_files:
         return {}
     try:
-        config = json.loads(checkpoint.read(MODEL_CONFIG))
+        found = json.loads(checkpoint.read(name))
     except (ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequence[str]) -> Checkpoint:
@@ -302,14 +458,15 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
         raise UserError(f"{where} holds a LoRA adapter, which is no base; give it as --finetuned")
     if not folder.has(CONFIG):
         raise UserError(f"{where} holds a LoRA adapter without its {CONFIG}")
-    if folder.size(CONFIG) > MAX_CONFIG_BYTES:
-        raise UserError(f"{where}: {CONFIG} has {folder.size(CONFIG)} bytes, more than any configuration")
-    said = read_adapter(folder.read(CONFIG), where)
+    said = read_adapter(_small(folder, CONFIG, where), where)
     identity = {**adapter.identity, CONFIG: _identity_of(folder, CONFIG)}
     if base is None:
         return replace(adapter, identity=identity)
     oddities = [*adapter.oddities]
-    tensors = with_adapter(said, adapter.tensors, base.tensors, renames, where, oddities)
+    known, gone = adapter.tensors, dict[str, str]()
+    if ties(read_config(base)):
+        known, gone = without_tied_head(said, known, base.tensors, where)
+    tensors = with_adapter(said, known, base.tensors, renames, _kinds(base), where, oddities)
     own = [name for name in adapter.side_files if name not in (CONFIG, "README.md") and name.startswith(TOKENIZER)]
     borrowed = {name: base.folder for name in base.side_files if name not in own}
     oddities.append(f"{adapter.role}: an adapter; what base becomes with it is formed while it is read")
@@ -321,6 +478,7 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
         side_files=side_files,
         oddities=tuple(oddities),
         borrowed=borrowed,
+        gone=_as_stored(adapter, gone),
         quantized=base.quantized,
     )
 
@@ -337,6 +495,18 @@ def _weight_files(
         weight_map = _read_index(folder, indices[0], role)
         files = sorted(set(weight_map.values()))
         missing = [name for name in files if "/" in name or name not in top]
+        if MODEL in weights and files != [MODEL] and all(_SAFETENSORS.fullmatch(name) for name in files):
+            if not missing:
+                raise UserError(
+                    f"{role}: {folder.address} holds two checkpoints, {MODEL} and the {len(files)} files of "
+                    f"{indices[0]}; transformers would read {MODEL}: remove the one that does not count"
+                )
+            oddities.append(
+                f"{role}: {MODEL} is read, as transformers does; {indices[0]} is of an older save, whose "
+                f"{missing[0]} is gone"
+            )
+            _mention_ignored(weights, [MODEL], role, oddities)
+            return [MODEL], None
         if missing:
             raise UserError(
                 f"{role}: {indices[0]} names {len(missing)} file(s) that {folder.address} does not have: "
@@ -348,6 +518,18 @@ def _weight_files(
         _mention_ignored(weights, ["model.safetensors"], role, oddities)
         return ["model.safetensors"], None
     parts = [name for name in weights if not name.startswith("consolidated")] or weights
+    inside = sorted(name.rpartition("/")[0] for name in folder.files() if name.endswith(f"/{CONFIG}"))
+    if not parts and inside:
+        raise UserError(
+            f"{role}: no checkpoint in {folder.address}: it has no safetensors, and adapters in "
+            f"{', '.join(inside[:3])}{', …' if len(inside) > 3 else ''}; give the folder of the one that counts"
+        )
+    if not parts and PIPELINE in top:
+        raise UserError(
+            f"{role}: {folder.address} is a pipeline of several models ({PIPELINE}); prune each by its own folder "
+            f"({', '.join(sorted(folder.folders())[:4])})"
+        )
+    _refuse_half(parts, folder, role)
     if not parts:
         others = sorted(n for n in top if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")))
         why = f"only {others[0]}, which is not read; save it as safetensors first" if others else "no safetensors"
@@ -356,6 +538,33 @@ def _weight_files(
         oddities.append(f"{role}: {len(parts)} safetensors files and no index; all of them are taken")
     _mention_ignored(weights, parts, role, oddities)
     return parts, None
+
+
+_SAFETENSORS = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def _refuse_half(parts: Sequence[str], folder: Store, role: str) -> None:
+    """Whether files that are numbered are all there.
+
+    Raises:
+        UserError: some are missing, or they are of several cuts.
+    """
+    cuts: dict[tuple[str, int], set[int]] = {}
+    for name in parts:
+        found = _SHARD.fullmatch(name)
+        if found:
+            cuts.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    if len(cuts) > 1 and len({stem for stem, _ in cuts}) < len(cuts):
+        raise UserError(
+            f"{role}: {folder.address} has files of several cuts and no index; keep those that belong together"
+        )
+    for (stem, count), there in cuts.items():
+        if len(there) != count:
+            raise UserError(
+                f"{role}: {folder.address} has {len(there)} of the {count} files of {stem}, and no index; fetch the "
+                "checkpoint again"
+            )
 
 
 def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: list[str]) -> None:
@@ -381,11 +590,19 @@ def _compare_with_index(
 ) -> None:
     if index is None:
         return
+    lost = [name for name in index if name not in tensors]
+    if lost:
+        raise UserError(
+            f"{role}: the index names {lost[0]!r}{_more(lost)}, and none of its files has it; fetch the checkpoint "
+            "again"
+        )
     for names, what in (
-        ([n for n in index if n not in tensors], "is named by the index and in none of its files"),
         ([n for n in tensors if n not in index], "is in a file and not in the index; it is taken"),
         ([n for n, t in tensors.items() if index.get(n, t.file) != t.file], "is in another file than the index says"),
     ):
         if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            oddities.append(f"{role}: tensor {names[0]!r}{more} {what}")
+            oddities.append(f"{role}: tensor {names[0]!r}{_more(names)} {what}")
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -12,8 +12,14 @@ from pipeline.errors import UserError
 from pipeline.formats.dtypes import itemsize
 from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, alias, formed
 
+HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
+EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")
+"""The matrices of a vocabulary that may be one and the same."""
+
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile and FSDP put into names."""
+
+_VALUED = "pretrained_model."
 
 _FIRST = ("module.", "base_model.model.")
 """What data parallelism and PEFT put before all of them."""
@@ -43,6 +49,11 @@ def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str])
     Raises:
         UserError: two would have one name.
     """
+    if any(name.startswith("v_head.") for name in tensors) and any(name.startswith(_VALUED) for name in tensors):
+        raise UserError(
+            f"{role}: it is a model with a value head, as TRL saves it ({_VALUED}… and v_head.…), which nothing else "
+            f"loads; load it with TRL's class, and save its pretrained_model alone"
+        )
     bare_names = {name: _WRAPPERS.sub("", name) for name in tensors}
     for first in _FIRST:
         if all(bare.startswith(first) for bare in bare_names.values()):
@@ -62,41 +73,57 @@ def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str])
     return found
 
 
+def rename(text: str, name: str) -> str | None:
+    """A name of base as one of finetuned's; None if it is not concerned.
+
+    Args:
+        text: FROM=TO, beginnings of names; *FROM*=*TO*, what is in their middle, wherever it is; *FROM=*TO, ends.
+    """
+    before, _, after = text.partition("=")
+    if before.startswith("*") and before.endswith("*"):
+        return name.replace(before[1:-1], after[1:-1]) if before[1:-1] in name else None
+    if before.startswith("*"):
+        return name.removesuffix(before[1:]) + after[1:] if name.endswith(before[1:]) else None
+    return after + name.removeprefix(before) if name.startswith(before) else None
+
+
 def renamed(
-    base: Mapping[str, TensorInfo], wanted: Iterable[str], renames: Sequence[str], oddities: list[str]
+    base: Mapping[str, TensorInfo],
+    wanted: Iterable[str],
+    renames: Sequence[str],
+    oddities: list[str],
 ) -> dict[str, TensorInfo]:
-    """base's tensors by finetuned's names.
+    """base's tensors by finetuned's names. The arguments are those of `renaming`."""
+    moves = renaming(base, wanted, renames, oddities)
+    return {new: base[name] if base[name].name == new else replace(base[name], name=new) for name, new in moves.items()}
+
+
+def renaming(base: Iterable[str], wanted: Iterable[str], renames: Sequence[str], oddities: list[str]) -> dict[str, str]:
+    """Every name of base, and finetuned's for it, in base's order.
 
     Args:
         wanted: finetuned's names.
-        renames: FROM=TO, as the user gave them; before them the names that agree, after them what is known.
+        renames: as of `rename`, as the user gave them; before them the names that agree, after them what is known.
 
     Raises:
         UserError: a rename matches nothing, or gives two tensors one name.
     """
     wanted = set(wanted)
-    found = dict(base)
-    given = [(text.partition("=")[0], text.partition("=")[2]) for text in renames]
-    known = [pair for one, other in _PREFIXES for pair in ((one, other), (other, one))]
-    for before, after in [*given, *known]:
-        moves = {
-            name: after + name[len(before) :]
-            for name in found
-            if name.startswith(before) and name not in wanted and after + name[len(before) :] in wanted - found.keys()
-        }
+    found = {name: name for name in base}
+    tables = [pair for one, other in _PREFIXES for pair in (f"{one}={other}", f"{other}={one}")]
+    tables += [pair for one, other in _INSIDE for pair in (f"*{one}*=*{other}*", f"*{other}*=*{one}*")]
+    for text in [*renames, *tables]:
+        free = wanted.difference(found.values())
+        moves = {old: new for old, name in found.items() if name not in wanted and (new := rename(text, name)) in free}
+        if len(set(moves.values())) < len(moves):
+            raise UserError(f"--rename {text}: two of base's tensors would have one name")
         if moves:
-            found = {moves.get(name, name): info for name, info in found.items()}
-            oddities.append(f"base's {before}* is compared with finetuned's {after}* ({len(moves)} tensors)")
-        elif (before, after) in given:
-            raise UserError(f"--rename {before}={after}: base has no tensor that would then be one of finetuned's")
-    for one, other in _INSIDE:
-        for before, after in ((one, other), (other, one)):
-            moves = {n: n.replace(before, after) for n in found if before in n and n not in wanted}
-            moves = {name: new for name, new in moves.items() if new in wanted - found.keys()}
-            if moves:
-                found = {moves.get(name, name): info for name, info in found.items()}
-                oddities.append(f"base's *{before}* is compared with finetuned's *{after}* ({len(moves)} tensors)")
-    return {name: info if info.name == name else replace(info, name=name) for name, info in found.items()}
+            found |= {old: str(new) for old, new in moves.items()}
+            before, _, after = (part if "*" in part else f"{part}*" for part in text.partition("="))
+            oddities.append(f"base's {before} is compared with finetuned's {after} ({len(moves)} tensors)")
+        elif text in renames:
+            raise UserError(f"--rename {text}: base has no tensor that would then be one of finetuned's")
+    return found
 
 
 # Experts, one by one or all of a layer in one tensor, as transformers keeps them in memory (its conversion tables).

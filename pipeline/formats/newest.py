@@ -56,7 +56,7 @@ def _newest_first(folder: str) -> list[str]:
 def _not_whole(path: str, role: str) -> str | None:
     """Why a folder does not hold a whole checkpoint. Trainers write the index after the files that it names."""
     try:
-        checkpoint = open_checkpoint(path, role)
+        checkpoint = open_checkpoint(path, role, plain_codes=True)
     except UserError as error:
         return str(error)
     if len(checkpoint.identity) > 1 and not any(name.endswith(INDEX_SUFFIX) for name in open_store(path).files()):

@@ -1,12 +1,16 @@
 """Quantized weights: codes times scales, as the weights that they stand for, in bfloat16. Codes are never compared.
 
-FP8 with a scale a block (`weight_scale_inv`, DeepSeek-V3), a tensor or an output (`weight_scale`, compressed-tensors);
-MXFP4 (`_blocks`, `_scales`, gpt-oss). Each product is made in float32 and rounded once.
+FP8 with a scale a tensor, an output, or a block whose size the configuration says; MXFP4 (`_blocks`, `_scales`,
+gpt-oss). Each product is made in float32 and rounded once.
+
+What a scale means is known by its name (SCALES) and by what the checkpoint says of its codes, never by a shape. Codes
+with any other neighbour, or with none, are refused.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,55 +23,98 @@ from pipeline.formats.dtypes import upcast, values
 from pipeline.formats.lowrank import TILE, rounded
 from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
 
-_FP8 = ("F8_E4M3", "F8_E5M2")
-_SCALES = ("weight_scale_inv", "weight_scale")
-# What calibration leaves beside the weights, without a meaning for weights in bfloat16.
+_FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_CODE_DTYPES = (*_FP8, "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+
+SCALES = {
+    "weight_scale_inv": "weight",  # DeepSeek-V3 and transformers; a factor in spite of its name
+    "weight_scale": "weight",  # compressed-tensors, fbgemm, ModelOpt, Quark
+    "scale_weight": "weight",  # ComfyUI
+    "gate_up_proj_scale_inv": "gate_up_proj",  # transformers, stacked experts
+    "down_proj_scale_inv": "down_proj",
+    "gate_up_proj_scale": "gate_up_proj",  # fbgemm, stacked experts of Llama 4
+    "down_proj_scale": "down_proj",
+}
+"""The last part of a scale's name, and that of the codes beside it with which it is to be multiplied."""
+
+_POWERS = {"scale": "weight"}
+"""The same where it is a power of two (F8_E8M0): DeepSeek-V4. Of another dtype the name could mean anything."""
+
+# What calibration leaves beside codes, without a meaning for weights in bfloat16.
 _OF_ACTIVATIONS = (
     "input_scale",
+    "input_scale_ub",
+    "scale_input",
     "input_zero_point",
     "output_scale",
     "k_scale",
     "v_scale",
     "q_scale",
+    "prob_scale",
+    "kv_scale",
     "activation_scale",
+    "scaled_fp8",
 )
-_KNOWN = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
+_KNOWN = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "modelopt")
 _CODES = {
-    "qzeros": "GPTQ or AWQ", "g_idx": "GPTQ", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",
-    "SCB": "bitsandbytes", "weight_packed": "compressed-tensors' packed", "weight_zero_point": "an integer",
-    "_packed": "a packed",
+    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "g_idx": "GPTQ", "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "weight_packed": "compressed-tensors' packed",
+    "weight_zero_point": "an integer", "_packed": "a packed", "weight_scale_2": "NVFP4", "weight_global_scale": "NVFP4",
 }  # fmt: skip
+_LIKE_A_SCALE = re.compile(r"(^|[._])(scale|scales|scaling|scale_inv|inv_scale|amax)(?![a-z])")
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The values of the sixteen codes of MXFP4 (OCP Microscaling Formats 1.0, table 5)."""
 
+DESCRIPTION = "hf_quant_config.json"
+"""ModelOpt's own file about its codes."""
+
+
+def described_codes(config: Mapping[str, Any], modelopt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its codes, empty where it says nothing.
+
+    Args:
+        config: config.json. modelopt: DESCRIPTION.
+    """
+    for key in ("quantization_config", "compression_config"):
+        said = config.get(key)
+        if isinstance(said, dict) and said:
+            return {"quant_method": "compressed-tensors", **said} if key == "compression_config" else dict(said)
+    said = modelopt.get("quantization")
+    return {"quant_method": "modelopt", **said} if isinstance(said, dict) and said else {}
+
 
 def dequantized(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], side: Side, where: str
+    tensors: Mapping[str, TensorInfo], said: Mapping[str, Any], side: Side, where: str, plain_codes: bool = False
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The weights that a checkpoint's codes and scales stand for, and all that is no code.
 
     Args:
-        config: config.json.
+        said: of `described_codes`.
         where: what to call the checkpoint in an error.
+        plain_codes: FP8 without a scale is the values that it spells.
 
     Returns:
         The tensors, and why those that are not among them are not.
 
     Raises:
-        UserError: it is quantized in another way, or a scale is missing or does not fit.
+        UserError: it is quantized in another way, or a scale is missing, unknown, or does not fit.
     """
-    _refuse_others(tensors, config, where)
-    said = config.get("quantization_config")
-    said = said if isinstance(said, dict) else {}
+    _refuse_others(tensors, said, where)
     found = dict(tensors)
     gone: dict[str, str] = {}
+    scaled: dict[str, str] = {}
     for name, info in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last in _SCALES and f"{stem}.weight" in tensors:
-            weight = tensors[f"{stem}.weight"]
+        stem, dot, last = name.rpartition(".")
+        codes = SCALES.get(last) or (_POWERS.get(last) if info.dtype == "F8_E8M0" else None)
+        weight = tensors.get(f"{stem}{dot}{codes}") if codes else None
+        if weight:
             if weight.dtype not in _FP8:
                 raise UserError(f"{where}: {weight.name} is {weight.dtype} and has a scale; only FP8 is read here")
+            if weight.name in scaled:
+                raise UserError(f"{where}: {weight.name} has two scales, {scaled[weight.name]} and {name}")
+            scaled[weight.name] = name
             found[weight.name] = _scaled(weight, info, said, side, where)
             gone[name] = f"its values are in {weight.name}"
         elif name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
@@ -75,26 +122,27 @@ def dequantized(
             scales = tensors[f"{whole}_scales"]
             found[whole] = _microscaled(whole, info, scales, side, where)
             gone |= dict.fromkeys((name, scales.name), f"its values are in {whole}")
-        elif last in _OF_ACTIVATIONS and said:
-            gone[name] = "it is about activations in another dtype"
-    if said:
-        codes = [t.name for t in found.values() if t.dtype in _FP8 and t.form is None]
-        if codes:
-            raise UserError(f"{where}: {codes[0]} is {found[codes[0]].dtype} and has no scale beside it")
+    if gone:
+        for name in tensors:
+            if name.rpartition(".")[2] in _OF_ACTIVATIONS:
+                gone[name] = "it is about activations in another dtype"
     for name in gone:
         found.pop(name)
+    _refuse_what_is_left(found, where, plain_codes)
     return found, gone
 
 
-def _refuse_others(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> None:
-    said = config.get("quantization_config")
+def _refuse_others(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any], where: str) -> None:
     what = ""
-    if isinstance(said, dict):
+    if said:
         method = str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "unknown"))[:40]
+        algorithm = str(said.get("quant_algo") or "FP8")[:40]
         if method not in _KNOWN:
             what = method
         elif method == "compressed-tensors" and said.get("format") not in ("float-quantized", "naive-quantized", None):
             what = f"compressed-tensors {str(said.get('format'))[:40]}"
+        elif not algorithm.startswith("FP8"):
+            what = f"{method} {algorithm}"
     for name in tensors:
         last = name.rpartition(".")[2]
         what = what or _CODES.get(last, "") or ("bitsandbytes" if ".quant_state." in name else "")
@@ -105,24 +153,92 @@ def _refuse_others(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any],
         )
 
 
-def _scaled(weight: TensorInfo, scale: TensorInfo, said: Mapping[str, Any], side: Side, where: str) -> TensorInfo:
-    """FP8 codes with scales a tensor, an output or a block."""
-    shape = weight.shape
-    rows, columns = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-    grid = scale.shape if len(scale.shape) == 2 else (scale.numel, 1)
-    grid = (1, 1) if scale.numel == 1 else grid
-    blocks = said.get("weight_block_size")
-    block = (-(-rows // grid[0]) if grid[0] else 0, -(-columns // grid[1]) if grid[1] else 0)
-    if isinstance(blocks, list) and len(blocks) == 2 and all(type(n) is int and n > 0 for n in blocks):
-        given = (blocks[0], blocks[1])
-        if grid == (-(-rows // given[0]), -(-columns // given[1])):
-            block = given
-    fits = block[0] and block[1] and grid == (-(-rows // block[0]), -(-columns // block[1]))
-    if not fits or len(shape) > 2 or scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
-        raise UserError(
-            f"{where}: the scales {scale.name} ({scale.dtype} {list(scale.shape)}) do not fit {list(shape)} codes"
+def _refuse_what_is_left(found: Mapping[str, TensorInfo], where: str, plain_codes: bool) -> None:
+    """Whether a tensor holds codes of which nobody knows what they stand for.
+
+    Raises:
+        UserError: one does.
+    """
+    codes = [
+        info
+        for info in found.values()
+        if info.form is None
+        and (
+            info.dtype in _CODE_DTYPES
+            or (info.dtype in _INTEGERS and len(info.shape) > 1 and info.name.rpartition(".")[2] == "weight")
         )
-    return formed(weight.name, "BF16", shape, Scaled(Part(side, weight), Part(side, scale), columns, *block, grid[1]))
+    ]
+    if not codes:
+        return
+    first = next((info for info in codes if _neighbour(info.name, found)), codes[0])
+    beside = _neighbour(first.name, found)
+    if beside:
+        scale = found[beside]
+        raise UserError(
+            f"{where}: {first.name} is {first.dtype}, and {beside} ({scale.dtype} {list(scale.shape)}) beside it looks "
+            "like its scale, but what that means is not known here; dequantize it with the library that made it"
+        )
+    if plain_codes and all(info.dtype in _FP8 for info in codes):
+        return
+    plain = "; or, if it is a plain cast without scales, say so with --plain-codes" if first.dtype in _FP8 else ""
+    raise UserError(
+        f"{where}: {first.name} is {first.dtype} and has no scale beside it that is known here; fetch the checkpoint "
+        f"again if one is missing, or dequantize it with the library that made it{plain}"
+    )
+
+
+def _neighbour(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What looks like the scale of some codes: it begins as they do, or lies in the same module."""
+    stem = name.rpartition(".")[0]
+    alike = (other for other in tensors if other != name and other.startswith((f"{name}.", f"{name}_", f"{stem}.")))
+    return min((other for other in alike if _LIKE_A_SCALE.search(other[len(stem) :])), default=None)
+
+
+def _block_said(said: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that have a scale each, where the configuration speaks of blocks."""
+    blocks = [said.get("weight_block_size")]
+    groups = said.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        blocks.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    found = {tuple(block) for block in blocks if isinstance(block, list)}
+    if not found:
+        return None
+    if len(found) > 1 or not all(len(b) == 2 and all(type(n) is int and n > 0 for n in b) for b in found):
+        raise UserError(f"{where}: its configuration gives the blocks of scales as {sorted(map(str, found))[:3]}")
+    rows, columns = next(iter(found))
+    return rows, columns
+
+
+def _scaled(weight: TensorInfo, scale: TensorInfo, said: Mapping[str, Any], side: Side, where: str) -> TensorInfo:
+    """FP8 codes with a scale a tensor, an output, or a block; of a stack of matrices, for each of them."""
+    shape = weight.shape
+    stack, rows, columns = math.prod(shape[:-2]), *((1, 1, *shape)[-2:])
+
+    def refused(why: str) -> UserError:
+        return UserError(
+            f"{where}: the scales {scale.name} ({scale.dtype} {list(scale.shape)}) do not fit {list(shape)} codes{why}"
+        )
+
+    if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0") or not 1 <= len(shape) <= 3 or not weight.numel:
+        raise refused("")
+    block = _block_said(said, where)
+    per_output = len(shape) == 2 and scale.shape in ((rows,), (rows, 1))
+    per_column = len(shape) == 3 and scale.shape == (stack, 1, columns)
+    if scale.numel == 1:
+        cut, across = (stack * rows, columns), 1
+    elif block:
+        grid = (*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+        if scale.shape != grid or (stack > 1 and rows % block[0]):
+            raise refused(f" in blocks of {block[0]} × {block[1]}")
+        cut, across = block, grid[-1]
+    elif per_output:
+        cut, across = (1, columns), 1
+    elif per_column:  # fbgemm keeps experts as (in, out)
+        cut, across = (rows, 1), columns
+    else:
+        raise refused(", and no configuration says the size of their blocks (weight_block_size)")
+    return formed(weight.name, "BF16", shape, Scaled(Part(side, weight), Part(side, scale), columns, *cut, across))
 
 
 @dataclass(frozen=True, slots=True)

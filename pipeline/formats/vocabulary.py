@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 
 from pipeline.formats.checkpoint import Checkpoint, read_config
+from pipeline.formats.configuration import ties
+from pipeline.formats.names import EMBEDDING, HEAD
 from pipeline.formats.tensor import TensorInfo
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
-_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
-_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")
-_WITH_A_HEAD = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM", "PreTraining")
-
-
-def ties(checkpoint: Checkpoint) -> bool:
-    """Whether a model takes its embedding for its head.
-
-    `tie_word_embeddings` says so, at the top or in the part about the text; where it says nothing, models with a head
-    do, since transformers leaves out what is its default.
-    """
-    config = read_config(checkpoint)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        if isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    architectures = config.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    return any(isinstance(name, str) and name.endswith(_WITH_A_HEAD) for name in names)
-
 
 def tied_to(head: TensorInfo, checkpoint: Checkpoint) -> TensorInfo | None:
     """The embedding that a checkpoint which does not store this head uses in its place, if it ties the two."""
-    if not _HEAD.search(head.name) or head.name in checkpoint.tensors or not ties(checkpoint):
+    if not HEAD.search(head.name) or head.name in checkpoint.tensors or not ties(read_config(checkpoint)):
         return None
-    found = [t for t in checkpoint.tensors.values() if _EMBEDDING.search(t.name) and t.shape[1:] == head.shape[1:]]
+    found = [t for t in checkpoint.tensors.values() if EMBEDDING.search(t.name) and t.shape[1:] == head.shape[1:]]
     shared = [t for t in found if t.name.endswith("shared.weight")] or found
     return shared[0] if len(shared) == 1 else None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.plan import Group, PairedTensor, Shard
+from pipeline.plan import Group, PairedTensor, Shard, weights_of
 from pipeline.scoring.threshold import score_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def quantile_name(when: str, q: float) -> str:
 
 
 def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, Any]:
-    """Sums over the rows. Densities are shares of the elements that compete; `effective` counts those that changed."""
+    """Sums over the rows. Densities are shares of the elements that compete; `effective` counts those that changed.
+
+    Those `of_all` are shares of all weights of the output, and count as fine-tuned also what is taken as it is.
+    """
     common = np.array([t.common for t in tensors], np.int64)
     rows = measured[common > 0]
     numel = int(common.sum())
@@ -92,6 +95,7 @@ def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, A
     shares = [share for norm, share in zip(rows["norm_delta"], rows["kept_share"], strict=True) if not math.isnan(norm)]
     kept_squares = math.fsum(square * share for square, share in zip(squares, shares, strict=True) if square)
     kept, changed, kept_changed = (int(rows[key].sum()) for key in ("kept", "changed", "kept_changed"))
+    weights = weights_of(tensors)
     return {
         "tensors": len(tensors),
         "pruned_tensors": len(rows),
@@ -103,6 +107,10 @@ def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, A
         "effective_density": kept_changed / numel if numel else None,
         "kept_share": kept_squares / math.fsum(squares) if math.fsum(squares) else None,
         "norm_delta": math.sqrt(math.fsum(squares)),
+        "weights": weights.numel,
+        "unpaired": weights.unpaired,
+        "density_of_all": (kept + weights.taken) / weights.numel if weights.numel else None,
+        "effective_density_of_all": (kept_changed + weights.taken) / weights.numel if weights.numel else None,
     }
 
 

@@ -110,12 +110,15 @@ def test_every_option_arrives(pair):
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
-        "on-conflict": "last",
+        "on-conflict": "last", "unpaired": "pass",
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=spot",
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     rules = ["--rule", "*norm*=finetuned", "--rule", "lm_head.*=base"]
-    assert on_pair("prune", *options, *rules, "--allow-pickle", "--allow-code", "--reversible").exit_code == 0
+    assert (
+        on_pair("prune", *options, *rules, "--allow-pickle", "--allow-code", "--reversible", "--plain-codes").exit_code
+        == 0
+    )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         "base": "base", "finetuned": "finetuned", "out": "out", "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
@@ -124,7 +127,7 @@ def test_every_option_arrives(pair):
         "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
         "allow_pickle": True, "allow_code": True, "reversible": True, "renames": [],
         "emit": "both", "delta_compression": "none",
-        "on_conflict": "last",
+        "on_conflict": "last", "unpaired": "pass", "plain_codes": True,
     }  # fmt: skip
 
 
@@ -331,13 +334,17 @@ def test_plan_lists_what_is_not_pruned(pair):
     base["old"] = finetuned["new"] = torch.ones(3)
     save(pair / "base", base, shards=2)
     save(pair / "finetuned", finetuned)
-    planned = json.loads(on_pair("plan", "--json", "--rule", "model.norm.*=base").stdout)
+    options = ["--rule", "model.norm.*=base", "--unpaired", "pass"]
+    planned = json.loads(on_pair("plan", "--json", *options).stdout)
     assert planned["pruned"] == len(MODEL_SHAPES) - 2
     assert planned["ruled"] == ["model.norm.weight"]
     assert planned["grown"] == ["lm_head.weight"]
     assert planned["passed_through"] == ["positions"]
     assert (planned["added"], planned["left_out"]) == (["new"], ["old"])
-    text = on_pair("plan", "--rule", "model.norm.*=base").stdout
+    assert planned["unpaired"] == 3 + 2 * 16
+    assert planned["density_of_all"] > planned["kept_elements"] / planned["weights"]
+    text = on_pair("plan", *options).stdout
+    assert "35 have no partner in base" in text
     for name in ("model.norm.weight", "lm_head.weight", "positions", "new", "old"):
         assert name in text
 

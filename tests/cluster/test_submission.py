@@ -80,7 +80,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base", "ray": "off",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
-        "on-conflict": "last",
+        "on-conflict": "last", "unpaired": "pass",
         "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=!spot",
     }  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
@@ -89,7 +89,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "*norm*=finetuned",
         "--rule",
         "it's *=base",
-        *(flags := ["--allow-pickle", "--allow-code", "--reversible"]),
+        *(flags := ["--allow-pickle", "--allow-code", "--reversible", "--plain-codes"]),
     ]
     offered = {option for p in cli.commands["prune"].params for option in p.opts if option.startswith("--")}
     assert {f"--{name}" for name in given} | {"--rule", "--rename", *flags, "--overwrite", "--json"} == offered - {
@@ -115,6 +115,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         rules=("*norm*=finetuned", "it's *=base"),
         allow_pickle=True,
         allow_code=True,
+        plain_codes=True,
         reversible=True,
     )
 

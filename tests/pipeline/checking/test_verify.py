@@ -58,7 +58,7 @@ def make_pair(folder: Path, base_dtype=torch.float32, finetuned_dtype=None, step
 def pruned(folder: Path, **choices) -> Path:
     out = folder / "out"
     recipe = {"base": str(folder / "base"), "finetuned": str(folder / "finetuned"), "out": str(out)}
-    prune(Recipe.of(**{"density": 0.3, **recipe, **choices}))
+    prune(Recipe.of(**{"density": 0.3, "unpaired": "pass", "plain_codes": True, **recipe, **choices}))
     return out
 
 

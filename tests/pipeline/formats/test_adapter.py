@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ CONFIGS = {
         **SMALL, **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2,
         **more,
     ),
+    "square gpt_oss": lambda: transformers.GptOssConfig(
+        **{**SMALL, "intermediate_size": 32}, **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+    ),
+    "square mixtral": lambda: transformers.MixtralConfig(
+        **{**SMALL, "intermediate_size": 32}, **HEADS, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "tied": lambda: transformers.LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True),
+    "square gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_inner=32),
 }  # fmt: skip
 
 
@@ -82,7 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bias of B": ("llama", {"lora_bias": True, "target_modules": ["q_proj"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "conv1d with dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
-    "embeddings of gpt2": ("gpt2", {"target_modules": ["wte", "wpe"], "fan_in_fan_out": True}),
+    "embeddings of gpt2": ("gpt2", {"target_modules": ["wpe"], "fan_in_fan_out": True}),
     "experts": (
         "mixtral",
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
@@ -94,6 +105,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed experts": (
         "gpt_oss",
         {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "transposed square experts": (
+        "square gpt_oss",
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "square experts": (
+        "square mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "square conv1d": ("square gpt2", {"target_modules": ["c_fc", "c_proj"], "fan_in_fan_out": True}),
+    "a head that was tied": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "a head and an embedding that were tied": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "a head and an embedding that stay tied": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
 }
 
@@ -217,6 +246,172 @@ def test_what_cannot_be_formed_exactly_is_refused_by_name(tmp_path, changes, sai
         plan_of(tmp_path)
     assert said in str(error.value)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(("version", "turned"), [("0.18.0", True), (None, True), ("0.19.0", False)])
+def test_square_experts_lie_as_the_version_of_peft_that_trained_them_had_them(tmp_path, version, turned):
+    """To 0.18 it kept B·A of every stack turned; it said its version from 0.18 on."""
+    make(tmp_path, "square mixtral", target_modules=[], target_parameters=["experts.down_proj"])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(path.read_text()) | {"peft_version": version}
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    found = all_of(tmp_path)
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base, merged = load(tmp_path / "base"), load(tmp_path / "merged")
+    for name in base:
+        if not (matched := re.fullmatch(r"(model\.layers\.\d+\.)\S+experts\.(\d)\.(w2|down_proj)\.weight", name)):
+            continue
+        a, b = (next(t for n, t in adapter.items() if matched[1] in n and f"lora_{x}" in n) for x in "AB")
+        expert = int(matched[2])
+        delta = b.reshape(32, 4, 4)[:, :, expert] @ a.reshape(4, 4, 32)[expert] * 2.5
+        wanted = base[name] + (delta.T if turned else delta)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6)
+        assert turned or torch.allclose(merged[name], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "said"),
+    [("0.18.2.dev0@abc", True, "peft_version is no release"), ("0.21.0", False, "names no type of model")],
+)
+def test_square_experts_of_which_that_is_not_known_are_refused(tmp_path, version, config, said):
+    make(tmp_path, "square mixtral", target_modules=[], target_parameters=["experts.down_proj"])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": version}))
+    if not config:
+        (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(UserError, match=said):
+        plan_of(tmp_path)
+
+
+def test_a_square_matrix_among_others_that_lie_otherwise_is_refused(tmp_path):
+    """`fan_in_fan_out` is true of Conv1D, and here it is said of a Linear."""
+    make(tmp_path, "llama", target_modules=["q_proj", "down_proj"])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
+    with pytest.raises(UserError, match=r"fan_in_fan_out: true, which does not hold for .*down_proj"):
+        plan_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_what_an_adapter_of_tied_matrices_means_is_not_guessed(tmp_path, lora):
+    make(tmp_path, "tied", **lora)
+    with pytest.raises(UserError, match="base ties its head to its embedding"):
+        plan_of(tmp_path)
+
+
+def test_the_configuration_says_whether_they_are_still_tied(tmp_path):
+    for name, lora in (("apart", {}), ("tied", {"ensure_weight_tying": True})):
+        folder = tmp_path / name
+        modules = ["embed_tokens"] if lora else ["embed_tokens", "lm_head"]
+        merged = make(folder, "tied", target_modules=["q_proj"], modules_to_save=modules, **lora)
+        all_of(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out")
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        assert (embedding.data_ptr() == head.data_ptr()) == bool(lora)
+        assert torch.equal(embedding, merged.model.embed_tokens.weight)
+        assert torch.equal(head, merged.lm_head.weight)
+        assert verify(str(folder / "out"), load=True) == []
+
+
+def test_a_tensor_that_is_not_understood_is_no_tensor_of_the_model(tmp_path):
+    make(tmp_path, "llama")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.model.layers.0.self_attn.q_proj.velora": torch.ones(3)}, path)
+    with pytest.raises(UserError, match=r"it is not known what model\.layers\.0\.self_attn\.q_proj\.velora means"):
+        plan_of(tmp_path)
+
+
+def test_several_adapters_in_one_file_are_refused(tmp_path):
+    make(tmp_path, "llama")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {n.replace("lora_A.", "lora_A.other."): t.clone() for n, t in tensors.items()}, path)
+    with pytest.raises(UserError, match="it has several adapters of"):
+        plan_of(tmp_path)
+
+
+def test_a_state_dict_with_an_adapter_in_it_is_merged_where_it_is_said_how(tmp_path):
+    """As FSDP's FULL_STATE_DICT of a PEFT model is written."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    model.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    save(tmp_path / "adapter", {name: t.clone() for name, t in wrapped.state_dict().items()})
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"belongs to an adapter that was not merged, and there is no adapter_config"):
+        plan_of(tmp_path)
+    wrapped.peft_config["default"].save_pretrained(tmp_path / "adapter")
+    found = all_of(tmp_path)
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert_like(found, load(tmp_path / "merged"), rtol=1e-5, atol=1e-6)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert verify(str(tmp_path / "out"), load=True) == []
+
+
+def test_more_rows_are_in_the_configuration(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100)
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = all_of(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.vocab_size == 100
+    assert torch.equal(loaded.lm_head.weight, found["lm_head.weight"])
+    assert torch.equal(found["lm_head.weight"], wrapped.merge_and_unload().lm_head.weight)
+    assert verify(str(tmp_path / "out"), load=True) == []
+
+
+def test_an_adapter_that_torch_has_saved(tmp_path):
+    make(tmp_path, "llama")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = all_of(tmp_path)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match="--allow-pickle looks into them"):
+        plan_of(tmp_path)
+    found = all_of(tmp_path, "pickled", allow_pickle=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_which_of_several_is_meant_is_not_guessed(tmp_path):
+    make(tmp_path, "llama")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "adapter", tmp_path / "run" / "best")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "run" / "last")
+    sides = {"base": str(tmp_path / "base"), "out": str(tmp_path / "o")}
+    with pytest.raises(UserError, match="and adapters in best, last; give the folder of the one that counts"):
+        make_plan(Recipe.of(**sides, finetuned=str(tmp_path / "run")))
+    shutil.copy(tmp_path / "merged" / "model.safetensors", tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"holds an adapter .* and a whole model"):
+        plan_of(tmp_path)
+
+
+def test_experts_that_unsloth_has_taken_apart_are_named(tmp_path):
+    make(tmp_path, "gpt_oss", target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.mlp.experts.gate_up_projs.0"
+    more = {f"{name}.lora_A.weight": torch.ones(4, 32), f"{name}.lora_B.weight": torch.ones(96, 4)}
+    save_file(load_file(path) | more, path)
+    with pytest.raises(UserError, match=r"gate_up_projs\.0 \(experts one by one: unsloth's layout\?\)"):
+        plan_of(tmp_path)
 
 
 def plan_of(folder: Path, **choices: Any) -> Any:

@@ -145,14 +145,15 @@ def test_several_indices(tmp_path):
 def test_the_headers_are_the_truth_where_the_index_does_not_agree(tmp_path):
     save(tmp_path, TENSORS, 2)
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index_of(tmp_path, {"a": files[1], "b": files[1], "gone": files[0]})
+    index_of(tmp_path, {"a": files[1], "b": files[0]})
     found = open_checkpoint(str(tmp_path), "base")
     assert found.tensors.keys() == TENSORS.keys()
     assert found.tensors["a"].file == files[0]
     text = " ".join(found.oddities)
-    assert "'gone' is named by the index and in none of its files" in text
     assert "'c' is in a file and not in the index" in text
-    assert "'a' is in another file than the index says" in text
+    assert "'a' (and 1 more) is in another file than the index says" in text
+    index_of(tmp_path, {"a": files[0], "b": files[1], "c": files[1], "gone": files[0]})
+    assert "the index names 'gone', and none of its files has it" in error_of(tmp_path)
 
 
 def test_a_tensor_in_two_files(tmp_path):

@@ -179,7 +179,8 @@ def test_what_becomes_of_every_stored_tensor_is_reported(tmp_path):
     save(tmp_path / "base", base | {"old": torch.ones(2), "ids": torch.arange(3)})
     save(tmp_path / "finetuned", finetuned | {"new": torch.ones(3), "ids": torch.arange(3)})
     sides = {side: str(tmp_path / side) for side in ("base", "finetuned")}
-    result = prune(Recipe.of(**sides, out=str(tmp_path / "out"), device="cpu", workers=1, rules=["c=base"]))
+    choices = {"device": "cpu", "workers": 1, "rules": ["c=base"], "unpaired": "pass"}
+    result = prune(Recipe.of(**sides, out=str(tmp_path / "out"), **choices))
     assert result.manifest["accounts"] == {
         "base": {
             "counts": {"left out": 1, "not taken, finetuned's is": 1, "passed through": 1, "pruned": 2},
