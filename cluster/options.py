@@ -141,7 +141,7 @@ def choice_options(command: Command) -> Command:
     return command
 
 
-_OF_CONTENT = {"finetuned", "density", "method", "scope", "rules", "dtype", "seed", "nonfinite", "emit"}
+_OF_CONTENT = {"finetuned", "density", "method", "scope", "rules", "dtype", "seed", "nonfinite", "emit", "unpaired"}
 
 
 def work_options(*left_out: str) -> Callable[[Command], Command]:

@@ -267,7 +267,9 @@ def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoi
             oddities.append("--rename changes nothing: base has all of finetuned's names")
         return base
     tensors = renamed(base.tensors, wanted, recipe.renames, oddities)
-    tensors = _in_its_layout(tensors, wanted, [_architecture(finetuned), _architecture(base)], oddities)
+    known = _architecture(base), _architecture(finetuned)
+    classes = known[0] or known[1], known[1] or known[0]
+    tensors = _in_its_layout(tensors, wanted, *classes, recipe.unpaired == "error", oddities)
     return replace(base, tensors=packed_like(tensors, wanted, oddities))
 
 
@@ -278,31 +280,40 @@ def _architecture(side: Checkpoint) -> str:
 
 
 def _in_its_layout(
-    base: dict[str, TensorInfo], wanted: dict[str, TensorInfo], architectures: list[str], oddities: list[str]
+    base: dict[str, TensorInfo],
+    wanted: dict[str, TensorInfo],
+    of_base: str,
+    of_finetuned: str,
+    all_of_it: bool,
+    oddities: list[str],
 ) -> dict[str, TensorInfo]:
-    """base's tensors, those without a partner as finetuned keeps them where it is in another layout of one model."""
+    """base's tensors, those without a partner as finetuned keeps them where it is in another layout of one model.
+
+    Args:
+        of_base, of_finetuned: the classes of their models.
+        all_of_it: refuse what becomes another by an operation that is not known here.
+    """
     ours = {name: info for name, info in base.items() if name not in wanted}
     theirs = {name: info for name, info in wanted.items() if name not in base}
-    architecture = next(filter(None, architectures), "")
     if not ours or not theirs:
         return base
-    (here, lost), (there, lost_too) = (in_memory(side, architecture) for side in (ours, theirs))
-    if lost or lost_too:
+    (here, lost), (there, lost_too) = in_memory(ours, of_base), in_memory(theirs, of_finetuned)
+    if all_of_it and (lost or lost_too):
         raise UserError(
-            f"base and finetuned are in two layouts of {architecture}, and how {min([*lost, *lost_too])} becomes what "
+            f"base and finetuned are in two layouts of {of_finetuned}, and how {min([*lost, *lost_too])} becomes what "
             "the other has is not known here: save them in one layout (transformers: load each, and save_pretrained)"
         )
     moves = renaming(here, there, (), [])
     found, used = arranged_like({moves[name]: array for name, array in here.items()}, there, ours, theirs)
     if not found:
         return base
-    unclear = reordered(base.keys() & wanted.keys(), architecture)
+    unclear = reordered(base.keys() & wanted.keys(), of_finetuned)
     if unclear:
         raise UserError(
-            f"base and finetuned are in two layouts of {architecture}, and {min(unclear)}, which has one name in both, "
+            f"base and finetuned are in two layouts of {of_finetuned}, and {min(unclear)}, which has one name in both, "
             "is not the same in both: save them in one layout (transformers: load each, and save_pretrained)"
         )
-    called = f" of {architecture}" if architecture else ""
+    called = f" of {of_finetuned}" if of_finetuned else ""
     oddities.append(f"base is compared in finetuned's layout{called} ({len(found)} tensors)")
     return {name: info for name, info in base.items() if name not in used} | found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import UserError
@@ -25,16 +25,16 @@ _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shar
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
-def check_folder(folder: Store, tensors: Mapping[str, TensorInfo], inputs: Mapping[str, TensorInfo]) -> list[str]:
+def check_folder(folder: Store, tensors: Mapping[str, TensorInfo], base: Collection[str]) -> list[str]:
     """What of an output does not fit together, a sentence each.
 
     Args:
-        tensors: those of the output's files, by name. inputs: those of finetuned, whose names are nobody's fault.
+        tensors: those of the output's files, by name. base: the names of base's, which are the model's own.
     """
     problems = []
     for name in tensors:
         what = "an adapter" if _OF_AN_ADAPTER.search(name) else "codes" if _OF_CODES.search(name) else ""
-        if what and not (name in inputs and what == "an adapter"):
+        if what and name not in base:
             problems.append(f"tensor {name!r}: it belongs to {what} that should have become part of the weights")
     if folder.has("adapter_config.json"):
         problems.append("adapter_config.json: libraries would take the output for an adapter")

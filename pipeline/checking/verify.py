@@ -67,7 +67,7 @@ def verify(
             listed = {name: info for name, info in tensors.items() if "/" not in info.file}
             problems += _check_index(folder, listed, unreadable, sum("/" not in record["name"] for record in records))
         if plan.recipe.emit != "delta":
-            problems += check_folder(folder, tensors, plan.finetuned.tensors)
+            problems += check_folder(folder, tensors, plan.base.tensors)
             problems += refused_by_transformers(folder) if load else []
         if plan.recipe.emit == "both":
             found, _, more = _check_delta(plan, folder, [record["delta"] for record in records])

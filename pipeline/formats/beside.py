@@ -18,14 +18,14 @@ _TRAINING_STATE = ("trainer_state.json", "README.md", "adapter_config.json")
 
 
 def side_files_of(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
-    """The files to copy, and weights that are neither copied nor pruned."""
+    """The files to copy, and what else looks like weights: states of training, other formats, other folders."""
     side, left = [], []
     for name, stat in found.items():
         *folders, file = name.split("/")
         if len(folders) > 2 or any(f.startswith(_NOT_THE_MODEL) for f in folders):
             continue
         if file.endswith(_WEIGHT_SUFFIXES):
-            if folders and file.endswith((".safetensors", ".bin")):
+            if not folders or file.endswith((".safetensors", ".bin")):
                 left.append(name)
         elif file.endswith(".index.json") or file in _TRAINING_STATE or stat.size > _MAX_SIDE_BYTES:
             continue

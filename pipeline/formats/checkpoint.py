@@ -326,9 +326,13 @@ def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, 
     size = found[MODEL_CONFIG].size if MODEL_CONFIG in found else 0
     if size > MAX_CONFIG_BYTES:
         raise UserError(f"{role}: {folder.at(MODEL_CONFIG)} has {size} bytes, more than any configuration")
-    left = [name for name in left if name not in identity]
+    left = [n for n in left if n not in identity and ("/" in n or not n.endswith(".safetensors"))]  # these are said
     if left:
-        oddities.append(f"{role}: weights in sub-folders or other formats are not looked at: {', '.join(left[:5])}")
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        oddities.append(
+            f"{role}: left behind, as no part of the model: {', '.join(left[:5])}{more} (other folders, other formats, "
+            "states of training)"
+        )
     stored = tuple(leaf.info for info in tensors.values() for leaf in leaves(Part(_side(role), info)))
     bare = unwrapped(tensors, role, oddities)
     return Checkpoint(role, folder, bare, identity, side_files, tuple(oddities), stored=stored)

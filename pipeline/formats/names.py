@@ -226,10 +226,15 @@ class Cut:
 def packed_like(
     base: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], oddities: list[str], side: Side = "base"
 ) -> dict[str, TensorInfo]:
-    """base's tensors, its experts packed as finetuned has them: stacked or one by one."""
+    """base's tensors, its experts packed as finetuned has them, stacked or one by one, where no layout is known.
+
+    Raises:
+        UserError: the matrices are square, so that they could lie either way in their stack.
+    """
     found, how = dict(base), {"stacked": 0, "one by one": 0}
     for name, stack in stacks(base).items():
         if name in wanted and name not in base:
+            _refuse_square(name, stack)
             parts = tuple(Part(side, base[member.name]) for member in stack.members)
             found[name] = formed(name, stack.dtype, stack.shape, Concatenated(parts))
             for member in stack.members:
@@ -238,6 +243,7 @@ def packed_like(
     for name, stack in stacks(wanted).items():
         known = any(member.name in base for member in stack.members)
         if name in base and not known and base[name].shape == stack.shape:
+            _refuse_square(name, stack)
             whole = found.pop(name)
             for member in stack.members:
                 first = (member.expert * stack.shape[1] + member.row) * stack.shape[2]
@@ -248,6 +254,14 @@ def packed_like(
         if count:
             oddities.append(f"base's experts are compared as finetuned keeps them, {layout} ({count} matrices)")
     return found
+
+
+def _refuse_square(name: str, stack: Stack) -> None:
+    if stack.shape[1] == stack.shape[2]:
+        raise UserError(
+            f"{name} is a stack of square matrices {list(stack.shape)}, and no architecture in config.json says which "
+            "way they lie in it; give a config.json with its architectures"
+        )
 
 
 def as_in_memory(base: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, Stack]]:

@@ -190,7 +190,8 @@ def _refuse_what_is_left(found: Mapping[str, TensorInfo], where: str, plain_code
 def _neighbour(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     """What looks like the scale of some codes: it begins as they do, or lies in the same module."""
     stem = name.rpartition(".")[0]
-    alike = (other for other in tensors if other != name and other.startswith((f"{name}.", f"{name}_", f"{stem}.")))
+    near = (f"{name}.", f"{name}_", f"{stem}.", f"{stem}_")
+    alike = (other for other in tensors if other != name and other.startswith(near))
     return min((other for other in alike if _LIKE_A_SCALE.search(other[len(stem) :])), default=None)
 
 

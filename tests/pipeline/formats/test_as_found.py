@@ -439,7 +439,7 @@ def test_a_refusal_names_what_it_found(llama, change, said):
 
 def test_verify_sees_what_a_library_would_stumble_over(llama):
     pruned(llama)
-    out, wanted = Folder(llama / "out"), open_checkpoint(str(llama / "finetuned"), "finetuned").tensors
+    out, wanted = Folder(llama / "out"), open_checkpoint(str(llama / "base"), "base").tensors
     path = llama / "out" / "config.json"
     config = json.loads(path.read_text())
 

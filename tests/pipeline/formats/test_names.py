@@ -152,6 +152,22 @@ def test_experts_one_by_one_and_stacked(tmp_path, config, scope):
     assert any("compared in finetuned's layout" in oddity for oddity in result.plan.oddities)
 
 
+def test_square_experts_are_stacked_only_where_the_model_is_known(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    for seed, side in enumerate(("base", "finetuned")):
+        torch.manual_seed(seed)
+        model = transformers.MixtralForCausalLM(config)
+        model.save_pretrained(tmp_path / side, save_original_format=side == "base")
+    pruned(tmp_path, "base", "finetuned")
+    for side in ("base", "finetuned"):
+        (tmp_path / side / "config.json").unlink()
+    with pytest.raises(UserError, match=r"is a stack of square matrices .* and no architecture in config.json says"):
+        pruned(tmp_path, "base", "finetuned")
+
+
 def test_a_renamed_run_goes_on_and_is_the_same_on_more_workers(pair):
     other = renamed(pair, "finetuned", model_="transformer.")
     found = set()
