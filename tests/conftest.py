@@ -28,14 +28,18 @@ class Runner:
     def __init__(self, folder: Path):
         self.folder = folder
         self._runs = 0
+        self._codes = False
 
     def write(self, base: Tensors, finetuned: Tensors, shards: tuple[int, int] = (1, 1)) -> None:
+        self._codes = any(
+            t.dtype.itemsize == 1 and t.is_floating_point() for t in (*base.values(), *finetuned.values())
+        )
         save(self.folder / "base", base, shards[0])
         save(self.folder / "finetuned", finetuned, shards[1])
 
     def recipe(self, out: str | None = None, **choices: Any) -> Recipe:
         sides = {"base": str(self.folder / "base"), "finetuned": str(self.folder / "finetuned")}
-        defaults = {"workers": 1, "device": "cpu", "memory": "128MB", "plain_codes": True}
+        defaults = {"workers": 1, "device": "cpu", "memory": "128MB", **({"plain_codes": True} if self._codes else {})}
         return Recipe.of(**sides, out=str(self.folder / (out or self.new_name())), **{**defaults, **choices})
 
     def new_name(self) -> str:

@@ -38,7 +38,7 @@ def _split(parts: list[str]) -> tuple[str, str]:
     return "\n".join(parts), "\n".join(held)
 
 
-def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (250, 110)) -> None:
+def make(folder: Path, learned: dict[str, str], steps: tuple[int, int] = (200, 80)) -> None:
     """base/ and finetuned/ with their tokenizer, in bfloat16."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def _train(model: Any, tokens: torch.Tensor, steps: int, rate: float) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
     model.train()
     for _ in range(steps):
-        starts = torch.randint(tokens.numel() - WINDOW, (24,))
+        starts = torch.randint(tokens.numel() - WINDOW, (10,))
         batch = torch.stack([tokens[start : start + WINDOW] for start in starts.tolist()])
         loss = model(batch, labels=batch).loss
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,7 +315,9 @@ class Target:
         old = [n for n in self._files if n.endswith((".safetensors", ".safetensors.index.json")) and "/" not in n]
         operations += [CommitOperationDelete(path_in_repo=name) for name in old if name not in mine]
         try:
-            with plain_errors(self.address):
+            with plain_errors(self.address), warnings.catch_warnings():
+                # The table of a run is no data set that was put into a model's repository by mistake.
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
                 self._api.create_commit(
                     self.name, operations, commit_message=message, revision=self.branch, parent_commit=self._head
                 )

@@ -66,7 +66,9 @@ def test_a_run_at_work_tells_how_far_it_is(model, scope):
 def test_the_seconds_of_a_run_are_those_of_its_work(model):
     out, _ = statuses(model, workers=2)
     seconds, wall = status_facts(out)["seconds"], json.loads(Path(out, "fapm/manifest.json").read_text())["seconds"]
-    assert all(0 < spent < 4 * wall for spent in seconds.values())
+    threads = 2 * 16  # of a worker some sixteen read, compute and write at the most
+    assert sum(seconds.values()) > 0
+    assert all(0 <= spent < threads * wall for spent in seconds.values()), (seconds, wall)
 
 
 def test_a_run_that_was_killed_has_died(model):

@@ -367,7 +367,6 @@ def test_a_pipeline_is_named(llama):
 @pytest.fixture
 def sentences(tmp_path: Path) -> Path:
     import sentence_transformers
-    from sentence_transformers import models
 
     torch.manual_seed(0)
     small = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
@@ -376,6 +375,8 @@ def sentences(tmp_path: Path) -> Path:
     transformers.BertTokenizer(str(tmp_path / "bert" / "vocab.txt")).save_pretrained(tmp_path / "bert")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that the library has moved
+        from sentence_transformers import models
+
         modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(32), models.Dense(32, 16)]
     model = sentence_transformers.SentenceTransformer(modules=modules, device="cpu")
     model.save(str(tmp_path / "base"))
