@@ -22,7 +22,6 @@ _OF_CODES = re.compile(
 )
 _DESCRIPTIONS = ("quantization_config", "compression_config")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight$")
-_HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
 def check_folder(folder: Store, tensors: Mapping[str, TensorInfo], base: Collection[str]) -> list[str]:
@@ -82,12 +81,12 @@ def _check_modules(folder: Store, tensors: Mapping[str, TensorInfo]) -> list[str
     if not folder.has("modules.json"):
         return []
     try:
-        listed = [str(module["path"]) for module in json.loads(folder.read("modules.json"))]
-        kinds = [str(module.get("type", "")) for module in json.loads(folder.read("modules.json"))]
+        listed = json.loads(folder.read("modules.json"))
+        kinds = [(str(module["path"]), str(module.get("type", ""))) for module in listed]
     except (ValueError, TypeError, KeyError, AttributeError):
         return ["modules.json: it does not list the folders of a model"]
     problems = []
-    for path, kind in zip(listed, kinds, strict=True):
+    for path, kind in kinds:
         has_weights = kind.endswith((".Dense", ".LSTM", ".CNN", ".WeightedLayerPooling"))
         if path and has_weights and not any(name.startswith(f"{path}/") for name in tensors):
             problems.append(f"{path}: modules.json names it, and its weights are not there")

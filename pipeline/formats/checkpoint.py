@@ -162,15 +162,8 @@ def _merged(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
         f"{checkpoint.role}: an adapter inside it is added to its weights as they are read",
     )
     identity = {**checkpoint.identity, CONFIG: _identity_of(folder, CONFIG)}
-    side_files = tuple(name for name in checkpoint.side_files if name != CONFIG)
-    return replace(
-        checkpoint,
-        tensors=tensors,
-        gone=_as_stored(checkpoint, gone),
-        oddities=oddities,
-        identity=identity,
-        side_files=side_files,
-    )
+    gone = _as_stored(checkpoint, gone)
+    return replace(checkpoint, tensors=tensors, gone=gone, oddities=oddities, identity=identity)
 
 
 def _as_stored(checkpoint: Checkpoint, gone: Mapping[str, str]) -> dict[str, str]:
@@ -522,8 +515,8 @@ def _weight_files(
         _mention_ignored(weights, ["model.safetensors"], role, oddities)
         return ["model.safetensors"], None
     parts = [name for name in weights if not name.startswith("consolidated")] or weights
-    inside = sorted(name.rpartition("/")[0] for name in folder.files() if name.endswith(f"/{CONFIG}"))
-    if not parts and inside:
+    inside = [] if parts else sorted(n.rpartition("/")[0] for n in folder.files() if n.endswith(f"/{CONFIG}"))
+    if inside:
         raise UserError(
             f"{role}: no checkpoint in {folder.address}: it has no safetensors, and adapters in "
             f"{', '.join(inside[:3])}{', …' if len(inside) > 3 else ''}; give the folder of the one that counts"

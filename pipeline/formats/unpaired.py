@@ -35,11 +35,11 @@ def refuse_unpaired(
     ours = [info for info in alone if is_weight(info.dtype) and info.numel]
     theirs = [info for info in added if is_weight(info.dtype) and info.numel]
     pair = _fitting(ours, theirs)
-    renaming = suggested(ours, theirs)
-    decide = "or, if it is meant, take them as they are with --unpaired pass or decide them with --rule"
+    decide = "if it is meant, take them as they are with --unpaired pass or decide them with --rule"
     if pair:
+        renaming = suggested(ours, theirs)
         (one, other), how = pair, "has the shape" if pair[0].shape == pair[1].shape else "has as many elements"
-        advice = f"if they are the same, say --rename '{renaming}' ({decide[4:]})" if renaming else f"{decide[4:]}"
+        advice = f"if they are the same, say --rename '{renaming}' ({decide})" if renaming else decide
         raise UserError(
             f"{len(theirs)} weight(s) of finetuned and {len(ours)} of base have no partner, and {one.name} of base "
             f"{list(one.shape)} {how} of {other.name} of finetuned {list(other.shape)}; {advice}"
@@ -52,7 +52,7 @@ def refuse_unpaired(
                 f"{share:.3g} of {side}'s weights ({len(infos)} tensor(s), {largest.name} {list(largest.shape)} the "
                 f"largest) have no partner on the other side, so they would "
                 + ("stay wholly fine-tuned" if side == "finetuned" else "be left out")
-                + f"; give the checkpoints that belong together, match them with --rename FROM=TO, {decide}"
+                + f"; give the checkpoints that belong together, match them with --rename FROM=TO, or, {decide}"
             )
 
 
@@ -64,13 +64,10 @@ def _fitting(ours: Iterable[TensorInfo], theirs: Iterable[TensorInfo]) -> tuple[
         by_shape[info.shape].append(info)
         by_numel[info.numel].append(info)
     theirs = list(theirs)
-    for found in (
-        [(o, t) for t in theirs for o in by_shape.get(t.shape, ())[:_MOST_TRIED]],
-        [(o, t) for t in theirs for o in by_numel.get(t.numel, ())[:_MOST_TRIED]],
-    ):
-        if found:
-            return max(found, key=lambda pair: _alike(pair[0].name, pair[1].name))
-    return None
+    alike = [(by_shape[t.shape], t) for t in theirs if t.shape in by_shape]
+    alike = alike or [(by_numel[t.numel], t) for t in theirs if t.numel in by_numel]
+    pairs = ((one, other) for several, other in alike[:_MOST_TRIED] for one in several[:_MOST_TRIED])
+    return max(pairs, key=lambda pair: _alike(pair[0].name, pair[1].name), default=None)
 
 
 def _alike(one: str, other: str) -> int:
