@@ -28,7 +28,7 @@ from cluster.options import (
     recipe_options,
     work_options,
 )
-from pipeline.errors import PassingError, UserError
+from pipeline.errors import PassingError, UserError, one_line, printable, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,11 +72,12 @@ def _signalled(stopped: KeyboardInterrupt) -> int:
 
 
 def _log(line: str) -> None:
-    click.echo(f"fapm: {line}", err=True)
+    click.echo(f"fapm: {one_line(line)}", err=True)
 
 
 def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else text)
+    # In JSON everything but ASCII is escaped, and with it whatever could steer a terminal.
+    click.echo(without_secrets(json.dumps(facts).replace("\x7f", "\\u007f")) if as_json else printable(text))
 
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -671,7 +672,7 @@ def demo(folder: str) -> None:
 
     with Progress() as progress:
         done = demo(Path(folder), progress.watch())
-    click.echo(f"{run_text(prune_facts(done.result))}\n\n{done.checked}")
+    click.echo(printable(f"{run_text(prune_facts(done.result))}\n\n{done.checked}"))
 
 
 def _terminated(*_: object) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, RepoCard
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.formats.beside import CARD
 from pipeline.formats.checkpoint import Checkpoint, read_config
 from pipeline.plan import Plan
 from pipeline.recipe import EVERYTHING, option_words
 from pipeline.scoring.methods import METHODS
 from pipeline.storage.address import repository_of, split
-
-CARD = "README.md"
 
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _TAGS = ("fapm", "pruned", "task-vector")
@@ -37,7 +36,7 @@ def model_card(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     metadata = _metadata(plan, own, base_s)
     parts = [
         f"---\n{metadata}\n---",
-        f"# {_name(plan.finetuned)}, pruned",
+        f"# {_as_text(_name(plan.finetuned))}, pruned",
         _what(plan, rows),
         *([f"## How it was chosen\n\n{plan.chosen}"] if plan.chosen else []),
         "## What was kept\n\n" + _table(rows),
@@ -101,13 +100,18 @@ def _repositories(side: Checkpoint, otherwise: list[str]) -> list[str]:
 
 
 def _name(side: Checkpoint) -> str:
-    """Its folder's name alone, and nothing else of a path, since a card is for others to read."""
-    return split(side.folder.absolute().address)[1]
+    """Its folder's name alone, and nothing else of a path, since a card is for others to read; in one line."""
+    return one_line(split(side.folder.absolute().address)[1])
+
+
+def _as_text(name: str) -> str:
+    """A name as Markdown that shows it as it is: no HTML, no link, no image."""
+    return re.sub(r"([\\`*\[\]()<>!&#|~])", r"\\\1", name)
 
 
 def _called(side: Checkpoint) -> str:
     named = repository_of(side.folder.address)
-    return f"[{named}](https://huggingface.co/{named})" if named else f"`{_name(side)}`"
+    return f"[{named}](https://huggingface.co/{named})" if named else "`{}`".format(_name(side).replace("`", "'"))
 
 
 def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
@@ -172,7 +176,8 @@ def _again(plan: Plan) -> str:
     for name in plan.recipe.decides():
         if name in given and name != "density":
             words += map(shlex.quote, option_words(name, given[name]))
+    line = one_line(" ".join(words)).replace("`", "'")
     return (
-        f"```sh\n{' '.join(words)}\n```\n\nWhat identifies the inputs, and checksums of the output, are in "
+        f"```sh\n{line}\n```\n\nWhat identifies the inputs, and checksums of the output, are in "
         "`fapm/manifest.json`; `fapm verify` reads it all again."
     )

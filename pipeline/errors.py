@@ -1,4 +1,4 @@
-"""The errors that are not bugs."""
+"""The errors that are not bugs, and what may be shown of a stranger's words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,37 @@ import re
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@:]*:[^\s@]*(?=@)")
+_MOST_CHARACTERS = 4000
+
+
 def printable(text: str) -> str:
-    """A text in which a stranger's names cannot steer a terminal: no escapes, no other direction of writing."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    """A text as it may be shown: a stranger's names cannot steer a terminal in it (no escapes, no other direction of
+    writing), and no address says the key and the secret that somebody has put into it."""
+    return without_secrets(_UNPRINTABLE.sub(_escaped, text))
+
+
+def without_secrets(text: str) -> str:
+    """A text without what stands before the @ of an address, where that is a name and a secret."""
+    return _CREDENTIALS.sub("…", text)
+
+
+def one_line(text: str) -> str:
+    """A stranger's words as a part of a line that is shown, cut where they are longer than anybody reads."""
+    shown = printable(text)
+    if any(letter in shown for letter in "\n\t"):
+        shown = shown.replace("\n", "\\n").replace("\t", "\\t")
+    return _cut(shown)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape", "surrogatepass").decode()
+
+
+def _cut(text: str) -> str:
+    """The beginning and the end of a text that is too long; what to do stands at the end of our sentences."""
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
 
 
 class UserError(Exception):
@@ -20,7 +48,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str):
-        super().__init__(printable(sentence))
+        super().__init__(_cut(printable(sentence)))
 
 
 class PassingError(UserError):

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import fields
-from pipeline.card import CARD, model_card
+from pipeline.card import model_card
 from pipeline.errors import UserError
-from pipeline.formats.beside import is_code, without_code
+from pipeline.formats.beside import CARD, is_code, without_code
 from pipeline.formats.configuration import followed
 from pipeline.formats.delta import DELTA, FORMAT, delta_name
 from pipeline.plan import Plan, Shard, index_json, is_untied, make_plan, vocabulary_of
@@ -32,7 +32,7 @@ from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, delta_facts_name, record_name, rows_name, saved_read_bytes
 from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
-from pipeline.storage.local import TEMPORARY
+from pipeline.storage.local import TEMPORARY, planted
 from pipeline.storage.store import LOCKS, FileStat, Store, overlapped
 
 RUN = "fapm/run.json"
@@ -129,6 +129,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
             raise UserError(f"--out {out.address} holds the {role} checkpoint {side.address}; give a folder beside it")
     if out.is_file():
         raise UserError(f"--out {out.address} is a file; give a folder")
+    refuse_links(out)
     if overwrite or out.is_empty():
         return "new"
     if not out.has(RUN):
@@ -152,6 +153,16 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
             "or --overwrite to start again"
         )
     return "finished" if out.has(MANIFEST) and not unfinished_shards(plan) else "unfinished"
+
+
+def refuse_links(out: Store) -> None:
+    """Refuse an output in which something is a link.
+
+    Raises:
+        UserError: as `storage.local.planted` says it.
+    """
+    for name in out.links():
+        raise planted(out.at(name))
 
 
 def _read_json(folder: Store, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.advice import advice_text, advise
 from pipeline.choosing.skills import AXES, DEFINITIONS
+from pipeline.errors import one_line
 from pipeline.formats.checkpoint import Checkpoint
 from pipeline.plan import PairedTensor, Plan, group_of
 from pipeline.pool import cores
@@ -30,7 +31,7 @@ _EXTREMES = 5  # tensors at each end of the kept share
 
 def layout(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows of cells in aligned columns, two blanks between them; the columns in `right` are flush right."""
-    cells = [list(row) for row in rows]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
 
     def line(row: list[str]) -> str:

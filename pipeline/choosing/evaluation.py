@@ -1,7 +1,8 @@
 """Evaluating checkpoints by the user's own means, each in a process of its own.
 
 What an evaluation says is kept as it comes, in `evaluations/` beside the candidates, together with what was asked: what
-is there is not asked again.
+is there is not asked again. What it prints besides may hold secrets: its last line is shown, and all of it kept in a
+log of its own that only the user may read.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from typing import Any
 from pipeline.choosing.skills import SKILLS, Measure, read_skills
 from pipeline.choosing.sources import Source, at_hand
 from pipeline.errors import UserError
+from pipeline.storage.local import Folder
 from pipeline.storage.store import Store
 
 CHECKPOINT = "{checkpoint}"
+VARIABLE = "FAPM_CHECKPOINT"
+"""In the environment of an evaluation, the path of the checkpoint."""
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SAID_BYTES = 1 << 20  # of an answer that is read
+_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "busybox")
+_IN_CODE = re.compile(r"[\s;&|<>$`'\"\\(){}*?#!~]")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Evaluation:
     """What is asked of every checkpoint.
 
     Attributes:
-        commands: with `{checkpoint}` in them, or `package.module:function`; they say JSON.
+        commands: words with `{checkpoint}` in them, or `package.module:function`; they say JSON.
         tasks: of lm-evaluation-harness, by skill: names, or YAML files.
         texts: files of text, by skill, whose cross entropy is measured.
         seconds: each may take.
@@ -69,7 +75,7 @@ class Evaluation:
             if _FUNCTION.fullmatch(command):
                 yield [*call, command, path]
             else:
-                yield ["/bin/sh", "-c", command.replace(CHECKPOINT, shlex.quote(path))]
+                yield [word.replace(CHECKPOINT, path) for word in shlex.split(command)]
         if self.tasks:
             yield [*harness, path, *(f"{k}={','.join(v)}" for k, v in self.tasks.items())]
         if self.texts:
@@ -88,11 +94,8 @@ def evaluation(
         UserError: it cannot be asked.
     """
     for command in commands:
-        if not _FUNCTION.fullmatch(command) and CHECKPOINT not in command:
-            raise UserError(
-                f"--evaluate {command}: give a command with {CHECKPOINT} where the path belongs, or "
-                "package.module:function"
-            )
+        if not _FUNCTION.fullmatch(command):
+            _check_command(command)
     files = _by_skill(texts, "--text")
     for path in files.values():
         if not Path(path).is_file():
@@ -111,6 +114,32 @@ def evaluation(
     if limit <= 0:
         raise UserError(f"--evaluate-seconds: give a time above 0 (it is {limit:g})")
     return Evaluation(tuple(commands), named, files, limit, os.getcwd())
+
+
+def _check_command(command: str) -> None:
+    """Whether words can be told in a command, and no checkpoint's path would be read as code.
+
+    Raises:
+        UserError: they cannot, or it would.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--evaluate {command}: its quotes do not end ({error})") from None
+    if not words or (CHECKPOINT not in command and VARIABLE not in command):
+        raise UserError(
+            f"--evaluate {command}: give a command with {CHECKPOINT} where the path belongs, or package.module:function"
+        )
+    shell = next((i for i, word in enumerate(words) if os.path.basename(word) in _SHELLS), None)
+    for i, word in enumerate(words):
+        rest = word.replace(CHECKPOINT, "")
+        to_shell = shell is not None and i > shell and re.fullmatch(r"-\w*c", words[i - 1])
+        if rest != word and (to_shell or _IN_CODE.search(rest) or i == 0):
+            raise UserError(
+                f"--evaluate {command}: a folder's name could be read as code there; no shell is used, so give "
+                f"{CHECKPOINT} as a word or the end of one, or call a shell and write "
+                f'"${VARIABLE}" in it: sh -c \'cd there && ./score "${VARIABLE}"\''
+            )
 
 
 def _needs(module: str, option: str) -> None:
@@ -138,16 +167,23 @@ def _is_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Said:
-    """What an evaluation has said of a checkpoint: its skills, or why there are none."""
+    """What an evaluation has said of a checkpoint: its skills, or why there are none.
+
+    Attributes:
+        last: the last line that it printed when it failed, which is shown and not kept.
+        printed: the end of all that it printed.
+    """
 
     name: str
     skills: dict[str, Measure]
     error: str = ""
     seconds: float = 0.0
+    last: str = field(default="", compare=False)
+    printed: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         if self.error:
-            return f"{self.name} could not be evaluated: {self.error}"
+            return f"{self.name} could not be evaluated: {self.error}" + (f": {self.last}" if self.last else "")
         return f"{self.name}: " + ", ".join(f"{skill} {measure}" for skill, measure in self.skills.items())
 
 
@@ -155,47 +191,76 @@ def evaluate(asked: Evaluation, source: Source) -> Said:
     """Evaluate one checkpoint here. Errors are what it says, so that they do not end others."""
     began = time.perf_counter()
     skills: dict[str, Measure] = {}
-    error = ""
+    error, last, logged = "", "", list[str]()
     try:
         with at_hand(source) as path:
             for command in asked.asked(path):
-                skills |= read_skills(_answer(command, asked.seconds, asked.folder))
+                code, printed, complaints = _run(command, path, asked.seconds, asked.folder)
+                logged += [complaints, printed]
+                if code is None:
+                    error = f"it took longer than {asked.seconds:g} s (--evaluate-seconds)"
+                elif code:
+                    error = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    last = _last_line(complaints) or "it said nothing on stderr"
+                else:
+                    try:
+                        skills |= read_skills(_answer(printed))
+                    except UserError as wrong:
+                        error, last = "what it printed says no skills", str(wrong)
+                if error:
+                    break
     except UserError as failed:
-        skills, error = {}, str(failed)
-    return Said(source.name, skills, error, round(time.perf_counter() - began, 3))
+        error = str(failed)
+    seconds = round(time.perf_counter() - began, 3)
+    return Said(source.name, {} if error else skills, error, seconds, last, "".join(logged))
 
 
-def _answer(command: Sequence[str], seconds: float, folder: str) -> Any:
-    """The JSON that a command prints: all that it prints, or the last line that is an object.
+def _run(command: Sequence[str], path: str, seconds: float, folder: str) -> tuple[int | None, str, str]:
+    """Run a command; its exit code, None where the time was up, and the ends of what it printed on stdout and stderr.
+
+    Nothing that it started lives on, also when this process is killed meanwhile.
+    """
+    supervisor = str(Path(__file__).with_name("supervise.py"))
+    asleep, awake = os.pipe()  # closed with this process, whatever becomes of it
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", supervisor, str(asleep), *command],
+                cwd=folder if os.path.isdir(folder) else None,
+                env={**os.environ, VARIABLE: path},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                pass_fds=[asleep],
+                start_new_session=True,
+            )
+        finally:
+            os.close(asleep)
+        code = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(seconds)
+        finally:
+            os.close(awake)
+            _end(process)
+        return code, _tail(out), _tail(err)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _answer(printed: str) -> Any:
+    """The JSON that a command has printed: all of it, or the last line that is an object.
 
     Raises:
-        UserError: it fails, prints something else, or takes too long. Nothing that it started lives on.
+        UserError: there is none.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            command,
-            cwd=folder if os.path.isdir(folder) else None,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"it took longer than {seconds:g} s (--evaluate-seconds)") from None
-        finally:
-            _end(process)
-        printed, complaints = _tail(out), _tail(err)
-    if code:
-        lines = [line for line in complaints.splitlines() if line.strip()] or ["it said nothing on stderr"]
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise UserError(f"{how}: {lines[-1].strip()[:300]}")
     for text in (printed, *reversed(printed.splitlines())):
         if text.lstrip().startswith("{"):
             try:
                 return json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     raise UserError('it printed no JSON object like {"new": 0.93, "old": 0.81}')
 
@@ -208,7 +273,10 @@ def _tail(file: Any) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """What a command has started ends with it."""
+    """Wait until a supervisor has ended everything, and end it if it does not."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -241,6 +309,8 @@ def evaluate_all(
     missing = [source for source in sources if source.name not in found]
     for said in do(asked, missing) if missing else ():
         source = next(source for source in missing if source.name == said.name)
+        if isinstance(kept, Folder) and said.printed:  # where a file can be the user's alone
+            kept.write(_file(said.name, ".log"), said.printed.encode(), 0o600)
         kept.write(_file(said.name), json.dumps(_facts(said) | {"key": key, "of": source.identity}, indent=1).encode())
         found[said.name] = said
         say(str(said))
@@ -255,9 +325,9 @@ def _facts(said: Said) -> dict[str, Any]:
     }
 
 
-def _file(name: str) -> str:
+def _file(name: str, suffix: str = ".json") -> str:
     plain = re.fullmatch(r"\w[\w.+-]*", name)
-    return f"evaluations/{name if plain else hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
+    return f"evaluations/{name if plain else hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}{suffix}"
 
 
 def _kept(folder: Store, source: Source, key: str) -> Said | None:

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline import manifest, run
-from pipeline.card import CARD, model_card
+from pipeline.card import model_card
 from pipeline.choosing.candidates import Candidate
 from pipeline.choosing.choice import Choice, front
 from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
 from pipeline.choosing.skills import DEFINITIONS, Point, point_facts, points
 from pipeline.choosing.sources import BASE, FINETUNED, inputs, output
 from pipeline.errors import UserError
+from pipeline.formats.beside import CARD
 from pipeline.plan import Plan, make_plans
 from pipeline.publish import prune, staged_recipe
 from pipeline.recipe import Recipe, binary
@@ -46,12 +47,14 @@ def sweep_folder(recipe: Recipe) -> str:
     """Where the candidates of an output lie.
 
     Raises:
-        UserError: the path of the output has fields.
+        UserError: the path of the output has fields, or something in it is a link.
     """
     if "{" in recipe.out.replace("{{", "").replace("}}", ""):
         raise UserError(f"--out {recipe.out}: the output of a sweep has no fields in its path")
     out = staged_recipe(recipe).out
-    return f"{out}-{manifest.SWEEP}" if scheme_of(recipe.out) == HUB else inside(out, manifest.SWEEP)
+    folder = f"{out}-{manifest.SWEEP}" if scheme_of(recipe.out) == HUB else inside(out, manifest.SWEEP)
+    manifest.refuse_links(open_store(folder))
+    return folder
 
 
 def sweep(

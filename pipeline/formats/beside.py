@@ -12,9 +12,10 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".o
 _NOT_THE_MODEL = ("fapm", "runs", "logs", "checkpoint-", "original", "global_step")
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 MODEL_CONFIG = "config.json"
+CARD = "README.md"
 MAX_CONFIG_BYTES = 16 << 20
 _MAX_SIDE_BYTES = 256 << 20
-_TRAINING_STATE = ("trainer_state.json", "README.md", "adapter_config.json")
+_TRAINING_STATE = ("trainer_state.json", CARD, "adapter_config.json")
 
 
 def side_files_of(found: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:

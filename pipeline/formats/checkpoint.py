@@ -20,12 +20,12 @@ from pipeline.formats.adapter import (
     with_adapter,
     without_tied_head,
 )
-from pipeline.formats.beside import MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
+from pipeline.formats.beside import CARD, MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
 from pipeline.formats.configuration import ties
 from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
 from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
 from pipeline.formats.names import packed_like, renamed, unwrapped
-from pipeline.formats.pickled import describe, distributed_folder, torch_files
+from pipeline.formats.pickled import METADATA, describe, distributed_folder, torch_files
 from pipeline.formats.quantized import DESCRIPTION, dequantized, described_codes
 from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
 from pipeline.storage.address import open_store
@@ -315,7 +315,7 @@ def _stay_inside(folder: Store, names: Iterable[str], role: str) -> None:
 def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, oddities: list[str]) -> Checkpoint:
     tensors, identity = read
     side_files, left = side_files_of(found)
-    _stay_inside(folder, (*identity, *side_files), role)
+    _stay_inside(folder, (*identity, *side_files, *({CARD} & found.keys())), role)
     size = found[MODEL_CONFIG].size if MODEL_CONFIG in found else 0
     if size > MAX_CONFIG_BYTES:
         raise UserError(f"{role}: {folder.at(MODEL_CONFIG)} has {size} bytes, more than any configuration")
@@ -362,6 +362,7 @@ def _described(folder: Store, kind: str, names: list[str], role: str, allow_pick
             "network that can write nothing"
         )
     side = _side(role)
+    _stay_inside(folder, _described_by(kind, names), role)
     tensors: dict[str, TensorInfo] = {}
     for info in describe(folder, kind, names, side, where):
         if info.name in tensors:
@@ -380,6 +381,10 @@ def _described(folder: Store, kind: str, names: list[str], role: str, allow_pick
         for file in sorted(parts)
     }
     return tensors, identity
+
+
+def _described_by(kind: str, names: Sequence[str]) -> list[str]:
+    return [*names] if kind == "torch" else [METADATA if name == "." else f"{name}/{METADATA}" for name in names]
 
 
 def _with_weights(checkpoint: Checkpoint, plain_codes: bool) -> Checkpoint:
@@ -571,8 +576,8 @@ def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: 
 
 
 def _read_index(folder: Store, name: str, role: str) -> dict[str, str]:
-    if folder.leads_out(name) or folder.size(name) > MAX_HEADER_BYTES:
-        raise UserError(f"{role}: {folder.at(name)} is a link out of its folder, or larger than any index")
+    if folder.size(name) > MAX_HEADER_BYTES:
+        raise UserError(f"{role}: {folder.at(name)} is larger than any index")
     try:
         weight_map: dict[str, str] = json.loads(folder.read(name))["weight_map"]
         if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):

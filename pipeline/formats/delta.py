@@ -43,8 +43,8 @@ def read_delta(folder: Store, where: str) -> dict[str, Any]:
     Raises:
         UserError: it is none, or of another version.
     """
-    if folder.leads_out(DELTA) or folder.size(DELTA) > MAX_BYTES:
-        raise UserError(f"{where}: {DELTA} is a link out of its folder, or larger than any")
+    if folder.size(DELTA) > MAX_BYTES:
+        raise UserError(f"{where}: {DELTA} is larger than any")
     try:
         said = json.loads(folder.read(DELTA))
         if said["format"] != FORMAT:

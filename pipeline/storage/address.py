@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.storage.layers import Layers
-from pipeline.storage.local import Folder
+from pipeline.storage.local import Folder, planted
 from pipeline.storage.store import Store
 
 BUCKETS = ("s3", "gs", "az")
@@ -43,6 +43,11 @@ def open_store(address: str, token: str = "") -> Store:
         UserError: there are no such addresses.
     """
     scheme = scheme_of(address)
+    if without_secrets(address) != address:
+        raise UserError(
+            f"{address}: an address has no key and secret in it, which would be repeated wherever it is written; they "
+            "come from the environment or from a profile"
+        )
     if scheme in BUCKETS:
         from pipeline.storage.bucket import Bucket
 
@@ -144,8 +149,17 @@ def split(address: str) -> tuple[str, str]:
 
 
 def inside(address: str, name: str) -> str:
-    """The address of a folder in another."""
-    return f"{address.rstrip('/')}/{name}" if scheme_of(address) else str(Path(address, name))
+    """The address of a folder in another.
+
+    Raises:
+        UserError: it is a link.
+    """
+    if scheme_of(address):
+        return f"{address.rstrip('/')}/{name}"
+    path = Path(address, name)
+    if path.is_symlink():
+        raise planted(path)
+    return str(path)
 
 
 def matching(pattern: str) -> list[str]:

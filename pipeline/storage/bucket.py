@@ -288,6 +288,9 @@ class Bucket:
     def leads_out(self, name: str) -> bool:
         return False
 
+    def links(self) -> list[str]:
+        return []
+
     def overlaps(self, other: Store) -> str:
         if not isinstance(other, Bucket):
             return ""

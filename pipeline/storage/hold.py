@@ -37,6 +37,8 @@ from pipeline.storage.store import LOCKS, Store
 
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 30.0
+_MOST_BYTES = 1 << 14  # of a lock that is read
+_TRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Fol
     try:
         number = _take(there, functools.partial(_make, there, me), say)
         with held.changing(there.path):
-            lock = os.open(there.path / _lock(number), os.O_RDONLY)
+            lock = held.open(_lock(number), os.O_RDONLY)
         try:
             with _beating(functools.partial(os.utime, lock)):  # one that has been replaced is not touched
                 _sweep(held, me, number)
@@ -154,19 +156,27 @@ def _take(folder: Store, make: Callable[[str], bool], say: Callable[[str], None]
 
 def _make(folder: Folder, me: Holder, name: str) -> bool:
     """Make a lock, and the folder without which its holder cannot change anything."""
-    mine = folder.path / TEMPORARY / me.token
-    _make_folders(mine, folder.path / LOCKS)
-    text = mine / "lock"
+    mine = f"{TEMPORARY}/{me.token}"
+    _make_folders(folder, mine, LOCKS)
     with plain_errors(folder.path):
         try:
-            text.write_text(json.dumps(asdict(me)))
-            _make_exclusively(text, folder.path / name)
+            _write(folder, f"{mine}/lock", me, os.O_CREAT | os.O_TRUNC)
+            _make_exclusively(folder, f"{mine}/lock", name, me)
         except (FileExistsError, FileNotFoundError):
             return False  # another run was faster, or has ended and removed what was empty
-    if mine.exists():
+    if folder.is_there(mine):
         return True
-    (folder.path / name).unlink(missing_ok=True)  # swept away before it could count
+    with contextlib.suppress(FileNotFoundError):
+        folder.unlink(name)  # swept away before it could count
     return False
+
+
+def _write(folder: Folder, name: str, me: Holder, flags: int) -> None:
+    file = folder.open(name, os.O_WRONLY | flags)
+    try:
+        os.write(file, json.dumps(asdict(me)).encode())
+    finally:
+        os.close(file)
 
 
 def _newest(folder: Store, but: int = 0) -> int:
@@ -174,32 +184,34 @@ def _newest(folder: Store, but: int = 0) -> int:
     return max((number for number in map(int, _numbers(folder)) if number != but), default=0)
 
 
-def _make_folders(*paths: Path) -> None:
-    for path in paths:
-        with plain_errors(path):
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except FileNotFoundError:  # another run that ended has just removed the parent, which was empty
-                path.mkdir(parents=True, exist_ok=True)
+def _make_folders(folder: Folder, *names: str) -> None:
+    for name in names:
+        with plain_errors(folder.path):
+            for more in reversed(range(_TRIES)):
+                try:
+                    folder.make_folder(name)
+                    break
+                except FileNotFoundError:  # another run that ended has just removed the parent, which was empty
+                    if not more:
+                        raise
 
 
 def _numbers(folder: Store) -> list[str]:
     if not isinstance(folder, Folder):
         return [name for name in (path.rpartition("/")[2] for path in folder.files(LOCKS)) if name.isdecimal()]
     with plain_errors(folder.path), contextlib.suppress(FileNotFoundError):
-        return [name for name in os.listdir(folder.path / LOCKS) if name.isdecimal()]
+        return [name for name in folder.names(LOCKS) if name.isdecimal()]
     return []
 
 
-def _make_exclusively(text: Path, path: Path) -> None:
+def _make_exclusively(folder: Folder, text: str, name: str, me: Holder) -> None:
     """Let a file appear under a name that no other has, with its content where the file system can."""
     try:
-        os.link(text, path)
-    except FileExistsError:
+        folder.link(text, name)
+    except (FileExistsError, FileNotFoundError):
         raise
     except OSError:  # no hard links there
-        with open(path, "xb") as file:
-            file.write(text.read_bytes())
+        _write(folder, name, me, os.O_CREAT | os.O_EXCL)
 
 
 def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> tuple[Holder | None, Any] | None:
@@ -237,8 +249,11 @@ def _look(folder: Store, lock: str) -> tuple[Holder | None, Any] | None:
     touched: Any
     if isinstance(folder, Folder):
         try:
-            with open(folder.path / lock, "rb") as file:  # opening it asks a file server for the truth
-                text, touched = file.read(), os.fstat(file.fileno()).st_mtime_ns
+            file = folder.open(lock, os.O_RDONLY)  # opening it asks a file server for the truth
+            try:
+                text, touched = os.read(file, _MOST_BYTES), os.fstat(file).st_mtime_ns
+            finally:
+                os.close(file)
         except OSError:
             return None
     else:
@@ -296,13 +311,14 @@ def _beat(touch: Callable[[], None], ended: threading.Event) -> None:
 def _sweep(held: Folder, me: Holder, number: int) -> None:
     """Take all other runs their means to change anything, and remove what they left half-written."""
     with held.changing(held.path):
-        others = [name for name in os.listdir(held.path / TEMPORARY) if name != me.token]
+        others = [name for name in held.names(TEMPORARY) if name != me.token]
     for name in others:
         held.remove_folder(f"{TEMPORARY}/{name}")
     for name in _numbers(held):
         if int(name) < number:
             held.remove(f"{LOCKS}/{name}")
-    (held.path / TEMPORARY / me.token / "lock").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        held.unlink(f"{TEMPORARY}/{me.token}/lock")
 
 
 def _leave(folder: Folder, me: Holder) -> None:
@@ -310,8 +326,8 @@ def _leave(folder: Folder, me: Holder) -> None:
     with contextlib.suppress(OSError, UserError):
         folder.remove_folder(f"{TEMPORARY}/{me.token}")
     for name in (TEMPORARY, LOCKS, "fapm"):
-        with contextlib.suppress(OSError):
-            (folder.path / name).rmdir()
+        with contextlib.suppress(OSError, UserError):
+            folder.remove_empty(name)
 
 
 def _machine() -> str:

@@ -138,6 +138,9 @@ class Repository:
     def leads_out(self, name: str) -> bool:
         return False
 
+    def links(self) -> list[str]:
+        return []
+
     def overlaps(self, other: Store) -> str:
         return "same" if isinstance(other, Repository) and other.name == self.name else ""
 

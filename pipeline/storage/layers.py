@@ -51,6 +51,9 @@ class Layers:
         part, rest = self._of(name)
         return part.leads_out(rest)
 
+    def links(self) -> list[str]:
+        return [f"{i}/{name}" for i, part in enumerate(self.parts) for name in part.links()]
+
     def overlaps(self, other: Store) -> str:
         return next((found for part in self.parts if (found := part.overlaps(other))), "")
 

@@ -1,4 +1,8 @@
-"""Bytes in and out of folders: ranged reads into the caller's buffer, and files that appear whole or not at all."""
+"""Bytes in and out of folders: ranged reads into the caller's buffer, and files that appear whole or not at all.
+
+A folder may be a stranger's. What is read must lie in it, links included; what is written, renamed or removed is found
+from the folder downwards by directory handles that follow no link.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -42,14 +47,19 @@ class Reader:
     """An open file, read by ranges. Safe to use from several threads.
 
     Raises:
-        UserError: the file cannot be opened, or ends before a range that was asked for.
+        UserError: the file cannot be opened, is none, or ends before a range that was asked for.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with plain_errors(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._fd).st_size
+            # A pipe would wait for who writes into it.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            about = os.fstat(self._fd)
+        self.size = about.st_size
+        if not stat.S_ISREG(about.st_mode):
+            self.close()
+            raise UserError(f"{path} is no file")
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
         """Fill `target` (contiguous uint8) with the bytes at `offset`."""
@@ -78,15 +88,64 @@ class Reader:
         os.close(self._fd)
 
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def _opened(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
+    """A handle of the folder in which `name` lies, below `root`, and the last part of the name.
+
+    Args:
+        make: folders that are not there.
+
+    Raises:
+        UserError: a part of the way is a link.
+        OSError: it is not there.
+    """
+    *folders, last = name.split("/")
+    handle = os.open(root, _FOLDER)
+    try:
+        for i, part in enumerate(folders):
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=handle)
+            try:
+                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
+            except OSError:
+                if _is_link(part, handle):
+                    raise planted(root.joinpath(*folders[: i + 1])) from None
+                raise
+            os.close(handle)
+            handle = inner
+        yield handle, last
+    finally:
+        os.close(handle)
+
+
+def _is_link(name: str, handle: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(name, dir_fd=handle).st_mode)
+    except OSError:
+        return False
+
+
+def planted(path: Path | str) -> UserError:
+    """What is said of a link where something is to be written or removed."""
+    return UserError(
+        f"{path} is a link, and nothing in an output may be one: what is written there would land elsewhere; remove "
+        "it, or give another folder"
+    )
+
+
 class Writer:
     """A file being written under a temporary name, in any order of ranges."""
 
-    def __init__(self, folder: Folder, name: str, size: int):
+    def __init__(self, folder: Folder, name: str, size: int, mode: int = 0o666):
         self.path = folder.path / name
-        self._folder = folder
+        self._folder, self._name = folder, name
         self._temporary = folder.new_temporary()
-        with folder.changing(self._temporary):
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with folder.changing(self.path):
+            self._fd = folder.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with plain_errors(self.path):
                 if size:
@@ -109,13 +168,12 @@ class Writer:
             os.fsync(self._fd)
             self._close()
             try:
-                os.replace(self._temporary, self.path)
+                self._folder.rename(self._temporary, self._name)
             except FileNotFoundError:
-                if not self._temporary.exists():
+                if not self._folder.is_there(self._temporary):
                     raise
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self._temporary, self.path)
-            _sync_folder(self.path.parent)
+                self._folder.rename(self._temporary, self._name, make=True)
+            self._folder.sync(self._name)
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1  # once: the number may soon be another file's
@@ -125,16 +183,8 @@ class Writer:
     def discard(self) -> None:
         with contextlib.suppress(OSError):
             self._close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        with contextlib.suppress(OSError, UserError):
+            self._folder.unlink(self._temporary)
 
 
 class Folder:
@@ -163,12 +213,84 @@ class Folder:
         """The same for processes with another working directory."""
         return Folder(self.path.absolute(), self._token)
 
-    def new_temporary(self) -> Path:
-        """A new path for what is not, or no more, in its place. The hold's own folder is never made again here."""
+    def new_temporary(self) -> str:
+        """A new name for what is not, or no more, in its place. The hold's own folder is never made again here."""
         if not self._token:
             with plain_errors(self.path):
-                (self.path / TEMPORARY).mkdir(parents=True, exist_ok=True)
-        return self.path / TEMPORARY / self._token / uuid.uuid4().hex
+                self.make_folder(TEMPORARY)
+            return f"{TEMPORARY}/{uuid.uuid4().hex}"
+        return f"{TEMPORARY}/{self._token}/{uuid.uuid4().hex}"
+
+    # What follows no link. These raise what the system says (OSError), and a UserError where one is in the way.
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder, and those in which it lies."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if name:
+            with _opened(self.path, f"{name}/", make=True):
+                pass
+
+    def open(self, name: str, flags: int, mode: int = 0o666) -> int:
+        """Open a file that is no link and no pipe, as `os.open` does."""
+        with _opened(self.path, name) as (handle, last):
+            try:
+                fd = os.open(last, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode, dir_fd=handle)
+            except OSError:
+                if _is_link(last, handle):
+                    raise planted(self.path / name) from None
+                raise
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise UserError(f"{self.path / name} is no file")
+
+    def is_there(self, name: str) -> bool:
+        """Whether there is something of that name, be it a link."""
+        try:
+            with _opened(self.path, name) as (handle, last):
+                os.lstat(last, dir_fd=handle)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def rename(self, name: str, to: str, make: bool = False) -> None:
+        """Let a file or a folder appear under another name, in the place of a file that has it."""
+        with _opened(self.path, name) as (source, old), _opened(self.path, to, make) as (target, new):
+            os.replace(old, new, src_dir_fd=source, dst_dir_fd=target)
+
+    def sync(self, name: str) -> None:
+        """Make durable that there is something of that name."""
+        with _opened(self.path, name) as (handle, _):
+            os.fsync(handle)
+
+    def link(self, name: str, to: str) -> None:
+        """Let a file appear under a second name that no other has."""
+        with _opened(self.path, name) as (source, old), _opened(self.path, to) as (target, new):
+            os.link(old, new, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+
+    def unlink(self, name: str) -> None:
+        with _opened(self.path, name) as (handle, last):
+            os.unlink(last, dir_fd=handle)
+
+    def remove_empty(self, name: str) -> None:
+        with _opened(self.path, name) as (handle, last):
+            os.rmdir(last, dir_fd=handle)
+
+    def names(self, name: str) -> list[str]:
+        """What lies in a folder, hidden or not."""
+        with _opened(self.path, f"{name}/") as (handle, _):
+            return os.listdir(handle)
+
+    def links(self) -> list[str]:
+        """The links in it; hidden ones, and what lies in hidden folders, are left out."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = sorted(n for n in folders if not n.startswith("."))
+            for name in (*folders, *files):
+                path = Path(folder, name)
+                if not name.startswith(".") and path.is_symlink():
+                    found.append(path.relative_to(self.path).as_posix())
+        return found
 
     @contextlib.contextmanager
     def changing(self, path: Path) -> Iterator[None]:
@@ -181,7 +303,7 @@ class Folder:
             try:
                 yield
             except FileNotFoundError:
-                if not self._token or (self.path / TEMPORARY / self._token).exists():
+                if not self._token or self.is_there(f"{TEMPORARY}/{self._token}"):
                     raise
                 raise PassingError(
                     f"--out {self.path} was taken over by another run or removed while this one was at work; "
@@ -251,8 +373,21 @@ class Folder:
     def reader(self, name: str) -> Reader:
         with self._lock:
             if name not in self._readers:
-                self._readers[name] = Reader(self._at(name))
+                self._readers[name] = self._open(name)
             return self._readers[name]
+
+    def _open(self, name: str) -> Reader:
+        """A file to read, which lies in this folder.
+
+        Raises:
+            UserError: it is a link that leads out of it.
+        """
+        if self.leads_out(name):
+            raise UserError(
+                f"{self._at(name)} is a link out of its folder; put the file itself there, or give the folder in which "
+                "it lies"
+            )
+        return Reader(self._at(name))
 
     def close(self) -> None:
         with self._lock:
@@ -261,12 +396,15 @@ class Folder:
             self._readers.clear()
 
     def read(self, name: str) -> bytes:
-        with plain_errors(self.path / name):
-            return self._at(name).read_bytes()
+        reader = self._open(name)
+        try:
+            return reader.read(0, reader.size)
+        finally:
+            reader.close()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, mode: int = 0o666) -> None:
         self._at(name)
-        writer = Writer(self, name, 0)
+        writer = Writer(self, name, 0, mode)
         try:
             writer.write(0, data)
             writer.publish()
@@ -275,41 +413,46 @@ class Folder:
             raise
 
     def append(self, name: str, data: bytes, now: bool = False) -> None:
-        path = self._at(name)
-        with plain_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab", buffering=0) as file:
-                file.write(data)
+        with plain_errors(self._at(name)):
+            self.make_folder(name.rpartition("/")[0])
+            fd = self.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                os.write(fd, data)
+            finally:
+                os.close(fd)
 
     def create(self, name: str, size: int) -> Writer:
         self._at(name)
         return Writer(self, name, size)
 
     def remove(self, name: str) -> None:
-        away = self._put_away(self._at(name))
-        with plain_errors(self.path / name):
-            away.unlink(missing_ok=True)
+        if self._is_folder(name):
+            raise UserError(f"{self._at(name)} is a folder; remove it, or give another output folder")
+        self.remove_folder(name)
 
     def remove_folder(self, name: str) -> None:
-        away = self._put_away(self._at(name))
-        with plain_errors(self.path / name):
-            if away.is_dir():
-                shutil.rmtree(away)
+        path, away = self._at(name), name
+        if self._token:  # out of sight at once, if the folder is still held
+            away = self.new_temporary()
+            with self.changing(path):
+                try:
+                    self.rename(name, away)
+                except FileNotFoundError:
+                    if self.is_there(name) or not self.is_there(f"{TEMPORARY}/{self._token}"):
+                        raise  # it was there, but the hold's folder is not
+                    return
+        with plain_errors(path), contextlib.suppress(FileNotFoundError), _opened(self.path, away) as (handle, last):
+            if self._is_folder(away):
+                shutil.rmtree(last, dir_fd=handle)
             else:
-                away.unlink(missing_ok=True)
+                os.unlink(last, dir_fd=handle)
 
-    def _put_away(self, path: Path) -> Path:
-        """Where something is that is about to be removed: out of sight at once, if the folder is still held."""
-        if not self._token:
-            return path
-        away = self.new_temporary()
-        with self.changing(path):
-            try:
-                os.replace(path, away)
-            except FileNotFoundError:
-                if path.exists() or not away.parent.exists():
-                    raise  # it was there, but the hold's folder is not
-        return away
+    def _is_folder(self, name: str) -> bool:
+        """Whether it is a folder itself, and no link to one."""
+        path = self._at(name)
+        with plain_errors(path), contextlib.suppress(FileNotFoundError), _opened(self.path, name) as (handle, last):
+            return stat.S_ISDIR(os.lstat(last, dir_fd=handle).st_mode)
+        return False
 
     def free_bytes(self) -> int:
         """What the file system under the folder, or its nearest parent that exists, has left."""

@@ -91,6 +91,10 @@ class Store(Protocol):
         """Whether a file is a link to one that lies elsewhere, and not in the Hub's cache of which it is a part."""
         ...
 
+    def links(self) -> list[str]:
+        """The links in it, at any depth; hidden ones, and what lies in hidden folders, are left out."""
+        ...
+
     def overlaps(self, other: Store) -> str:
         """`same` if the other is this folder, `holds` if it lies in it, else nothing."""
         ...

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ if __name__ == "__main__":
     print("loading ...")
     print(json.dumps(score(sys.argv[1])))
 """
+ROOT = Path(__file__).parents[3]
 COMMAND = f"{sys.executable} score.py {{checkpoint}}"
 
 
@@ -80,32 +83,104 @@ def test_a_command_and_a_function_say_the_same(pair):
     assert (one.error, one.name) == ("", "it")
 
 
-def test_paths_are_quoted(pair):
-    odd = pair / "it's $HOME; rm -rf x"
+def test_a_path_is_a_word(pair):
+    odd = pair / "it's $HOME; touch x;#"
     shutil.copytree(pair / "base", odd)
     assert said(COMMAND, odd).skills["old"] == Measure(1.0)
+    said("echo '{checkpoint}'", odd)
+    shell = f"""sh -c '{sys.executable} score.py "$FAPM_CHECKPOINT" | tail -n 1'"""
+    assert said(shell, odd).skills["old"] == Measure(1.0)
+    assert not (pair / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sh -c 'echo {checkpoint}'", "sh -c {checkpoint}", "env bash -ec {checkpoint}", "ssh host 'score {checkpoint}'",
+        "python -c \"score('{checkpoint}')\"", "{checkpoint} now", "echo '{checkpoint};'", "eval '$({checkpoint})'",
+    ],
+)  # fmt: skip
+def test_where_a_path_could_be_code_it_is_refused(command):
+    with pytest.raises(UserError, match="could be read as code"):
+        asked(command)
+
+
+LEFT_BEHIND = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open("pid", "w").write(str(os.getpid()))
+        time.sleep(600)
+    os._exit(0)
+while not os.path.exists("pid") or not open("pid").read():
+    time.sleep(0.01)
+time.sleep(float(sys.argv[2]))
+print('{"new": 1, "old": 1}')
+"""
+
+
+def is_gone(pid: Path) -> bool:
+    stat = Path("/proc", pid.read_text().strip(), "stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"  # not buried yet
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(("sleeps", "seconds", "skills"), [(0, None, 2), (600, 3, 0)])
+def test_what_has_a_session_of_its_own_is_ended_too(pair, sleeps, seconds, skills):
+    (pair / "left.py").write_text(LEFT_BEHIND)
+    found = said(f"{sys.executable} left.py {{checkpoint}} {sleeps}", pair / "base", seconds)
+    assert len(found.skills) == skills
+    wait_until(lambda: is_gone(pair / "pid"))
+
+
+def test_an_evaluation_ends_with_the_process_that_asked(pair):
+    (pair / "left.py").write_text(LEFT_BEHIND)
+    code = (
+        "from pipeline.choosing.evaluation import evaluate, evaluation\n"
+        "from pipeline.choosing.sources import Source\n"
+        f"evaluate(evaluation(['{sys.executable} left.py {{checkpoint}} 600'], [], []), Source('it', 'base', ''))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_until(lambda: (pair / "pid").exists() and (pair / "pid").read_text())
+    process.kill()
+    process.wait()
+    wait_until(lambda: is_gone(pair / "pid"))
+
+
+def test_what_an_evaluation_prints_is_kept_for_the_user_alone(pair):
+    """Its last line is shown, and stands in no file that could be published with the output."""
+    (pair / "telling.py").write_text("import sys\nsys.exit('cannot log in with hunter2')")
+    found = swept(pair, asked(f"{sys.executable} telling.py {{checkpoint}}"), density="0.1")
+    write_sweep(found)
+    assert "hunter2" in str(found.said["fapm-0.1"])
+    telling = [path for path in (pair / "out").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert {path.suffix for path in telling} == {".log"} and len(telling) == 3
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in telling)
 
 
 @pytest.mark.parametrize(
     ("command", "why"),
     [
-        ("echo {checkpoint}; echo oh no >&2; exit 3", "exit code 3: oh no"),
+        ("sh -c 'echo oh no >&2; exit 3' {checkpoint}", "exit code 3: oh no"),
         ("echo {checkpoint}", "no JSON object"),
         ("echo '[1]' {checkpoint}", "no JSON object"),
-        ("true {checkpoint}; echo '{\"acc\": 1}'", "at least one of"),
-        ("true {checkpoint}; kill -9 $$", "signal 9"),
-        ("true {checkpoint}; exec nothing-of-that-name", "exit code 127"),
+        ("sh -c 'echo {\\\"acc\\\": 1}' {checkpoint}", "at least one of"),
+        ("sh -c 'kill -9 $$' {checkpoint}", "signal 9"),
+        ("nothing-of-that-name {checkpoint}", "exit code 1: there is no program nothing-of-that-name"),
         ("score:nothing", "AttributeError"),
         ("json:dumps", "no JSON object"),
     ],
 )  # fmt: skip
 def test_a_failure_is_one_line(pair, command, why):
     found = said(command, pair / "base")
-    assert found.skills == {} and why in found.error and "\n" not in found.error
+    assert found.skills == {} and why in str(found) and "\n" not in str(found)
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(pair):
-    command = "sh -c 'sleep 60; touch late' & echo $! > pid; sleep 60; true {checkpoint}"
+    command = """sh -c "sh -c 'sleep 60; touch late' & echo $! > pid; sleep 60" {checkpoint}"""
     with soon(20):
         assert "longer than 1 s" in said(command, pair / "base", 1).error
     stat = Path("/proc", (pair / "pid").read_text().strip(), "stat")
@@ -202,10 +277,10 @@ def test_another_choice_of_the_same_sweep_takes_its_place(pair, emit):
 def test_a_failed_evaluation_does_not_end_the_others(pair):
     (pair / "picky.py").write_text("import sys\nif 'fapm-0.3' in sys.argv[1]: sys.exit('not this one')\n" + SCORE)
     found = swept(pair, asked(f"{sys.executable} picky.py {{checkpoint}}"), density="0.1,0.3")
-    assert found.said["fapm-0.3"].error == "exit code 1: not this one"
+    assert str(found.said["fapm-0.3"]).endswith("exit code 1: not this one")
     assert found.said["fapm-0.1"].skills
     text = sweep_text(write_sweep(found), "out")
-    assert "not evaluated: exit code 1: not this one" in text and "on the front" in text
+    assert "not evaluated: exit code 1" in text and "on the front" in text
 
 
 def test_an_adapter_is_evaluated_merged(pair):

@@ -125,7 +125,7 @@ def test_a_lock_that_cannot_be_read_does_not_block_for_ever(tmp_path, content):
 
 
 def test_without_hard_links_too(tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(95, "not supported")
 
     monkeypatch.setattr(os, "link", refuse)
