@@ -7,6 +7,7 @@ imported inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -52,6 +53,13 @@ class Commands(click.Group):
         except UserError as error:
             _log(" ".join(str(error).split()))
             ctx.exit(os.EX_TEMPFAIL if isinstance(error, PassingError) else 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _log(
+                f"no space left on a disk ({error.filename or 'of this machine'}); free some and give the command again"
+            )
+            ctx.exit(os.EX_TEMPFAIL)
         except ModuleNotFoundError as error:
             name = (error.name or "").partition(".")[0]
             if name in ("cluster", "pipeline", "") or name in sys.stdlib_module_names:

@@ -221,7 +221,7 @@ def gather_choices(
 _EVALUATION_OPTIONS = (
     click.option(
         "--evaluate", "commands", metavar="COMMAND", multiple=True,
-        help="Evaluate every checkpoint by a command with {checkpoint} in it, that prints JSON like "
+        help="Evaluate every checkpoint by a command (no shell) with {checkpoint} in it, that prints JSON like "
         '{"new": 0.93, "old": 0.81}, or by package.module:function, that returns such. Repeatable.',
     ),
     click.option(

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline.errors import one_line
+
 if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.run import Watch
@@ -111,6 +113,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Say a line. One that begins with a shard's name says that the shard is finished."""
+        line = one_line(line)
         if line.split(" ", 1)[0] in self._shards:
             self._done += 1
             if self._bar is not None:

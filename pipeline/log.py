@@ -7,10 +7,14 @@ import datetime
 import json
 from typing import Any
 
-from pipeline.errors import UserError
+from pydantic import ValidationError
+
+from pipeline.errors import UserError, one_line
+from pipeline.schemas import Event
 from pipeline.storage.store import Store
 
 LOG = "fapm/log.jsonl"
+_MOST_BYTES, _MOST_LINES, _LONGEST_LINE = 64 << 20, 200_000, 1 << 16
 
 
 class Log:
@@ -26,6 +30,8 @@ class Log:
         a shard; `asked`, `ready` and `lost` those of workers in a cluster; `expect` says that more is to be read.
         """
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        if "error" in facts:
+            facts["error"] = one_line(facts["error"])
         line = json.dumps({"time": when, "event": event, **facts}, ensure_ascii=False)
         with contextlib.suppress(UserError):
             now = event in ("begun", "finished", "failed", "stopped")
@@ -33,11 +39,24 @@ class Log:
 
 
 def read_log(folder: Store) -> list[dict[str, Any]]:
-    """The log's events, the oldest first; a line that was not written whole is left out."""
+    """The log's events, the oldest first; a line that was not written whole is left out.
+
+    Each has what `schemas.Event` says, `time` as a datetime.
+
+    Raises:
+        UserError: it is longer than the log of any run.
+    """
+    if not folder.has(LOG):
+        return []
+    if folder.size(LOG) > _MOST_BYTES:
+        raise UserError(f"{folder.at(LOG)} is longer than the log of any run")
+    data = folder.read(LOG)
+    if data.count(b"\n") > _MOST_LINES:
+        raise UserError(f"{folder.at(LOG)} has more lines than the log of any run")
     events = []
-    for line in folder.read(LOG).splitlines() if folder.has(LOG) else ():
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and {"time", "event"} <= event.keys():
-                events.append(event)
+    for line in data.split(b"\n"):
+        with contextlib.suppress(ValidationError):
+            if len(line) > _LONGEST_LINE:
+                continue
+            events.append(Event.model_validate_json(line).model_dump())
     return events

@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from pipeline import fields
 from pipeline.card import model_card
@@ -26,14 +27,18 @@ from pipeline.errors import UserError
 from pipeline.formats.beside import CARD, is_code, without_code
 from pipeline.formats.configuration import followed
 from pipeline.formats.delta import DELTA, FORMAT, delta_name
+from pipeline.formats.sandbox import RefusedError, ask
 from pipeline.plan import Plan, Shard, index_json, is_untied, make_plan, vocabulary_of
 from pipeline.recipe import PATHS, Recipe
+from pipeline.schemas import ROWS, ManifestRecord, Row, RunRecord, ShardRecord, ThresholdsRecord
+from pipeline.scoring.methods import METHODS
 from pipeline.scoring.threshold import Threshold
 from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
 from pipeline.shard.task import ARRAYS, delta_facts_name, record_name, rows_name, saved_read_bytes
 from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
 from pipeline.storage.local import TEMPORARY, planted
-from pipeline.storage.store import LOCKS, FileStat, Store, overlapped
+from pipeline.storage.records import Record, parse, read_record
+from pipeline.storage.store import LOCKS, FileStat, Store, differing, overlapped
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"
@@ -46,6 +51,8 @@ SWEEP = "sweep"
 """The folder in an output in which the candidates lie of which it was chosen (`pipeline.choosing`)."""
 
 State = Literal["new", "unfinished", "finished"]
+
+_MOST_TABLE_BYTES, _MOST_ROWS = 64 << 20, 200_000
 
 
 def look(recipe: Recipe, overwrite: bool = False) -> tuple[Plan, State]:
@@ -89,8 +96,8 @@ def _begun_before(plan: Plan, pattern: str) -> str | None:
     for path in matching(pattern):
         folder = open_store(path)
         if folder.has(RUN):
-            with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # it is of somebody else
-                if not _differences(_read_json(folder, RUN), identity(plan)):
+            with contextlib.suppress(UserError):  # it is of somebody else
+                if not differences(begun(folder), identity(plan)):
                     found.append((folder.has(MANIFEST), folder.changed(RUN), path))
     return max(found)[2] if found else None
 
@@ -140,16 +147,12 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
             f"--out {out.address} is not empty and was not made by fapm; give another folder, or --overwrite "
             "to replace the checkpoint in it"
         )
-    before = _read_json(out, RUN)
-    try:
-        differences = _differences(before, identity(plan))
-    except (AttributeError, KeyError, TypeError):
-        raise _damaged(out, RUN) from None
-    if differences and not any("/" not in name and name.endswith(".safetensors") for name in out.files()):
+    found = differences(begun(out), identity(plan))
+    if found and not any("/" not in name and name.endswith(".safetensors") for name in out.files()):
         return "new"  # nothing is finished, nothing is lost
-    if differences:
+    if found:
         raise UserError(
-            f"--out {out.address} belongs to another run: {'; '.join(differences[:4])}; give another folder, "
+            f"--out {out.address} belongs to another run: {'; '.join(found[:4])}; give another folder, "
             "or --overwrite to start again"
         )
     return "finished" if out.has(MANIFEST) and not unfinished_shards(plan) else "unfinished"
@@ -165,20 +168,20 @@ def refuse_links(out: Store) -> None:
         raise planted(out.at(name))
 
 
-def _read_json(folder: Store, name: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads(folder.read(name))
-        assert isinstance(loaded, dict)
-        return loaded
-    except (ValueError, AssertionError):
-        raise _damaged(folder, name) from None
+def _read(folder: Store, name: str, model: type[Record]) -> dict[str, Any]:
+    return read_record(folder, name, model, "damaged; start again with --overwrite")
 
 
-def _damaged(folder: Store, name: str) -> UserError:
-    return UserError(f"{folder.at(name)} is damaged; start again with --overwrite")
+def begun(out: Store) -> dict[str, Any]:
+    """What makes the run this one that was begun in a folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _read(out, RUN, RunRecord)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What another recipe or other inputs have that these have not, as sentences."""
     found = []
     if before.get("format") != now["format"]:
@@ -192,8 +195,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for file in sorted(files.keys() | then.keys()):
             if file not in then or file not in files:
                 found.append(f"{role}: {file} is {'new' if file not in then else 'gone'}")
-            elif then[file] != files[file]:
-                what = [key for key in files[file] if then[file].get(key) != files[file][key]]
+            elif what := differing(then[file], files[file]):
                 found.append(f"{role}: {file} has changed since ({_how(what, then[file], files[file])})")
     return found
 
@@ -203,6 +205,8 @@ def _how(what: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
         return f"{then['size']} bytes then, {now['size']} now"
     if "header" in what:
         return "its header differs"
+    if "mtime_ns" not in what and "etag" not in what:
+        return "its time of change is the same, but it was written in place, copied or renamed meanwhile"
     if not all("mtime_ns" in x for x in (then, now)):
         return "it was written again"
     when = (datetime.datetime.fromtimestamp(x["mtime_ns"] / 1e9).isoformat(" ", "seconds") for x in (then, now))
@@ -270,7 +274,7 @@ def save_thresholds(
 def load_thresholds(out: Store) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
     if not out.has(THRESHOLDS):
         return None
-    data = _read_json(out, THRESHOLDS)
+    data = _read(out, THRESHOLDS, ThresholdsRecord)
     thresholds = {name: Threshold(key, ties) for name, (key, ties) in data["thresholds"].items()}
     return thresholds, {int(shard): part for shard, part in data["quotas"].items()}, data["rounds"]
 
@@ -287,21 +291,69 @@ def load_manifest(path: str) -> dict[str, Any]:
     if not folder.has(MANIFEST):
         state = "an unfinished run; give the same command again to go on" if folder.has(RUN) else "no output of fapm"
         raise UserError(f"{path} holds {state}")
-    return _read_json(folder, MANIFEST)
+    made = read_record(folder, MANIFEST, ManifestRecord, "not the manifest of a run that this version knows")
+    try:
+        known = {name: value for name, value in made["recipe"].items() if name in Recipe.model_fields}
+        Recipe.of(**known | dict.fromkeys(("base", "finetuned", "out"), "-"))
+    except UserError as error:
+        raise UserError(f"{folder.at(MANIFEST)} is not the manifest of a run: its recipe has {error}") from None
+    return made
+
+
+def check_inputs(plan: Plan) -> None:
+    """Whether the inputs are still the files of which the plan was made.
+
+    Raises:
+        UserError: one has changed while it was read.
+    """
+    for side in (plan.base, plan.finetuned):
+        now = side.folder.files()
+        for file, then in side.identity.items():
+            what = differing(then, {"size": now[file].size, **now[file].version}) if file in now else ["gone"]
+            if what:
+                raise UserError(
+                    f"{side.role}: {side.folder.at(file)} has changed while it was read, so the output may be of both; "
+                    "let it come to rest, and start again with --overwrite"
+                )
+
+
+def _check_kept(plan: Plan, measured: np.ndarray) -> None:
+    """Whether each group keeps as many elements as it should.
+
+    Raises:
+        UserError: one does not, as where an input was changed between counting and writing.
+    """
+    kept: dict[str, int] = {}
+    for tensor, row in zip(plan.tensors(), measured, strict=True):
+        if tensor.group:
+            kept[tensor.group] = kept.get(tensor.group, 0) + int(row["kept"])
+    wrong = [group for group in kept if kept[group] != plan.groups[group].k]
+    if METHODS[plan.recipe.method].score is not None and wrong:
+        group = wrong[0]
+        raise UserError(
+            f"{group!r} keeps {kept[group]} elements, and should keep {plan.groups[group].k}: an input has changed "
+            "between counting and writing; let it come to rest, and start again with --overwrite"
+        )
 
 
 def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
-    """Write all that makes the shards a checkpoint, the manifest last; returns the manifest."""
+    """Write all that makes the shards a checkpoint, the manifest last; returns the manifest.
+
+    Raises:
+        UserError: an input has changed meanwhile.
+    """
+    check_inputs(plan)
     names, at_once = [record_name(s.index) for s in plan.shards], out.reads_at_once
-    records = list(overlapped(functools.partial(_read_json, out), names, at_once))
-    rows = overlapped(out.read, [rows_name(s.index) for s in plan.shards], at_once)
-    measured = np.concatenate([np.frombuffer(data, MEASURED) for data in rows])
+    records = list(overlapped(functools.partial(_read, out, model=ShardRecord), names, at_once))
+    measured = np.concatenate(list(overlapped(functools.partial(_measured, out), plan.shards, at_once)))
+    _check_kept(plan, measured)
     literal = {side: fields.literal(path) for side, path in _paths(plan.recipe).items()}
     out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
-    out.write(TABLE, to_parquet(plan.shards, plan.groups, measured))
+    table = to_parquet(plan.shards, plan.groups, measured)
+    out.write(TABLE, table)
     if plan.recipe.emit != "checkpoint":
         out.write(DELTA, _delta(plan, records, out))
-    for name, data in _beside(plan):
+    for name, data in _beside(plan, lambda: from_parquet(table)):
         out.write(name, data())
     manifest = {
         "fapm": version(),
@@ -328,6 +380,14 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     return manifest
 
 
+def _measured(out: Store, shard: Shard) -> np.ndarray:
+    """What was measured of a shard's tensors, (t,) MEASURED."""
+    name, nbytes = rows_name(shard.index), len(shard.tensors) * MEASURED.itemsize
+    if out.size(name) != nbytes:
+        raise UserError(f"{out.at(name)} is damaged; start again with --overwrite")
+    return np.frombuffer(out.read(name), MEASURED)
+
+
 def _delta(plan: Plan, records: list[dict[str, Any]], out: Store) -> bytes:
     """delta.json."""
     facts = overlapped(out.read, [delta_facts_name(s.index) for s in plan.shards], out.reads_at_once)
@@ -349,12 +409,16 @@ def _paths(recipe: Recipe) -> dict[str, str]:
     return {side: getattr(recipe, side) for side in PATHS}
 
 
-def _beside(plan: Plan) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """What makes shards a checkpoint, in the order in which it appears: the index and the configuration last."""
+def _beside(plan: Plan, rows: Callable[[], list[dict[str, Any]]]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """What makes shards a checkpoint, in the order in which it appears: the index and the configuration last.
+
+    Args:
+        rows: those of the run's table.
+    """
     for name in plan.finetuned.side_files:
         if name != "config.json" and not (is_code(name) and not plan.recipe.allow_code):
             yield name, functools.partial(_side_file, plan, name)
-    yield CARD, lambda: model_card(plan, read_table(plan.recipe.out)).encode()
+    yield CARD, lambda: model_card(plan, rows()).encode()
     if sum("/" not in s.name for s in plan.shards) > 1 and plan.recipe.emit != "delta":
         yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
     if "config.json" in plan.finetuned.side_files:
@@ -371,12 +435,12 @@ def is_tidy(plan: Plan) -> bool:
     """Whether a finished run has all that lies beside its shards, and nothing that it has no use for."""
     out = open_store(plan.recipe.out)
     useless = any(out.has_folder(name) for name in (WORK, TEMPORARY, LOCKS))
-    return all(out.has(name) for name, _ in _beside(plan)) and not useless
+    return all(out.has(name) for name, _ in _beside(plan, list)) and not useless
 
 
 def tidy(plan: Plan, out: Store) -> None:
     """Make a finished run so."""
-    for name, data in _beside(plan):
+    for name, data in _beside(plan, lambda: read_table(plan.recipe.out)):
         if not out.has(name):
             out.write(name, data())
     out.remove_folder(WORK)
@@ -400,8 +464,8 @@ def _config(plan: Plan) -> bytes:
     """finetuned's configuration as it describes the output; its own bytes where nothing changes."""
     text = _side_file(plan, "config.json")
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
+        config = parse(text)
+    except ValueError:
         return text
     if not isinstance(config, dict):
         return text
@@ -412,5 +476,20 @@ def _config(plan: Plan) -> bytes:
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
-    """The rows of a finished run's table."""
-    return from_parquet(open_store(path).read(TABLE))
+    """The rows of a finished run's table, of which each has what `schemas.Row` says.
+
+    Raises:
+        UserError: it is damaged, or none.
+    """
+    folder = open_store(path)
+    if folder.size(TABLE) > _MOST_TABLE_BYTES:
+        raise UserError(f"{folder.at(TABLE)} is larger than any table of tensors")
+    try:
+        answer = ask("untable.py", [str(_MOST_ROWS), *Row.model_fields], folder.read(TABLE), 60, 256 << 20)
+        found: list[dict[str, Any]] = []
+        for line in answer.splitlines():
+            found += (row.model_dump() for row in ROWS.validate_json(line))
+    except (RefusedError, ValidationError) as error:
+        why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{folder.at(TABLE)} is not the table of a run ({why})") from None
+    return found

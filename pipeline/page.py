@@ -157,7 +157,7 @@ def _of_output(made: dict[str, Any], rows: Sequence[dict[str, Any]], out: str, n
         parts.append("<h2>How far each layer has moved</h2>")
         parts.append(_figure(_moves(layers, moved), "moved", *about))
     parts += ["<h2>By kind of tensor</h2>", _kinds_table(rows)]
-    paths = {side: made["paths"][side] for side in ("base", "finetuned", "out")}
+    paths = {"out": out, **made["paths"]}
     parts += ["<h2>Commands</h2>", f"<pre>{_e(_commands(made, paths))}</pre>"]
     return parts
 
@@ -175,7 +175,8 @@ def _commands(made: dict[str, Any], paths: dict[str, str]) -> str:
 
     from pipeline.recipe import option_words
 
-    words = ["fapm", "prune", *(word for side in paths for word in (f"--{side}", shlex.quote(paths[side])))]
+    sides = ("base", "finetuned", "out")
+    words = ["fapm", "prune", *(word for side in sides for word in (f"--{side}", shlex.quote(paths[side])))]
     for field, value in made["recipe"].items():
         if value not in (None, [], False, "checkpoint"):
             words += map(shlex.quote, option_words(field, value))
@@ -237,9 +238,11 @@ def _squares(rows: Iterable[dict[str, Any]]) -> tuple[float, float]:
 
 def _moved(layers: Sequence[str], cells: Cells) -> np.ndarray:
     """(layers, 2): ‖Δ‖ / ‖W‖ of fine-tuning, and of what was kept."""
-    found = []
+    found, by_layer = [], dict[str, list[dict[str, Any]]]()
+    for (layer, _), listed in cells.items():
+        by_layer.setdefault(layer, []).extend(listed)
     for layer in layers:
-        rows = [row for (of, _), listed in cells.items() if of == layer for row in listed]
+        rows = by_layer[layer]
         whole, part = _squares(rows)
         weights = math.fsum((row["norm_base"] or 0.0) ** 2 for row in rows)
         found.append([math.sqrt(x / weights) if weights else 0.0 for x in (whole, part)])

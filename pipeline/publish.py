@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 
 from pipeline import run
-from pipeline.errors import PassingError
+from pipeline.errors import PassingError, UserError
 from pipeline.log import LOG
-from pipeline.manifest import MANIFEST, RECIPE, RUN, identity, shard_files, version
+from pipeline.manifest import MANIFEST, RECIPE, RUN, differences, identity, shard_files, version
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import PATHS, Recipe
 from pipeline.run import MakePool, Result, Watch
+from pipeline.schemas import ManifestRecord, RunRecord
 from pipeline.storage.address import HUB, open_store, repository_of, scheme_of, split
 from pipeline.storage.local import Folder
+from pipeline.storage.records import checked
 from pipeline.storage.store import Store
 
 
@@ -85,10 +87,9 @@ def _made_before(target: Any, plan: Plan) -> dict[str, Any] | None:
     """The manifest of this very run, if the repository holds its output."""
     there = target.read(RUN, MANIFEST)
     try:
-        before = json.loads(there[RUN])
-        same = before == json.loads(json.dumps(identity(plan)))
-        return json.loads(there[MANIFEST]) if same else None
-    except (KeyError, ValueError):
+        same = not differences(checked(there[RUN], RunRecord, RUN), identity(plan))
+        return checked(there[MANIFEST], ManifestRecord, MANIFEST) if same else None
+    except (KeyError, UserError):
         return None
 
 

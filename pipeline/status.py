@@ -55,15 +55,19 @@ def status_facts(out: str) -> dict[str, Any]:
         "bytes_done": done,
         "bytes_per_second": rate,
         "seconds_left": (total - done) / rate if rate and state == "running" else None,
-        "begun": begun["time"],
-        "last_event": events[-1]["time"],
+        "begun": _text(begun),
+        "last_event": _text(events[-1]),
         "tries": len(begins),
         "held_by": life[0] if life else None,
         "silent_seconds": life[1] if life else None,
         "error": ended[-1].get("error", "") if ended and state != "running" else None,
         "asked_workers": next((event["workers"] for event in since if event["event"] == "asked"), None),
         "workers": _workers(since),
-        "lost": [{key: event[key] for key in ("time", "where", "how")} for event in since if event["event"] == "lost"],
+        "lost": [
+            {"time": _text(event), "where": event["where"] or "", "how": event["how"]}
+            for event in since
+            if event["event"] == "lost"
+        ],
         "retried": sum(event["tries"] - 1 for event in steps),
         "seconds": {what: sum(event.get(what, 0.0) for event in steps) for what in ("reading", "computing", "writing")},
     }
@@ -79,7 +83,12 @@ def _state(folder: Store, since: Sequence[dict[str, Any]], silent: float | None)
 
 
 def _time(event: dict[str, Any]) -> datetime.datetime:
-    return datetime.datetime.fromisoformat(event["time"])
+    found: datetime.datetime = event["time"]
+    return found
+
+
+def _text(event: dict[str, Any]) -> str:
+    return _time(event).isoformat(timespec="milliseconds")
 
 
 def _rate(steps: Sequence[dict[str, Any]], begun: datetime.datetime, now: datetime.datetime) -> float | None:
@@ -105,7 +114,7 @@ def _workers(since: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         elif event["event"] in _STEPS:
             worker["steps"] += 1
             worker["read_bytes"] += event["read_bytes"]
-        worker["last_heard"] = event["time"]
+        worker["last_heard"] = _text(event)
     return list(found.values())
 
 

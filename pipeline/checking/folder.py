@@ -6,7 +6,6 @@ library (`refused_by_transformers`): transformers builds the model without its w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.formats.tensor import TensorInfo
 from pipeline.storage.local import Folder
+from pipeline.storage.records import parse
 from pipeline.storage.store import Store
 
 _OF_AN_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)(\.|$)")
@@ -81,7 +81,7 @@ def _check_modules(folder: Store, tensors: Mapping[str, TensorInfo]) -> list[str
     if not folder.has("modules.json"):
         return []
     try:
-        listed = json.loads(folder.read("modules.json"))
+        listed = parse(folder.read("modules.json"))
         kinds = [(str(module["path"]), str(module.get("type", ""))) for module in listed]
     except (ValueError, TypeError, KeyError, AttributeError):
         return ["modules.json: it does not list the folders of a model"]
@@ -97,8 +97,8 @@ def _object(folder: Store, name: str) -> dict[str, Any] | None:
     if not folder.has(name):
         return None
     try:
-        found = json.loads(folder.read(name))
-    except (ValueError, RecursionError):
+        found = parse(folder.read(name))
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -25,8 +25,10 @@ from typing import Any
 
 from pipeline.choosing.skills import SKILLS, Measure, read_skills
 from pipeline.choosing.sources import Source, at_hand
-from pipeline.errors import UserError
+from pipeline.errors import PassingError, UserError
+from pipeline.schemas import EvaluationRecord
 from pipeline.storage.local import Folder
+from pipeline.storage.records import read_record
 from pipeline.storage.store import Store
 
 CHECKPOINT = "{checkpoint}"
@@ -334,12 +336,14 @@ def _kept(folder: Store, source: Source, key: str) -> Said | None:
     if not folder.has(_file(source.name)):
         return None
     try:
-        data = json.loads(folder.read(_file(source.name)))
-        if data["key"] != key or data["of"] != source.identity or data["error"]:
-            return None
-        skills = {skill: Measure(**measure) for skill, measure in data["skills"].items()}
-    except (ValueError, KeyError, TypeError):
+        data = read_record(folder, _file(source.name), EvaluationRecord, "no evaluation")
+    except PassingError:
+        raise
+    except UserError:
         return None
+    if data["key"] != key or data["of"] != source.identity or data["error"]:
+        return None
+    skills = {skill: Measure(measure["value"], measure["stderr"]) for skill, measure in data["skills"].items()}
     return Said(source.name, skills, "", data["seconds"])
 
 

@@ -25,9 +25,11 @@ from pipeline.plan import Plan, make_plans
 from pipeline.publish import prune, staged_recipe
 from pipeline.recipe import Recipe, binary
 from pipeline.run import Begun, MakePool, Result, Watch
+from pipeline.schemas import SweepRecord
 from pipeline.shard.worker import at_once
 from pipeline.storage.address import HUB, inside, open_store, scheme_of
 from pipeline.storage.hold import hold
+from pipeline.storage.records import read_record
 
 SWEEP = "sweep.json"
 """In the folder of the candidates, what the last sweep has come to."""
@@ -175,7 +177,7 @@ def take(
     chosen = (read_sweep(swept.folder) or {}).get("chosen")
     there = open_store(recipe.out) if scheme_of(recipe.out) != HUB else None
     if chosen and there and there.has(manifest.RUN):
-        now, wanted = json.loads(there.read(manifest.RUN)).get("recipe", {}), json.loads(json.dumps(recipe.decides()))
+        now, wanted = manifest.begun(there)["recipe"], json.loads(json.dumps(recipe.decides()))
         overwrite |= now == chosen["decides"] and now != wanted
     how = chosen_text(swept, choice)
     result = prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
@@ -263,5 +265,4 @@ def read_sweep(folder: str) -> dict[str, Any] | None:
     store = open_store(folder)
     if not store.has(SWEEP):
         return None
-    found: dict[str, Any] = json.loads(store.read(SWEEP))
-    return found
+    return read_record(store, SWEEP, SweepRecord, "not what a sweep of this version has come to")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,15 @@ from pipeline.formats.adapter import (
     with_adapter,
     without_tied_head,
 )
-from pipeline.formats.beside import CARD, MAX_CONFIG_BYTES, MODEL_CONFIG, TOKENIZER, side_files_of
+from pipeline.formats.beside import (
+    CARD,
+    MAX_CONFIG_BYTES,
+    MAX_SIDE_BYTES,
+    MODEL_CONFIG,
+    TOKENIZER,
+    WEIGHT_SUFFIXES,
+    side_files_of,
+)
 from pipeline.formats.configuration import ties
 from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
 from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
@@ -30,6 +37,7 @@ from pipeline.formats.quantized import DESCRIPTION, dequantized, described_codes
 from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
 from pipeline.storage.address import open_store
 from pipeline.storage.layers import Layers
+from pipeline.storage.records import parse
 from pipeline.storage.store import FileStat, Store, overlapped
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -231,9 +239,9 @@ def _module_folders(folder: Store, found: dict[str, FileStat], role: str) -> lis
     if MODULES not in found:
         return []
     try:
-        listed = json.loads(_small(folder, MODULES, f"{role}: {folder.address}"))
+        listed = parse(_small(folder, MODULES, f"{role}: {folder.address}"))
         paths = [str(module["path"]) for module in listed]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{role}: {folder.at(MODULES)} does not list the folders of a model") from None
     names = {name.rpartition("/")[0] for name in found}
     return [path for path in dict.fromkeys(paths) if path in names and path and "/" not in path]
@@ -319,12 +327,19 @@ def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, 
     size = found[MODEL_CONFIG].size if MODEL_CONFIG in found else 0
     if size > MAX_CONFIG_BYTES:
         raise UserError(f"{role}: {folder.at(MODEL_CONFIG)} has {size} bytes, more than any configuration")
+    large = [n for n in left if found[n].size > MAX_SIDE_BYTES and not n.endswith(WEIGHT_SUFFIXES)]
+    for name in large:
+        if name.startswith(TOKENIZER):
+            raise UserError(
+                f"{role}: {folder.at(name)} has {found[name].size} bytes, more than any tokenizer; take it out of the "
+                "folder if the output is to have none"
+            )
     left = [n for n in left if n not in identity and ("/" in n or not n.endswith(".safetensors"))]  # these are said
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         oddities.append(
             f"{role}: left behind, as no part of the model: {', '.join(left[:5])}{more} (other folders, other formats, "
-            "states of training)"
+            "states of training, files of more than 256 MiB)"
         )
     stored = tuple(leaf.info for info in tensors.values() for leaf in leaves(Part(_side(role), info)))
     bare = unwrapped(tensors, role, oddities)
@@ -446,9 +461,14 @@ def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The object in a side file, or nothing if there is none."""
     if name not in checkpoint.side_files:
         return {}
+    folder = checkpoint.borrowed.get(name, checkpoint.folder)
+    if folder.size(name) > MAX_CONFIG_BYTES:
+        raise UserError(
+            f"{checkpoint.role}: {folder.at(name)} has {folder.size(name)} bytes, more than any configuration"
+        )
     try:
-        found = json.loads(checkpoint.read(name))
-    except (ValueError, RecursionError):
+        found = parse(checkpoint.read(name))
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -579,10 +599,10 @@ def _read_index(folder: Store, name: str, role: str) -> dict[str, str]:
     if folder.size(name) > MAX_HEADER_BYTES:
         raise UserError(f"{role}: {folder.at(name)} is larger than any index")
     try:
-        weight_map: dict[str, str] = json.loads(folder.read(name))["weight_map"]
+        weight_map: dict[str, str] = parse(folder.read(name))["weight_map"]
         if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{role}: {folder.at(name)} is not an index with a weight_map of names to files") from None
     return weight_map
 

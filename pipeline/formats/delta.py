@@ -10,19 +10,21 @@ bytes and xxh3-128; and `tensors`: of each its dtype, shape and xxh3-128, and `a
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import BITS, is_weight, itemsize
-from pipeline.formats.header import is_name, read_header
+from pipeline.formats.header import MAX_NUMEL, is_name, read_header
 from pipeline.formats.lowrank import Converted
 from pipeline.formats.sparse import BLOCK, COLUMNS, Layered, Patched, check_table, fits
 from pipeline.formats.tensor import Alias, Part, TensorInfo, alias, formed
+from pipeline.storage.records import Checksum, Count, Name, Record, Text, checked
 from pipeline.storage.store import Store
 
 DELTA = "delta.json"
@@ -30,6 +32,13 @@ FORMAT = 1
 SPARSE, WHOLE, BASE = "sparse", "whole", "base"
 BLOCKS, PLACES, VALUES, BEFORE = "#blocks", "#places", "#values", "#before"
 MAX_BYTES = 64 << 20
+_MOST_PARTS = 600_000  # two a tensor
+
+
+def _named(name: str) -> str:
+    if not is_name(name):
+        raise ValueError("that is no name of a tensor")
+    return name
 
 
 def delta_name(shard: str) -> str:
@@ -43,22 +52,57 @@ def read_delta(folder: Store, where: str) -> dict[str, Any]:
     Raises:
         UserError: it is none, or of another version.
     """
+    wrong = f"{where}: {DELTA} is not that of a sparse task vector"
     if folder.size(DELTA) > MAX_BYTES:
-        raise UserError(f"{where}: {DELTA} is larger than any")
-    try:
-        said = json.loads(folder.read(DELTA))
-        if said["format"] != FORMAT:
-            raise UserError(f"{where}: {DELTA} is of format {str(said['format'])[:20]}, and {FORMAT} is read here")
-        base, files, tensors = said["base"], said["files"], said["tensors"]
-        assert isinstance(base["address"], str) and isinstance(base["files"], dict)
-        assert all(isinstance(of, dict) for of in base["files"].values())
-        assert all(isinstance(name, str) and "/" not in name for name in files)
-        for name, tensor in tensors.items():
-            assert is_name(name) and tensor["as"] in (SPARSE, WHOLE, BASE) and tensor["dtype"] in BITS
-            assert all(type(n) is int and n >= 0 for n in tensor["shape"]) and isinstance(tensor["xxh3_128"], str)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
-        raise UserError(f"{where}: {DELTA} is not that of a sparse task vector") from None
-    return dict(said)
+        raise UserError(f"{wrong} (it has {folder.size(DELTA)} bytes)")
+    data = folder.read(DELTA)
+    version = checked(data, _Version, wrong, _MOST_PARTS)["format"]
+    if version != FORMAT:
+        raise UserError(f"{where}: {DELTA} is of format {version}, and {FORMAT} is read here")
+    return checked(data, _Delta, wrong, _MOST_PARTS)
+
+
+class _Version(Record):
+    format: Count
+
+
+class _Tensor(Record):
+    how: Annotated[str, Field(alias="as", pattern=f"^({SPARSE}|{WHOLE}|{BASE})$")]
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(BITS)})$")]
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=MAX_NUMEL)]], Field(max_length=64)]
+    xxh3_128: Checksum
+    base_xxh3_128: Checksum | None = None
+    kept: Count = 0
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.kept > math.prod(self.shape) or math.prod(self.shape) > MAX_NUMEL:
+            raise ValueError("more elements than any tensor has")
+        return self
+
+
+class _BaseFile(Record):
+    size: Count
+    header: Text
+
+
+class _Base(Record):
+    address: Text
+    files: dict[Name, _BaseFile]
+
+
+class _File(Record):
+    nbytes: Count
+    xxh3_128: Checksum
+
+
+_TopFile = Annotated[str, Field(max_length=300, pattern=r"^[^/\x00-\x1f.][^/\x00-\x1f]*$")]
+
+
+class _Delta(_Version):
+    base: _Base
+    files: dict[_TopFile, _File]
+    tensors: dict[Annotated[str, AfterValidator(_named)], _Tensor]
 
 
 def shapes_of(said: Mapping[str, Any]) -> dict[str, TensorInfo]:

@@ -5,27 +5,26 @@ The tensors are then read by ranges like any others; nothing of theirs is unpick
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.formats.dtypes import BITS, itemsize
 from pipeline.formats.header import MAX_NUMEL, is_name
 from pipeline.formats.names import Concatenated
+from pipeline.formats.sandbox import RefusedError, ask
 from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
+from pipeline.storage.records import Count, Name, Record, Text
 from pipeline.storage.store import Store
 
 METADATA = ".metadata"
-_SECONDS = 180
 _TORCH = re.compile(r"(pytorch_model.*|model|adapter_model|consolidated.*)\.(bin|pt|pth)")
 
 
@@ -51,47 +50,63 @@ def describe(folder: Store, kind: str, names: Sequence[str], side: Side, where: 
     path = getattr(folder, "path", None)
     if path is None:
         raise UserError(f"{where}: pickled checkpoints are read from a folder of this machine; fetch it, or convert it")
-    command = [sys.executable, "-I", str(Path(__file__).with_name("unpickle.py")), kind, str(Path(path).absolute())]
     try:
-        done = subprocess.run([*command, *names], capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{where}: {names[0]}: to find its tensors takes longer than {_SECONDS} s; convert it"
-        ) from None
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        why = done.stderr.decode(errors="replace").strip().splitlines()
-        raise UserError(f"{where}: {names[0]} cannot be read ({why[-1][:200] if why else done.returncode})") from None
-    if "wrong" in answer:
-        raise UserError(f"{where}: {names[0]} cannot be read safely ({answer['wrong']}); save it as safetensors")
+        answer = ask("unpickle.py", [kind, str(Path(path).absolute()), *names])
+        described = _Described.validate_json(answer)
+    except RefusedError as error:
+        raise UserError(f"{where}: {names[0]} cannot be read safely ({error}); save it as safetensors") from None
+    except ValidationError:
+        raise UserError(f"{where}: {names[0]} describes no tensors; save it as safetensors") from None
     sizes = {name: stat.size for name, stat in folder.files().items()}
-    return [_tensor(said, sizes, side, where) for said in answer["tensors"]]
+    return [_tensor(said, sizes, side, where) for said in described]
 
 
-def _tensor(said: dict[str, Any], sizes: dict[str, int], side: Side, where: str) -> TensorInfo:
-    name, shape = said["name"], tuple(said["shape"])
-    if not is_name(name):
-        raise UserError(f"{where}: a tensor is named {name[:80]!r}")
-    if "chunks" not in said:
-        return _stored(said, name, shape, sizes, where)
-    chunks = [
-        (tuple(chunk["at"]), _stored(chunk, name, tuple(chunk["shape"]), sizes, where)) for chunk in said["chunks"]
-    ]
-    return _together(name, shape, sorted(chunks, key=lambda chunk: chunk[0]), side, where)
+class _Place(Record):
+    """Where a tensor, or a chunk of one, lies in a file."""
+
+    dtype: Name
+    shape: Annotated[list[Count], Field(max_length=64)]
+    file: Text
+    offset: Count
+    nbytes: Count
 
 
-def _stored(said: dict[str, Any], name: str, shape: tuple[int, ...], sizes: dict[str, int], where: str) -> TensorInfo:
-    numel = math.prod(shape)
-    file, offset, nbytes = said["file"], said["offset"], said["nbytes"]
+class _Chunk(_Place):
+    at: Annotated[list[Count], Field(max_length=64)]
+
+
+class _Whole(_Place):
+    name: Text
+
+
+class _Chunked(Record):
+    name: Text
+    shape: Annotated[list[Count], Field(max_length=64)]
+    chunks: list[_Chunk]
+
+
+_Described = TypeAdapter(list[_Whole | _Chunked])
+
+
+def _tensor(said: _Whole | _Chunked, sizes: dict[str, int], side: Side, where: str) -> TensorInfo:
+    if not is_name(said.name):
+        raise UserError(f"{where}: a tensor is named {said.name[:80]!r}")
+    if isinstance(said, _Whole):
+        return _stored(said, said.name, sizes, where)
+    chunks = [(tuple(chunk.at), _stored(chunk, said.name, sizes, where)) for chunk in said.chunks]
+    return _together(said.name, tuple(said.shape), sorted(chunks, key=lambda chunk: chunk[0]), side, where)
+
+
+def _stored(said: _Place, name: str, sizes: dict[str, int], where: str) -> TensorInfo:
+    shape, numel = tuple(said.shape), math.prod(said.shape)
     if (
-        said["dtype"] not in BITS
+        said.dtype not in BITS
         or numel > MAX_NUMEL
-        or nbytes != numel * itemsize(said["dtype"])
-        or not 0 <= offset <= offset + nbytes <= sizes.get(file, -1)
+        or said.nbytes != numel * itemsize(said.dtype)
+        or said.offset + said.nbytes > sizes.get(said.file, -1)
     ):
-        raise UserError(f"{where}: {file}: tensor {name!r} lies outside of its file")
-    return TensorInfo(name, said["dtype"], shape, file, offset, nbytes)
+        raise UserError(f"{where}: {said.file[:80]}: tensor {name!r} lies outside of its file")
+    return TensorInfo(name, said.dtype, shape, said.file, said.offset, said.nbytes)
 
 
 def _together(

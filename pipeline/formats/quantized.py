@@ -273,8 +273,26 @@ class Scaled:
     def _read_scales(self, sides: Sides) -> tuple[np.ndarray]:
         info, stored = self.scales.info, sides.whole(self.scales)
         if info.dtype == "F8_E8M0":
-            return (np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32),)
-        return (upcast(values(stored, info.dtype)).astype(np.float32),)
+            return (_powers(stored, info.name),)
+        scales = upcast(values(stored, info.dtype)).astype(np.float32)
+        wrong = ~((scales > 0) & (scales < np.inf))
+        if wrong.any():
+            raise _no_scale(info.name, scales[wrong][0])
+        return (scales,)
+
+
+def _powers(stored: np.ndarray, name: str) -> np.ndarray:
+    """The powers of two that bytes of E8M0 stand for, of which the last is NaN."""
+    if (stored == 255).any():
+        raise _no_scale(name, "NaN")
+    return np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32)
+
+
+def _no_scale(name: str, value: object) -> UserError:
+    return UserError(
+        f"the scales {name} hold {value}, which no quantizer writes: a scale is above 0; fetch the checkpoint again, "
+        "or dequantize it with the library that made it"
+    )
 
 
 def _microscaled(whole: str, blocks: TensorInfo, scales: TensorInfo, side: Side, where: str) -> TensorInfo:
@@ -324,7 +342,7 @@ class Microscaled:
         many = self.rows * self.groups
         blocks = sides.take(self.blocks, number * many * 16, (number + 1) * many * 16)
         powers = sides.take(self.scales, number * many, (number + 1) * many)
-        scales = np.ldexp(np.float32(1), powers.astype(np.int32) - 127).astype(np.float32)
+        scales = _powers(powers, self.scales.info.name)
         made = np.empty((32 * self.groups, self.rows), np.float32)
         unpack(made, blocks, scales, _E2M1, self.groups)
         return (rounded(made.reshape(-1), "BF16").view(np.uint8),)

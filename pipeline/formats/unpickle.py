@@ -6,18 +6,15 @@
 Nothing but names, shapes and places is taken from a pickle: no weight is loaded. Even so, to read a pickle is to run
 what it says. So it is torch's reader with `weights_only`, or an unpickler that knows nothing but what describes such a
 checkpoint; and before it begins, the process can neither open a file to write, nor remove one, nor start a program, nor
-speak to a network (seccomp). It answers with JSON on its standard output.
+speak to a network (seccomp), and its memory is bounded. It answers with JSON on its standard output.
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
 import pickle
-import platform
-import resource
 import sys
 from typing import Any, BinaryIO, ClassVar
 
@@ -26,55 +23,7 @@ _DTYPES = {
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 
-# Numbers of the system calls that are refused, and of the one that opens files with the place of its flags.
-_MACHINES = {
-    "x86_64": (
-        0xC000003E, 317, {257: 2, 2: 1},
-        (41, 42, 43, 44, 46, 49, 50, 53, 57, 58, 59, 62, 76, 77, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 101,
-         133, 165, 166, 188, 189, 190, 200, 234, 235, 258, 259, 260, 261, 263, 264, 265, 266, 268, 280, 288, 298, 307,
-         310, 311, 316, 319, 321, 322, 425, 426, 427, 437, 452),
-    ),
-    "aarch64": (
-        0xC00000B7, 277, {56: 2},
-        (5, 6, 7, 33, 34, 35, 36, 37, 38, 39, 40, 45, 46, 52, 53, 54, 55, 88, 117, 129, 130, 131, 198, 199, 200, 201,
-         202, 203, 206, 211, 221, 241, 242, 269, 270, 271, 276, 279, 280, 281, 425, 426, 427, 437, 452),
-    ),
-}  # fmt: skip
-_WRITING = 0x1 | 0x2 | 0x40 | 0x200 | 0x400  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND
-
-
-def give_up_the_world() -> None:
-    """From now on no file can be opened to write, removed or renamed, no program started, no socket made.
-
-    Raises:
-        OSError: the system cannot do that.
-    """
-    if sys.platform != "linux" or platform.machine() not in _MACHINES:
-        raise OSError("this system has no seccomp")
-    arch, seccomp, opening, refused = _MACHINES[platform.machine()]
-    load, equal, set_, answer = 0x20, 0x15, 0x45, 0x06
-    no, yes = (answer, 0, 0, 0x00050000 | 1), (answer, 0, 0, 0x7FFF0000)  # EPERM
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), no, (load, 0, 0, 0)]
-    program += [(0x35, 0, 1, 0x40000000), no]  # calls of another ABI
-    for number in refused:
-        program += [(equal, 0, 1, number), no]
-    for number, place in opening.items():
-        program += [(equal, 0, 4, number), (load, 0, 0, 16 + 8 * place), (set_, 0, 1, _WRITING), no, yes]
-    program.append(yes)
-
-    class Step(ctypes.Structure):
-        _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.POINTER(Step)))
-
-    steps = (Step * len(program))(*(Step(*step) for step in program))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
-        raise OSError(ctypes.get_errno(), "prctl")
-    filter_, of_all_threads = 1, 1
-    if libc.syscall(seccomp, filter_, of_all_threads, ctypes.byref(Program(len(program), steps))):
-        raise OSError(ctypes.get_errno(), "seccomp")
+_MEMORY = 512 << 20  # beside what torch takes for itself
 
 
 def _places(file: BinaryIO) -> Any:
@@ -207,6 +156,10 @@ def distributed(folder: str, inside: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     kind, folder, *names = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from sandbox import give_up_the_world, limit, refuse  # type: ignore[import-not-found]
+
+    sys.path.pop(0)
     import torch
 
     if kind == "dcp":
@@ -216,16 +169,15 @@ def main() -> None:
     torch.save({"a": torch.ones(1)}, practice)
     practice.seek(0)
     _places(practice)  # what torch looks for when it is first used, it finds before the world is given up
-    resource.setrlimit(resource.RLIMIT_CPU, (100, 100))
-    answer: dict[str, Any]
+    limit(_MEMORY, 100)
     try:
         give_up_the_world()
-        answer = {"tensors": torch_files(folder, names) if kind == "torch" else distributed(folder, names[0])}
+        found = torch_files(folder, names) if kind == "torch" else distributed(folder, names[0])
+        sys.stdout.write(json.dumps(found))
     except MemoryError:
-        answer = {"wrong": "it takes more memory than any description of tensors"}
+        refuse("it takes more memory than any description of tensors")
     except Exception as error:  # whatever a stranger's file brings about
-        answer = {"wrong": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"}
-    sys.stdout.write(json.dumps(answer))
+        refuse(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}")
     sys.stdout.flush()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
+from pipeline.errors import UserError
 from pipeline.formats.checkpoint import Checkpoint, read_config
 from pipeline.formats.configuration import ties
 from pipeline.formats.names import EMBEDDING, HEAD
 from pipeline.formats.tensor import TensorInfo
+from pipeline.storage.records import parse
 
+_MOST_BYTES = 64 << 20
+_MOST_PARTS = 2_000_000  # merges are lists, and vocabularies have several 100,000
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -22,9 +24,17 @@ def tied_to(head: TensorInfo, checkpoint: Checkpoint) -> TensorInfo | None:
 
 
 def vocabularies(base: Checkpoint, finetuned: Checkpoint) -> tuple[bytes, bytes, str] | None:
-    """The files of both sides that say which token has which id, of one name, and their name."""
+    """The files of both sides that say which token has which id, of one name, and their name.
+
+    Raises:
+        UserError: one is larger than any.
+    """
     for name in _FILES:
         if name in base.side_files and name in finetuned.side_files:
+            for side in (base, finetuned):
+                folder = side.borrowed.get(name, side.folder)
+                if folder.size(name) > _MOST_BYTES:
+                    raise UserError(f"{side.role}: {folder.at(name)} is larger than any vocabulary")
             return base.read(name), finetuned.read(name), name
     return None
 
@@ -32,16 +42,15 @@ def vocabularies(base: Checkpoint, finetuned: Checkpoint) -> tuple[bytes, bytes,
 def token_ids(data: bytes, name: str) -> dict[str, int] | None:
     """Token → id of a tokenizer.json, vocab.json or vocab.txt; None if it is none."""
     try:
-        text = data.decode("utf-8")
         if name == "vocab.txt":
-            return {token: i for i, token in enumerate(text.splitlines())}
-        loaded = json.loads(text)
+            return {token: i for i, token in enumerate(data.decode("utf-8").splitlines())}
+        loaded = parse(data, _MOST_PARTS)
         vocabulary = loaded if name == "vocab.json" else loaded["model"]["vocab"]
         if isinstance(vocabulary, list):  # of pairs of a token and its score
             vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
         added = [] if name == "vocab.json" else loaded.get("added_tokens") or []
         ids = {**vocabulary, **{entry["content"]: entry["id"] for entry in added}}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return ids if all(isinstance(token, str) and type(i) is int for token, i in ids.items()) else None
 

@@ -6,11 +6,12 @@ What is found is kept in a nameless file until the shard's end, since only then 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,6 +24,7 @@ from pipeline.formats.header import build_header
 from pipeline.formats.sparse import BLOCK, COLUMNS, Patched
 from pipeline.formats.tensor import Alias, Part, Sides
 from pipeline.plan import PairedTensor, Shard
+from pipeline.storage.local import plain_errors
 from pipeline.storage.store import Store, Writer
 
 _COPIED = 8 << 20  # bytes at once
@@ -120,8 +122,8 @@ class DeltaWriter:
         self._shard, self._sides, self._out, self._also = shard, sides, out, also
         self._how, self._scratch = (compress, reversible), sparse.Scratch()
         self._parts = Parts(shard)
-        self._places, self._values, self._before = _nameless(out), _nameless(out), _nameless(out)
-        self._entries: list[tuple[str, str, tuple[int, ...], int, IO[bytes] | bytes, int]] = []
+        self._places, self._values, self._before = _Nameless(out), _Nameless(out), _Nameless(out)
+        self._entries: list[tuple[str, str, tuple[int, ...], int, _Nameless | bytes, int]] = []
         self.tensors: dict[str, dict[str, Any]] = {}
         self._file: Writer | None = None
         self._first = first
@@ -278,7 +280,34 @@ def _array(data: np.ndarray | bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
 
 
-def _nameless(out: Store) -> IO[bytes]:
-    """A file without a name, that is gone with this process; on the disk of the output where that is here."""
-    path = getattr(out, "path", None)
-    return tempfile.TemporaryFile(dir=path if path and Path(path).is_dir() else None)
+class _Nameless:
+    """A file without a name, that is gone with this process; on the disk of the output where that is here.
+
+    Raises:
+        UserError, PassingError: from every method, where it cannot be done.
+    """
+
+    def __init__(self, out: Store):
+        path = getattr(out, "path", None)
+        self._where = str(path) if path and Path(path).is_dir() else tempfile.gettempdir()
+        with plain_errors(self._where):
+            self._file = tempfile.TemporaryFile(dir=self._where)  # noqa: SIM115
+
+    def write(self, data: Any) -> None:
+        with plain_errors(self._where):
+            self._file.write(data)
+
+    def read(self, length: int) -> bytes:
+        with plain_errors(self._where):
+            return self._file.read(length)
+
+    def seek(self, at: int) -> None:
+        with plain_errors(self._where):
+            self._file.seek(at)  # what is buffered is written
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()

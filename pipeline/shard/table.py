@@ -156,7 +156,7 @@ def _reals(values: np.ndarray, missing: np.ndarray) -> pa.Array:
 
 
 def from_parquet(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a table."""
+    """The rows of a table that was just made. One that is found somewhere is read by `manifest.read_table`."""
     import pyarrow.parquet as pq
 
     # pyarrow's threads, those that read ahead too, sometimes abort the process at its end: this starts none.

@@ -28,12 +28,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pipeline.errors import PassingError, UserError
 from pipeline.storage.address import open_store
 from pipeline.storage.local import TEMPORARY, Folder, plain_errors
+from pipeline.storage.records import Count, Record, checked
 from pipeline.storage.store import LOCKS, Store
+
+_Word = Annotated[str, Field(max_length=300)]
 
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 30.0
@@ -65,6 +70,17 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} since {self.since}"
+
+
+class _Lock(Record, extra="forbid"):
+    """What a lock says, of any version."""
+
+    host: _Word
+    process: Count
+    since: _Word
+    machine: _Word
+    started: _Word
+    token: _Word
 
 
 @contextlib.contextmanager
@@ -267,8 +283,8 @@ def _look(folder: Store, lock: str) -> tuple[Holder | None, Any] | None:
         except UserError:
             return None
     try:
-        return Holder(**json.loads(text)), touched
-    except (ValueError, TypeError):
+        return Holder(**checked(text, _Lock, lock)), touched
+    except UserError:
         return None, touched
 
 

@@ -14,7 +14,9 @@ import stat
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +88,34 @@ class Reader:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _stat(path: Path) -> FileStat:
+    about = path.stat()
+    version: dict[str, Any] = {"mtime_ns": about.st_mtime_ns}
+    kind, disk = _disk(about.st_dev, os.path.realpath(path.parent))
+    if disk:
+        version |= {"ctime_ns": about.st_ctime_ns, "disk": disk}
+        version |= {} if kind == "overlay" else {"inode": about.st_ino}
+    return FileStat(about.st_size, version)
+
+
+# Where times of change and numbers of inodes are the disk's own, and stay with a file. Of file systems over a network
+# and of FUSE neither is known, and of overlays the numbers are not.
+_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "overlay")
+
+
+@lru_cache(4096)
+def _disk(device: int, folder: str) -> tuple[str, str]:
+    """The kind of a folder's file system, and what tells it from others where it is a disk of this machine."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            mounts = [line.split() for line in file]
+        kinds = {os.fsdecode(m[4]).replace("\\040", " "): m[m.index(b"-") + 1].decode() for m in mounts}
+        nearest = max((p for p in kinds if p == folder or folder.startswith(f"{p.rstrip('/')}/")), key=len)
+        return kinds[nearest], f"{os.statvfs(folder).f_fsid:x}" if kinds[nearest] in _DISKS else ""
+    except (OSError, ValueError, IndexError):
+        return "", ""
 
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -350,9 +380,7 @@ class Folder:
             for name in sorted(names):
                 path = Path(folder, name)
                 if not name.startswith(".") and path.is_file():
-                    stat = path.stat()
-                    relative = path.relative_to(self.path).as_posix()
-                    found[relative] = FileStat(stat.st_size, {"mtime_ns": stat.st_mtime_ns})
+                    found[path.relative_to(self.path).as_posix()] = _stat(path)
         return found
 
     def has(self, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -17,10 +17,24 @@ LOCKS = "fapm/lock"
 @dataclass(frozen=True, slots=True)
 class FileStat:
     """Size in bytes, and what is another thing after every change of the file: `mtime_ns`, nanoseconds since 1970, or a
-    store's `etag`; empty where neither is known."""
+    store's `etag`; empty where neither is known.
+
+    A time of change can be set back. So on a file system of this machine there are also `ctime_ns`, which cannot, and
+    `inode`; they say something only as long as `disk` is the same.
+    """
 
     size: int
     version: dict[str, Any]
+
+
+_OF_A_DISK = ("ctime_ns", "inode")
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """By what a file is another than it was: `size`, `header`, or a part of its version."""
+    same_disk = "disk" in then and then["disk"] == now.get("disk")
+    keys = [key for key in now if key != "disk" and (key not in _OF_A_DISK or (same_disk and key in then))]
+    return [key for key in keys if then.get(key) != now[key]]
 
 
 class Reader(Protocol):

@@ -90,6 +90,11 @@ def prometheus(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         process.wait()
 
 
+def of_three(done: float | None) -> float | None:
+    """A number that is 3 or more: of five shards that are there, two may not have been told of."""
+    return done if done and done >= 3 else None
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @needs("Prometheus", "prometheus")
@@ -106,10 +111,10 @@ def test_prometheus_answers_the_dashboard_during_a_run(head, prometheus, tmp_pat
         wait_until(lambda: len(list(finished("model-*.safetensors"))) >= 5)
         head.signal_workers(signal.SIGSTOP)
         wait_until(lambda: (prometheus.value("sum(ray_fapm_workers_ready)") or 0) == 2)
-        done = wait_until(lambda: prometheus.value("sum(ray_fapm_shards_done_total)"))
+        done = wait_until(lambda: of_three(prometheus.value("sum(ray_fapm_shards_done_total)")))
         time.sleep(3)  # for rates
         assert prometheus.value("sum(ray_fapm_shards)") == 30
-        assert 3 <= done < 30
+        assert done < 30
         assert prometheus.value("sum(ray_fapm_workers_pending)") == 0
         for query in QUERIES:
             plain = query.replace("$out", ".*").replace("$__rate_interval", "30s")

@@ -393,6 +393,9 @@ def test_what_is_damaged_is_refused(pair, case, compression):
         lambda said: said["tensors"].update({"a\x1b": said["tensors"][A]}),
         lambda said: said.update(files={"../x.safetensors": {}}), lambda said: said.update(files={"gone": {}}),
         lambda said: said["tensors"].pop(A), lambda said: said["tensors"][A].update(xxh3_128="0"),
+        lambda said: said["tensors"][A].update(xxh3_128=""), lambda said: said["tensors"][A].update(kept=-1),
+        lambda said: said["tensors"][A].update(kept=1 << 60), lambda said: said["tensors"][A].update(kept="1"),
+        lambda said: said["tensors"][A].update(shape=[1] * 70), lambda said: said["tensors"][A].update(shape=[True]),
     ],
 )  # fmt: skip
 def test_a_description_that_lies(pair, change):

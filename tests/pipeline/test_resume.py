@@ -17,7 +17,9 @@ import pytest
 import torch
 from checkpoints import coarse, gaussian, load, save, weights_of
 
-from pipeline import UserError, make_plan, prune
+from pipeline import UserError, make_plan, manifest, prune
+from pipeline.checking.verify import verify
+from pipeline.errors import PassingError
 from pipeline.pool import Threads
 from pipeline.run import Watch, in_process
 from pipeline.shard.worker import Worker
@@ -293,6 +295,68 @@ def test_changed_inputs_are_refused_and_named(finished, side):
     assert stamps(out) == before
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_inputs_changed_in_place_with_their_time_set_back_are_refused(runner, side, scope):
+    """Between two tries: else shards of both would stand beside each other."""
+    runner.write(*coarse(SHAPES))
+    recipe = runner.recipe("out", scope=scope, **SHARDS)
+    prune(recipe)
+    (runner.folder / "out" / "fapm" / "manifest.json").unlink()
+    path = runner.folder / side / "model.safetensors"
+    change_in_place(path)
+    with pytest.raises(UserError, match=rf"{side}: model\.safetensors has changed since"):
+        prune(recipe)
+
+
+def change_in_place(path: Path) -> None:
+    """Other weights of the same size, at the same time."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes(100))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_an_input_that_changes_while_it_is_read_is_refused(runner, side):
+    runner.write(*coarse(SHAPES))
+    path = runner.folder / side / "model.safetensors"
+    with pytest.raises(UserError, match=f"{side}: .*has changed while it was read"):
+        prune(runner.recipe("out", **SHARDS), watch=Watch(begin=lambda plan, nbytes: change_in_place(path)))
+    assert not (runner.folder / "out" / "fapm" / "manifest.json").exists()
+
+
+def test_a_group_that_keeps_another_number_is_refused(runner, monkeypatch):
+    """Where no time of change tells: what was counted is held against what was written."""
+    runner.write(*coarse(SHAPES))
+    recipe = runner.recipe("out", scope="global", **SHARDS)
+    path = runner.folder / "finetuned" / "model.safetensors"
+    monkeypatch.setattr(manifest, "check_inputs", lambda plan: None)
+    write, changed = Worker.write, []
+
+    def late(self, task, following):
+        if not changed:
+            changed.append(change_in_place(path))
+        return write(self, task, following)
+
+    monkeypatch.setattr(Worker, "write", late)
+    with pytest.raises(UserError, match="an input has changed between counting and writing"):
+        prune(recipe)
+
+
+def test_a_copy_on_another_disk_is_the_same_input(runner, small_disk):
+    """A node that was lost comes back with another disk, and the inputs fetched again with their times."""
+    runner.write(*coarse(SHAPES))
+    prune(runner.recipe("out"))
+    for side in ("base", "finetuned"):
+        shutil.copytree(runner.folder / side, small_disk / side)
+    moved = {side: str(small_disk / side) for side in ("base", "finetuned")}
+    assert prune(runner.recipe("out").model_copy(update=moved)).nothing_to_do
+
+
 def test_overwrite_starts_again(finished):
     runner, recipe, out = finished
     (out / "stale.safetensors").write_bytes(b"x")
@@ -487,6 +551,18 @@ def test_a_disk_that_fills_up_is_one_error_and_the_run_goes_on_later(runner, sma
     assert result.resumed >= after
     assert weights_of(small_disk / "out") == weights_of(reference)
     assert files_of(small_disk / "out") == files_of(reference)
+
+
+@pytest.mark.parametrize("emit", ["delta", "both"])
+def test_a_disk_that_fills_up_under_a_sparse_task_vector(runner, small_disk, emit):
+    """What is found of it is kept on that disk until the shard's end."""
+    runner.write(*coarse(SHAPES))
+    recipe = runner.recipe(emit=emit, density=1.0, **SHARDS).model_copy(update={"out": str(small_disk / "out")})
+    with pytest.raises(PassingError, match="no space left"):
+        prune(recipe, watch=Watch(begin=lambda plan, nbytes: fill(small_disk) and None))
+    (small_disk / "filler").unlink()
+    prune(recipe)
+    assert verify(str(small_disk / "out")) == []
 
 
 def test_a_disk_too_small_is_said_at_once(runner, small_disk):

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 from checkpoints import digests, load, save
+from pace import at_once
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pipeline import Recipe, UserError, make_plan, prune
 from pipeline.checking.verify import verify
+from pipeline.formats.adapter import _pattern_for, read_adapter
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -228,11 +230,17 @@ def test_a_changed_configuration_is_another_input(tmp_path):
         ({"r": 1 << 40}, "1099511627776 where a whole number should be"),
         ({"r": "4"}, "4 where a whole number should be"),
         ({"r": 8}, "the rank 8, and its A has 4"),
-        ({"lora_alpha": float("nan")}, "nan where a number should be"),
-        ({"rank_pattern": {"(a+)+b": 4}}, "is not one of module names"),
-        ({"rank_pattern": {"(a|a)*b": 4}}, "is not one of module names"),
-        ({"rank_pattern": {".*.*.*b": 4}}, "is not one of module names"),
+        ({"lora_alpha": float("nan")}, "nan where a number above 0 should be"),
+        ({"lora_alpha": 0}, "0 where a number above 0 should be"),
+        ({"lora_alpha": -8}, "-8 where a number above 0 should be"),
+        ({"lora_alpha": 1e300}, "1e+300 where a number above 0 should be"),
+        ({"lora_alpha": [1]}, "[1] where a number above 0 should be"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, "0.0 where a number above 0 should be"),
         ({"rank_pattern": {"(": 4}}, "is not one of module names"),
+        ({"rank_pattern": {r"(?=q)q_proj": 4}}, "is not one of module names"),
+        ({"rank_pattern": {r"(q)\1": 4}}, "is not one of module names"),
+        ({"rank_pattern": {"q" * 301: 4}}, "more modules, or longer ones, than any model has"),
+        ({"modules_to_save": ["m"] * 30_000}, "more modules, or longer ones, than any model has"),
         ({"rank_pattern": 3}, "adapter_config.json"),
         ("[]", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
@@ -246,6 +254,33 @@ def test_what_cannot_be_formed_exactly_is_refused_by_name(tmp_path, changes, sai
         plan_of(tmp_path)
     assert said in str(error.value)
     assert len(str(error.value)) < 400
+
+
+PATTERNS = (
+    "q_proj", "layers.0.q_proj", r"model\.layers\.\d+\.self_attn\.(q|v)_proj", "(a+)+b", "(a|a)*b", ".*.*.*b",
+    ".?" * 149 + "x", r"(?:.*\.)?q_proj", "^model.*q_proj", "q_proj$", "[kq]_proj", "q_pro", "proj",
+)  # fmt: skip
+MODULES = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.10.q_proj",
+    "q_proj",
+    "a" * 250 + "c",
+    "aab",
+    "x.aab",
+    "x" * 200,
+)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_match_what_peft_matches_in_linear_time(pattern):
+    """PEFT's get_pattern_key takes re.match(rf"(.*\\.)?({key})$", name), which for some of these never ends."""
+    said = read_adapter(json.dumps({"peft_type": "LORA", "rank_pattern": {pattern: 3}}).encode(), "x")
+    with at_once(1):
+        found = [_pattern_for(module, said.rank_pattern) == pattern for module in MODULES]
+    for module, matches in zip(MODULES, found, strict=True):
+        if len(module) < 50:  # re would try for ever
+            simple = pattern if len(pattern) < 50 else ".{0,149}x"
+            assert matches == bool(re.match(rf"(.*\.)?({simple})$", module)), module
 
 
 @pytest.mark.parametrize(("version", "turned"), [("0.18.0", True), (None, True), ("0.19.0", False)])

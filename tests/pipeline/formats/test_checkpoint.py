@@ -241,3 +241,16 @@ def test_a_checkpoint_without_a_tensor(tmp_path, runner):
     raw_file(runner.folder / "finetuned" / "model.safetensors", {}, b"")
     with pytest.raises(UserError):
         runner.prune()
+
+
+def test_a_file_too_large_to_come_along_is_said_and_a_tokenizer_refused(tmp_path):
+    save(tmp_path / "c", {"a": torch.ones(2)})
+    for name in ("notes.md", "tokenizer.json"):
+        with (tmp_path / "c" / name).open("wb") as file:
+            file.truncate(257 << 20)
+        if name == "notes.md":
+            opened = open_checkpoint(str(tmp_path / "c"), "finetuned")
+            assert "notes.md" in opened.oddities[-1] and "256 MiB" in opened.oddities[-1]
+        else:
+            with pytest.raises(UserError, match=r"tokenizer\.json has 269484032 bytes, more than any tokenizer"):
+                open_checkpoint(str(tmp_path / "c"), "finetuned")

@@ -104,6 +104,31 @@ CASES = {
     "a pattern that never ends": lambda f: adapter(
         f, {"a.lora_A.weight": torch.ones(2, 2)}, rank_pattern={"(a*)*" * 20 + "b": 3}
     ),
+    "patterns that could match nothing": lambda f: adapter(
+        f,
+        {f"m{i}.lora_{s}.weight": torch.ones(2, 2) for i in range(3000) for s in "AB"},
+        rank_pattern={".?" * 149 + f"{i}": 3 for i in range(3000)},
+    ),
+    "a pattern that could match nothing": lambda f: adapter(
+        f,
+        {f"base_model.model.{'a' * 200}{i}.lora_{s}.weight": torch.ones(2, 2) for i in range(2000) for s in "AB"},
+        rank_pattern={".?" * 149 + "b": 3},
+    ),
+    "more modules than any model": lambda f: adapter(
+        f, {"a.lora_A.weight": torch.ones(2, 2)}, modules_to_save=["m"] * 1_000_000
+    ),
+    "an adapter's config of lists": lambda f: (
+        adapter(f, {"a.lora_A.weight": torch.ones(2, 2)}),
+        (f / "adapter_config.json").write_bytes(b"[" + b"[]," * (MOST // 3 - 2) + b"0]"),
+    ),
+    "an index of lists": lambda f: (
+        save(f, {"a": torch.ones(2)}, 2),
+        (f / "model.safetensors.index.json").write_bytes(b"[" + b"[]," * (MOST // 3 - 2) + b"0]"),
+    ),
+    "a list of folders of lists": lambda f: (
+        save(f, {"a": torch.ones(2)}),
+        (f / "modules.json").write_bytes(b"[" + b"[]," * (MOST // 3 - 2) + b"0]"),
+    ),
     "a GGUF file": lambda f: (f / "model.gguf").write_bytes(b"GGUF" * 100),
     "a pickle": lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR."),
 }

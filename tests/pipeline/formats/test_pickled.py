@@ -8,6 +8,8 @@ import pickle
 import socket
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from checkpoints import digests, load, save, save_pair
 
 from pipeline import Recipe, UserError, prune
 from pipeline.checking.verify import verify
-from pipeline.formats import unpickle
+from pipeline.formats import sandbox
 from pipeline.formats.checkpoint import open_checkpoint
 
 SHAPES = {"model.embed.weight": (40, 8), "model.layers.0.q.weight": (8, 16), "norm": (5,), "empty": (0, 3), "one": ()}
@@ -209,8 +211,8 @@ def test_even_what_runs_there_can_do_nothing(tmp_path, attempt):
     before = (tmp_path / "there").stat()
     server = socket.create_server(("127.0.0.1", 0))
     code = (
-        f"import os, socket, subprocess, sys\nsys.path[:0] = [{str(Path(unpickle.__file__).parent)!r}]\n"
-        "import unpickle\nunpickle.give_up_the_world()\nassert open(sys.argv[1] + '/there').read() == 'as before'\n"
+        f"import os, socket, subprocess, sys\nsys.path[:0] = [{str(Path(sandbox.__file__).parent)!r}]\n"
+        "import sandbox\nsandbox.give_up_the_world()\nassert open(sys.argv[1] + '/there').read() == 'as before'\n"
         f"try:\n    {ATTEMPTS[attempt]}\nexcept PermissionError:\n    print('refused')\n"
     )
     command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path), str(server.getsockname()[1])]
@@ -264,3 +266,62 @@ def test_the_recipe_remembers_it_and_a_changed_file_is_noticed(pair):
     torch_saved(pair / "pickled", {name: t * 2 for name, t in load(pair / "finetuned").items()})
     with pytest.raises(UserError, match=r"pytorch_model\.bin has changed since"):
         pruned(pair, "pickled", allow_pickle=True)
+
+
+def with_pickle(path: Path, pieces: Iterable[bytes]) -> None:
+    """A file of torch.save with another pickle, deflated."""
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as whole:
+        stored = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name, data in stored.items():
+            with made.open(name, "w", force_zip64=True) as file:
+                for piece in pieces if name.endswith("data.pkl") else [data]:
+                    file.write(piece)
+
+
+def texts(count: int) -> Iterator[bytes]:
+    """A list of texts of 64 kB."""
+    yield b"\x80\x02(l"
+    for _ in range(count):
+        yield b"X\x00\x00\x01\x00" + b"a" * 65536 + b"a"
+    yield b"."
+
+
+def many_names(path: Path) -> None:
+    """More than an answer may hold."""
+    one = torch.ones(1)
+    torch.save({f"{i:07d}{'n' * 900}": one for i in range(100_000)}, path)
+
+
+GROWING = {
+    "zeros": lambda path: with_pickle(path, (bytes(1 << 20) for _ in range(3000))),
+    "texts": lambda path: with_pickle(path, texts(40_000)),
+    "names": many_names,
+}
+OPENED = """
+import resource, sys
+from pipeline.errors import UserError
+from pipeline.formats.checkpoint import open_checkpoint
+try:
+    open_checkpoint(sys.argv[1], "base", allow_pickle=True)
+except UserError as error:
+    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, error)
+"""
+
+
+@pytest.mark.parametrize("what", GROWING)
+def test_a_pickle_that_grows_is_refused_in_little_memory(tmp_path, what):
+    torch_saved(tmp_path / "c", {"a": torch.ones(3, 4)})
+    usual = fresh(OPENED + "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)", str(tmp_path / "c"))
+    GROWING[what](tmp_path / "c" / "pytorch_model.bin")
+    kilobytes, said = fresh(OPENED, str(tmp_path / "c")).split(" ", 1)
+    assert "cannot be read safely" in said
+    assert int(kilobytes) - int(usual.split()[0]) < 600_000
+
+
+def fresh(code: str, *words: str) -> str:
+    """What Python says. A shell starts it: a process's peak is at least that of the one that has started it."""
+    command = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code, *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

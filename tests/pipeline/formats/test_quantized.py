@@ -204,3 +204,34 @@ def test_gguf_is_refused_by_name(tmp_path):
     (tmp_path / "quantized" / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"only model-Q4_K_M.gguf, which is not read"):
         make_plan(Recipe.of(base=str(tmp_path / "quantized"), finetuned=str(tmp_path), out=str(tmp_path / "o")))
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_no_quantizer_writes_is_refused(tmp_path, value, dtype):
+    quantized = block_quantized({"a": (256, 256)})
+    scales = quantized["a.weight_scale_inv"].to(dtype)
+    scales[1, 0] = value
+    save(tmp_path / "quantized", quantized | {"a.weight_scale_inv": scales}, 1, {"quantization_config": FP8})
+    save(tmp_path / "plain", {"a.weight": random((256, 256)).bfloat16()})
+    with pytest.raises(UserError, match=r"a\.weight_scale_inv hold .*a scale is above 0"):
+        whole(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "E8M0"])
+def test_a_power_of_two_that_is_none_is_refused(tmp_path, kind):
+    """255 is NaN in E8M0 (OCP Microscaling Formats 1.0, 5.4.1)."""
+    powers = (
+        torch.full((2, 3, 2), 127, dtype=torch.uint8) if kind == "MXFP4" else torch.full((2, 2), 127, dtype=torch.uint8)
+    )
+    powers.view(-1)[1] = 255
+    if kind == "MXFP4":
+        tensors = {"a_blocks": torch.zeros(2, 3, 2, 16, dtype=torch.uint8), "a_scales": powers}
+        config, plain = {"quantization_config": {"quant_method": "mxfp4"}}, {"a": random((2, 64, 3)).bfloat16()}
+    else:
+        tensors = {"a.weight": random((256, 256)).to(torch.float8_e4m3fn), "a.scale": powers.view(torch.float8_e8m0fnu)}
+        config, plain = {"quantization_config": FP8}, {"a.weight": random((256, 256)).bfloat16()}
+    save(tmp_path / "quantized", tensors, 1, config)
+    save(tmp_path / "plain", plain)
+    with pytest.raises(UserError, match="hold NaN"):
+        whole(tmp_path)

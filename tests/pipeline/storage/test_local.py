@@ -142,7 +142,9 @@ def test_listing_leaves_out_what_is_hidden(tmp_path):
     files = Folder(tmp_path).files()
     assert set(files) == {"a", "sub/b"}
     assert files["sub/b"].size == 5
-    assert files["a"].version == {"mtime_ns": (tmp_path / "a").stat().st_mtime_ns}
+    about = (tmp_path / "a").stat()
+    assert files["a"].version["mtime_ns"] == about.st_mtime_ns
+    assert files["a"].version.get("ctime_ns", about.st_ctime_ns) == about.st_ctime_ns
     assert set(Folder(tmp_path).files("sub")) == {"sub/b"}
     assert Folder(tmp_path / "nowhere").files() == {}
 

@@ -1,0 +1,224 @@
+"""What the files of an output folder hold, as models that they are checked against before they are used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, Field, TypeAdapter
+
+from pipeline.scoring.methods import METHODS
+from pipeline.storage.records import Checksum, Count, FileName, Integer, Name, Number, Record, Text
+
+_Method = Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
+_Density = Annotated[float, Field(ge=0, le=1)]
+_Seconds = Annotated[float, Field(ge=0, lt=1e10)]
+_Candidate = Annotated[str, Field(pattern=r"^\w[\w.+-]{0,199}$")]
+
+
+class Choices(Record):
+    """Of a recipe, what is told of a run. All of it is checked by `Recipe` where it is used."""
+
+    method: _Method
+    density: _Density
+    scope: Name
+    rules: list[Text]
+
+
+class InputFile(Record):
+    size: Count
+    header: Text | None = None
+    etag: Text | None = None
+    mtime_ns: Integer | None = None
+    ctime_ns: Integer | None = None
+    inode: Integer | None = None
+
+
+class Inputs(Record):
+    base: dict[Text, InputFile]
+    finetuned: dict[Text, InputFile]
+
+
+class RunRecord(Record):
+    """run.json: what makes a run this one."""
+
+    format: Integer
+    recipe: dict[Name, Any]
+    inputs: Inputs
+
+
+class Paths(Record):
+    base: Text
+    finetuned: Text
+    out: Text | None = None
+
+
+class FileRecord(Record):
+    name: FileName
+    nbytes: Count
+    xxh3_128: Checksum
+
+
+class ShardRecord(FileRecord):
+    """What a worker has written; `delta` is its sparse task vector, where there is a shard beside it."""
+
+    read_bytes: Count
+    seconds: _Seconds
+    delta: FileRecord | None = None
+
+
+class Totals(Record):
+    tensors: Count
+    pruned_tensors: Count
+    pruned_numel: Count
+    kept: Count
+    changed: Count
+    kept_changed: Count
+    density: Number | None
+    effective_density: Number | None
+    kept_share: Number | None
+    read_bytes: Count
+    written_bytes: Count
+    elements: Count = 0
+    delta_bytes: Count = 0
+    weights: Count | None = None
+    unpaired: Count | None = None
+    density_of_all: Number | None = None
+
+
+class Account(Record):
+    counts: dict[Text, Count]
+    left_out: dict[Name, Text]
+
+
+class ManifestRecord(RunRecord):
+    """manifest.json: what was done."""
+
+    recipe: Choices  # type: ignore[assignment]
+    paths: Paths
+    finished: Text
+    shards: list[ShardRecord]
+    totals: Totals
+    left_out: list[Name]
+    added: list[Name]
+    accounts: dict[Name, Account] = Field(default_factory=dict)
+    oddities: list[Text]
+    seconds: _Seconds
+    resumed: Count
+    workers: Count = 0
+    lost_workers: dict[Text, Count] = Field(default_factory=dict)
+
+
+class ThresholdsRecord(Record, strict=False):  # a tuple is a list in JSON
+    """thresholds.json: of groups over several shards the key and the ties, and which shard hands out how many."""
+
+    thresholds: dict[Name, tuple[Integer, Count]]
+    quotas: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], dict[Name, Count]]
+    rounds: Count
+
+
+class MeasureRecord(Record):
+    value: Number
+    stderr: Number | None
+
+
+class PointRecord(Record):
+    """What was said of a checkpoint."""
+
+    new: MeasureRecord | None = None
+    old: MeasureRecord | None = None
+    retained: MeasureRecord | None = None
+    forgetting: MeasureRecord | None = None
+    error: Text = ""
+    seconds: _Seconds = 0.0
+
+
+class SideRecord(PointRecord):
+    path: Text
+
+
+class CandidateRecord(PointRecord):
+    name: _Candidate
+    out: Text
+    method: _Method
+    scope: Name
+    density: _Density
+    decides: dict[Name, Any]
+    kept: Count
+    pruned_numel: Count
+    kept_share: Number | None
+    written_bytes: Count
+    front: bool
+
+
+class ChosenRecord(Record):
+    name: _Candidate
+    why: Text
+    alike: list[_Candidate]
+    decides: dict[Name, Any]
+
+
+class SweepRecord(Record):
+    """sweep.json: what a sweep has come to."""
+
+    base: SideRecord
+    finetuned: SideRecord
+    candidates: Annotated[list[CandidateRecord], Field(min_length=1, max_length=1000)]
+    chosen: ChosenRecord | None
+
+
+class EvaluationRecord(Record):
+    """A file of evaluations/: what was said of one checkpoint, and what had been asked of which."""
+
+    key: Name
+    of: Text
+    skills: dict[Annotated[str, Field(pattern="^(new|old)$")], MeasureRecord]
+    error: Text
+    seconds: _Seconds
+
+
+class Event(Record, strict=False):  # a time is text in JSON
+    """A line of the log."""
+
+    time: AwareDatetime
+    event: Name
+    shards: Count = 0
+    resumed: Count = 0
+    bytes: Count = 0
+    dealt_bytes: Count = 0
+    read_bytes: Count = 0
+    tries: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    workers: Count = 0
+    where: Text | None = None
+    how: Text = ""
+    error: Text = ""
+    reading: _Seconds = 0.0
+    computing: _Seconds = 0.0
+    writing: _Seconds = 0.0
+
+
+class Row(Record):
+    """A row of the table, of one tensor."""
+
+    name: Name
+    action: Name
+    dtype: Name
+    shape: Annotated[list[Count], Field(max_length=64)]
+    numel: Count
+    shard: Name
+    group: Name | None
+    density: _Density | None
+    k: Count | None
+    pruned_numel: Count | None
+    kept: Count | None
+    changed: Count | None
+    kept_changed: Count | None
+    threshold_key: Integer | None
+    ties: Count | None
+    threshold: Number | None
+    mean_abs_base: Number | None
+    norm_delta: Annotated[float, Field(ge=0, lt=1e150)] | None
+    norm_base: Annotated[float, Field(ge=0, lt=1e150)] | None
+    kept_share: Number | None
+
+
+ROWS = TypeAdapter(list[Row])
