@@ -100,6 +100,10 @@ _RECIPE_OPTIONS = (
         "--staging", metavar="FOLDER",
         help="Where an output for the Hub is put together, seen by all workers.  [a folder of this user's cache]",
     ),
+    click.option(
+        "--alone", is_flag=True, default=None,
+        help="No other run can be at work in OUT: write to a store too that lets two make the same lock.",
+    ),
     click.option("--visibility", metavar="WHOSE", help="Of a new repository: private or public.  [private]"),
     click.option(
         "--workers", metavar="N|MIN-MAX",

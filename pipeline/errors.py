@@ -56,5 +56,9 @@ class PassingError(UserError):
     not answer. The command line exits with 75 (EX_TEMPFAIL), so that a scheduler knows that another try is worth it."""
 
 
+class TakenOverError(PassingError):
+    """Another run has taken the output folder over."""
+
+
 class DeviceError(PassingError):
     """A device that computes has failed, and the process that used it cannot go on."""

@@ -163,6 +163,7 @@ class Recipe(BaseModel):
     device_memory: Annotated[Bytes, Field(ge=LEAST_DEVICE_MEMORY)] | None = None
     staging: str | None = Field(None, min_length=1)
     visibility: Literal["private", "public"] = "private"
+    alone: bool = False
     workers: Annotated[Workers, BeforeValidator(parse_workers), PlainSerializer(Workers.plain)] | None = None
     cpus_per_worker: int | None = Field(None, ge=1, le=1024)
     gpus_per_worker: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -231,7 +232,7 @@ class Recipe(BaseModel):
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
-        means = {*PATHS, "memory", "device", "device_memory", "staging", "visibility", "workers", *ON_RAY_ONLY}
+        means = {*PATHS, "memory", "device", "device_memory", "staging", "visibility", "alone", "workers", *ON_RAY_ONLY}
         found = self.model_dump(mode="json", exclude=means)
         # What could not be chosen before is left out where it is not chosen, so that a run begun then can go on.
         usual = {name: self.__class__.model_fields[name].default for name in _LATER}

@@ -92,7 +92,7 @@ def prune(
     if state == "finished" and manifest.is_tidy(plan):
         return _nothing_to_do(plan, began)
     check_disk(plan, state)
-    with hold(plan.recipe.out, watch.say) as out:
+    with hold(plan.recipe.out, watch.say, plan.recipe.alone) as out:
         state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
         if state == "finished":
             manifest.tidy(plan, out)

@@ -24,12 +24,14 @@ class Proxy:
     url: where it listens.
     requests, read, written: how many requests passed, and bytes of bodies in either direction.
     met: how often each fault was met.
+    forgets: headers that the server behind it does not get to see.
     """
 
     def __init__(self, upstream: str):
         self._host, self._port = upstream.removeprefix("http://").split(":")
         self.requests = self.read = self.written = 0
         self.met: Counter[str] = Counter()
+        self.forgets: tuple[str, ...] = ()
         self._random, self._share, self._faults = random.Random(0), 0.0, FAULTS
         self._lock = threading.Lock()
         self.server = make_server(self._handle)
@@ -61,7 +63,8 @@ class Proxy:
         try:
             upstream.putrequest(asked.command, asked.path, skip_host=True, skip_accept_encoding=True)
             for name, value in asked.headers.items():
-                upstream.putheader(name, value)
+                if name.lower() not in self.forgets:
+                    upstream.putheader(name, value)
             upstream.endheaders(body)
             found = upstream.getresponse()
             data = found.read()

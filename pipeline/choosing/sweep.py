@@ -84,7 +84,7 @@ def sweep(
         with ExitStack() as held:
             begun = []
             for _, plan, _ in batch:
-                out = held.enter_context(hold(plan.recipe.out, watch.say))
+                out = held.enter_context(hold(plan.recipe.out, watch.say, plan.recipe.alone))
                 state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
                 if state == "finished":
                     manifest.tidy(plan, out)

@@ -2,8 +2,10 @@
 
 obstore moves the bytes; boto3, where it is installed, finds S3's credentials as every other tool does, and ends uploads
 that nobody will complete. There is no rename: an object appears when its upload is completed, whole or not at all. Who
-writes under a hold asks before each change whether a newer one is there; a successor ends all uploads that are under
-way, so that what began before it can never be completed after it.
+writes under a hold asks before each change whether its lock is still the newest, and its own by the token in it. What
+is uploaded in parts has begun before that, and a successor ends all uploads that are under way; what is small is put in
+one request, on the condition that nobody has written it since. So nothing that a predecessor began appears after, or
+over, what its successor wrote (`tests/pipeline/storage/test_protocol.py` looks at every order).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    NotSupportedError,
     PermissionDeniedError,
     PreconditionError,
     UnauthenticatedError,
@@ -31,7 +34,7 @@ from obstore.exceptions import (
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from pipeline.errors import PassingError, UserError
+from pipeline.errors import PassingError, TakenOverError, UserError
 from pipeline.storage.store import LOCKS, FileStat, Store
 
 if TYPE_CHECKING:
@@ -124,7 +127,7 @@ def patiently(address: str, ask: Callable[[], Found], seconds: float | None = No
         seconds: for how long, PATIENCE_SECONDS by default.
     """
     tries = Retrying(
-        retry=retry_if_exception(lambda error: isinstance(error, PassingError)),
+        retry=retry_if_exception(lambda e: isinstance(e, PassingError) and not isinstance(e, TakenOverError)),
         wait=wait_random_exponential(multiplier=0.2, max=10),
         stop=stop_after_delay(PATIENCE_SECONDS if seconds is None else seconds),
         reraise=True,
@@ -199,6 +202,7 @@ class ObjectWriter:
         self._folder, self._name, self._address = folder, name, folder.at(name)
         self._before = folder.head(name)
         self._part = max(PART_BYTES, -(-size // MOST_PARTS))
+        self._small = bytearray() if size <= self._part else None  # else it would be one request without a condition
         with plain_errors(self._address):
             self._file = obstore.open_writer(
                 folder.client, folder.key(name), buffer_size=self._part, max_concurrency=_PARTS_AT_ONCE
@@ -208,12 +212,19 @@ class ObjectWriter:
     def write(self, offset: int, data: np.ndarray | bytes) -> None:
         assert offset == self._position, (offset, self._position)
         view = memoryview(data) if isinstance(data, bytes) else data.data
+        if self._small is not None:
+            self._small += view
+            self._position += view.nbytes
+            return
         with plain_errors(self._address):
             for start in range(0, view.nbytes, self._part):
                 self._file.write(bytes(view[start : start + self._part]))  # it is sent later, and not copied before
         self._position += view.nbytes
 
     def publish(self) -> None:
+        if self._small is not None:
+            self._folder.write(self._name, bytes(self._small))
+            return
         self._folder.check()
         try:
             with plain_errors(self._address):
@@ -378,21 +389,59 @@ class Bucket:
         return patiently(self.at(name), lambda: bytes(obstore.get(self.client, self.key(name)).bytes()))
 
     def write(self, name: str, data: bytes) -> None:
-        self._check_now_and_then()
+        if not self.token:
+            patiently(self.at(name), lambda: obstore.put(self.client, self.key(name), data, use_multipart=False))
+            return
+        while not patiently(self.at(name), lambda: self._put(name, data)):
+            pass  # somebody else has written it: a predecessor that is late, or a successor, of which `_put` knows
+
+    def _put(self, name: str, data: bytes) -> bool:
+        """Write a file if nobody writes it meanwhile; whether that is so."""
         key = self.key(name)
-        patiently(self.at(name), lambda: obstore.put(self.client, key, data, use_multipart=False))
+        try:
+            before = obstore.head(self.client, key)
+        except FileNotFoundError:
+            before = None
+        self._check_now_and_then()
+        mode: Any = {"e_tag": before["e_tag"], "version": before["version"]} if before else "create"
+        try:
+            obstore.put(self.client, key, data, mode=mode, use_multipart=False)
+        except (AlreadyExistsError, PreconditionError):
+            # Perhaps by this very request, whose answer was lost.
+            return self._content(key) == data
+        except NotSupportedError:  # of conditions on what is there; those on locks are tried when one is made
+            obstore.put(self.client, key, data, use_multipart=False)
+        return True
+
+    def _content(self, key: str) -> bytes | None:
+        try:
+            return bytes(obstore.get(self.client, key).bytes())
+        except FileNotFoundError:
+            return None
 
     def write_new(self, name: str, data: bytes) -> bool:
-        """Write a file that is not there; whether it was not."""
+        """Write a file that is not there; whether it was not, and is now."""
+        key = self.key(name)
+
+        def ask() -> bool:
+            with contextlib.suppress(AlreadyExistsError):  # perhaps by this very request, whose answer was lost
+                obstore.put(self.client, key, data, mode="create")
+            return self._content(key) == data  # where the condition is ignored, another may have written it since
+
+        return patiently(self.at(name), ask)
+
+    def refuses_a_second(self, name: str, data: bytes) -> bool:
+        """Whether the store keeps its word: a file that is there cannot be made once more. `data` is what it holds."""
         key = self.key(name)
 
         def ask() -> bool:
             try:
                 obstore.put(self.client, key, data, mode="create")
             except AlreadyExistsError:
-                # Perhaps by this very request, whose answer was lost.
-                return bytes(obstore.get(self.client, key).bytes()) == data
-            return True
+                return True
+            except NotSupportedError:
+                return False
+            return False
 
         return patiently(self.at(name), ask)
 
@@ -445,16 +494,24 @@ class Bucket:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def check(self) -> None:
-        """Whether the hold is still the newest.
+        """Whether the hold is still the newest, and its lock this run's own.
 
         Raises:
-            PassingError: another run has taken the folder over.
+            TakenOverError: another run has taken the folder over.
         """
-        if self.token and (not (there := self.locks()) or there[-1] != self.number):
-            raise PassingError(
+        if self.token and not self._is_held():
+            raise TakenOverError(
                 f"--out {self.address} was taken over by another run or removed while this one was at work; "
                 "this one has ended without changing anything since"
             )
+
+    def _is_held(self) -> bool:
+        there = self.locks()
+        if not there or there[-1] != self.number:
+            return False
+        lock = f"{LOCKS}/{self.number:06d}"
+        found = patiently(self.at(lock), lambda: self._content(self.key(lock)))
+        return found is not None and self.token.encode() in found
 
     def _check_now_and_then(self) -> None:
         """For what is small: a hold is only lost by one that stands still for much longer."""

@@ -84,8 +84,11 @@ class _Lock(Record, extra="forbid"):
 
 
 @contextlib.contextmanager
-def hold(address: str, say: Callable[[str], None] = lambda line: None) -> Iterator[Store]:
+def hold(address: str, say: Callable[[str], None] = lambda line: None, alone: bool = False) -> Iterator[Store]:
     """Hold the folder at `address`, which is made if it is not there.
+
+    Args:
+        alone: no other run can want it, so a store that lets several make one lock will do.
 
     Yields:
         The folder, to be changed as long as nobody has taken it over; after that every change is a PassingError.
@@ -103,7 +106,7 @@ def hold(address: str, say: Callable[[str], None] = lambda line: None) -> Iterat
         token=uuid.uuid4().hex,
     )
     there = open_store(address)
-    with _hold(there, me, say) if isinstance(there, Folder) else _hold_bucket(there, me, say) as held:
+    with _hold(there, me, say) if isinstance(there, Folder) else _hold_bucket(there, me, say, alone) as held:
         yield held
 
 
@@ -127,13 +130,14 @@ def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Fol
 
 
 @contextlib.contextmanager
-def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None]) -> Iterator[Any]:
-    number = _take(there, lambda name: bool(there.write_new(name, json.dumps(asdict(me)).encode())), say)
+def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None], alone: bool) -> Iterator[Any]:
+    number = _take(there, functools.partial(_make_object, there, me, alone), say)
     held = there.under(me.token, number)
     beats = itertools.count()
     beat_now = functools.partial(_beat_bucket, there, number, beats)
     try:
         with _beating(beat_now):
+            held.check()  # it may have been paused until now, and the uploads are the successor's
             held.end_uploads()
             for name in there.files(LOCKS):
                 if int(name.rpartition("/")[2].split(".")[0]) < number:
@@ -144,6 +148,20 @@ def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None]) -> Iterator
             held.check()  # else they are the successor's
             held.end_uploads()  # of workers that were lost
             held.remove_folder(LOCKS)
+
+
+def _make_object(there: Any, me: Holder, alone: bool, name: str) -> bool:
+    """Make a lock in a store, and see whether no other can have made it too."""
+    text = json.dumps(asdict(me)).encode()
+    if not there.write_new(name, text):
+        return False
+    if alone or there.refuses_a_second(name, text):
+        return True
+    there.remove(name)
+    raise UserError(
+        f"--out {there.address}: this store accepts a file that may only be made once (If-None-Match: *) a second time: "
+        "two runs could write there at once; write to another store, or say --alone if no other can be at work there"
+    )
 
 
 def _beat_bucket(there: Any, number: int, beats: Iterator[int]) -> None:

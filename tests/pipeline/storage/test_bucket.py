@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import obstore
 import pytest
 import s3
+from faulty import proxy
 from pace import soon
 
-from pipeline.errors import PassingError, UserError
+from pipeline.errors import PassingError, TakenOverError, UserError
 from pipeline.storage import bucket
 from pipeline.storage import hold as holding
 from pipeline.storage.address import inside, matching, open_store, split
@@ -345,3 +347,73 @@ def test_of_many_at_once_one_wins(name, client, quick):
     for thread in threads:
         thread.join()
     assert (len(won), len(lost)) == (1, 5)
+
+
+# A store that does not keep its word.
+
+
+@pytest.fixture
+def forgetful(endpoint: str, client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a folder in a store that ignores conditions, as several compatible ones do."""
+    found = f"b-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=found)
+    with proxy(endpoint) as between:
+        between.forgets = ("if-none-match", "if-match")
+        s3.use(monkeypatch, between.url)
+        yield f"s3://{found}/out"
+
+
+def test_where_a_lock_can_be_made_twice_nothing_is_written(forgetful):
+    with pytest.raises(UserError, match=r"accepts a file that may only be made once .* a second time.*--alone"):
+        hold(forgetful).__enter__()
+    assert open_store(forgetful).files() == {}
+
+
+def test_who_is_alone_may_write_there(forgetful):
+    with hold(forgetful, alone=True) as out:
+        out.write("a", b"1")
+        out.write("a", b"2")
+    assert open_store(forgetful).files().keys() == {"a"} and open_store(forgetful).read("a") == b"2"
+
+
+def test_another_s_lock_under_the_same_number_is_noticed(forgetful, monkeypatch):
+    """As where both were told that they are alone."""
+    monkeypatch.setattr(bucket, "CHECK_SECONDS", 0.0)
+    with hold(forgetful, alone=True) as out:
+        writer = out.create("b", 20 << 20)
+        writer.write(0, bytes(20 << 20))
+        open_store(forgetful).write("fapm/lock/000001", b'{"token": "another"}')
+        with pytest.raises(PassingError, match="taken over"):
+            out.write("a", b"1")
+        with pytest.raises(PassingError, match="taken over"):
+            writer.publish()
+        writer.discard()
+    assert open_store(forgetful).files().keys() == {"fapm/lock/000001"}  # which is not this one's to remove
+
+
+def test_a_late_request_does_not_write_over_a_successor_s(name, monkeypatch):
+    """It was sent after the look at the lock, and comes when another has taken over and written."""
+    address = f"s3://{name}/out"
+    put, late = obstore.put, []
+
+    def slow(store, path, data, **how):
+        if path.endswith("/a") and not late:
+            late.append(path)
+            open_store(address).write("a", b"the successor's")
+        return put(store, path, data, **how)
+
+    with hold(address) as out:
+        monkeypatch.setattr(bucket.obstore, "put", slow)
+        monkeypatch.setattr(bucket, "CHECK_SECONDS", 0.0)
+        looked = out.check
+
+        def taken_over() -> None:
+            if late:
+                raise TakenOverError("taken over")
+            looked()
+
+        monkeypatch.setattr(out, "check", taken_over)
+        with pytest.raises(TakenOverError):
+            out.write("a", b"late")
+        monkeypatch.undo()
+    assert open_store(address).read("a") == b"the successor's"
