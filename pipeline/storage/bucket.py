@@ -403,7 +403,8 @@ class Bucket:
         except FileNotFoundError:
             before = None
         self._check_now_and_then()
-        mode: Any = {"e_tag": before["e_tag"], "version": before["version"]} if before else "create"
+        as_before = {part: before[part] for part in ("e_tag", "version") if before[part]} if before else {}
+        mode: Any = (as_before or "overwrite") if before else "create"
         try:
             obstore.put(self.client, key, data, mode=mode, use_multipart=False)
         except (AlreadyExistsError, PreconditionError):

@@ -159,7 +159,7 @@ def _make_object(there: Any, me: Holder, alone: bool, name: str) -> bool:
         return True
     there.remove(name)
     raise UserError(
-        f"--out {there.address}: this store accepts a file that may only be made once (If-None-Match: *) a second time: "
+        f"--out {there.address}: this store accepts a file that may only be made once (If-None-Match) a second time: "
         "two runs could write there at once; write to another store, or say --alone if no other can be at work there"
     )
 
