@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import bucket
+from pipeline.storage import bucket, s3
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "not-to-be-shown", "AWS_REGION": "us-east-1"}
 OLDER_SERVER = {
@@ -48,7 +48,7 @@ def use(patch: pytest.MonkeyPatch, endpoint: str, **environment: str) -> Any:
 
 def forget() -> None:
     """Clients are kept for the life of a process, which tests outlive."""
-    for kept in (bucket._client, bucket._boto3, bucket._session):
+    for kept in (bucket._client, s3.boto3_client, s3.settings, s3.session):
         kept.cache_clear()
 
 

@@ -93,8 +93,8 @@ def input_address(address: str) -> str:
     if _is_short(address):
         try:
             return _pinned(f"{HUB}://{address}", patient=False)  # perhaps it is but a path that is misspelt
-        except UserError as error:
-            raise type(error)(f"there is no folder {address}; {error}") from None
+        except UserError as error:  # also where the Hub does not answer: a path that is misspelt stays so
+            raise UserError(f"there is no folder {address}; {error}") from None
     return _pinned(address) if scheme == HUB else address
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-import os
 import re
 import threading
 import time
@@ -27,14 +26,14 @@ from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
     NotSupportedError,
-    PermissionDeniedError,
     PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from pipeline.errors import PassingError, TakenOverError, UserError
+from pipeline.storage.answers import FINAL, code_of, explained
+from pipeline.storage.s3 import boto3_client, obstore_options
 from pipeline.storage.store import LOCKS, FileStat, Store
 
 if TYPE_CHECKING:
@@ -62,59 +61,16 @@ RETRY: RetryConfig = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
     "retry_timeout": timedelta(seconds=20),
 }
-_WRONG = {
-    "NoSuchBucket": "there is no such bucket",
-    "ContainerNotFound": "there is no such container",
-    "AccountIsDisabled": "the account is disabled",
-    "InvalidAccessKeyId": "the store does not know the access key",
-    "SignatureDoesNotMatch": "the store does not accept the secret key",
-    "ExpiredToken": "the credentials have expired",
-    "InvalidBucketName": "that is no name of a bucket",
-    "PermanentRedirect": "the bucket lies in another region: set AWS_REGION",
-    "AuthorizationHeaderMalformed": "the bucket lies in another region: set AWS_REGION",
-}
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_PROFILE, or the machine's role",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME with a key or token, or the machine's identity",
-    "hf": "`hf auth login` or HF_TOKEN; a gated repository wants its conditions accepted, too",
-}
+NO_RETRY: RetryConfig = {**RETRY, "max_retries": 0}
 
 
 @contextlib.contextmanager
 def plain_errors(address: str) -> Iterator[None]:
-    """Turn what a store answers into a sentence. Nothing of the answer itself is shown but its code: it may hold
-    signatures."""
+    """Turn what a store answers into a sentence (`storage.answers`)."""
     try:
         yield
-    except FileNotFoundError as error:
-        code = _code(str(error))
-        raise UserError(f"{address}: {_WRONG[code]}" if code in _WRONG else f"there is no {address}") from None
     except (BaseError, OSError) as error:
-        raise _plain(address, error) from None
-
-
-def _plain(address: str, error: Exception) -> UserError:
-    text = str(error)
-    code, status = _code(text), re.search(r"status code: (\d{3})", text)
-    if code in _WRONG:
-        return UserError(f"{address}: {_WRONG[code]}")
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or (status and status[1] in ("401", "403")):
-        how = _CREDENTIALS[address.partition(":")[0]]
-        return UserError(f"{address}: the store denies access ({code or 'it says no more'}); credentials: {how}")
-    if isinstance(error, PreconditionError):
-        return UserError(f"{address} was replaced while it was in use; start again")
-    if status and status[1].startswith("4") and status[1] not in ("408", "429"):
-        return UserError(f"{address}: the store refuses it: {status[1]} {code}".rstrip())
-    if "source" not in text and "status" not in text and "timed out" not in text.lower() and "HTTP" not in text:
-        return UserError(f"{address}: {text.splitlines()[0][:200]}")
-    why = f"{status[1]} {code}".strip() if status else "it cannot be reached, or the connection breaks"
-    return PassingError(f"{address}: the store does not answer as it should ({why}); run the same command again later")
-
-
-def _code(text: str) -> str:
-    found = re.search(r"<Code>(\w+)</Code>", text)
-    return found[1] if found else ""
+        raise explained(address, error) from None
 
 
 Found = TypeVar("Found")
@@ -205,7 +161,7 @@ class ObjectWriter:
         self._small = bytearray() if size <= self._part else None  # else it would be one request without a condition
         with plain_errors(self._address):
             self._file = obstore.open_writer(
-                folder.client, folder.key(name), buffer_size=self._part, max_concurrency=_PARTS_AT_ONCE
+                folder.patient_client, folder.key(name), buffer_size=self._part, max_concurrency=_PARTS_AT_ONCE
             )
         self._position = 0
 
@@ -274,6 +230,10 @@ class Bucket:
     @property
     def client(self) -> Any:
         return _client(self._root)
+
+    @property
+    def patient_client(self) -> Any:
+        return _client(self._root, patient=True)
 
     def key(self, name: str) -> str:
         """The object's name in its bucket."""
@@ -354,7 +314,7 @@ class Bucket:
             try:
                 return obstore.head(self.client, key)
             except FileNotFoundError as error:
-                if _code(str(error)) in _WRONG:
+                if code_of(str(error)) in FINAL:
                     raise
                 return None
 
@@ -525,7 +485,8 @@ class Bucket:
         there are: in others such parts are removed by the store after a while."""
         if not self._root.startswith("s3:"):
             return
-        s3, bucket = _boto3(self._root), self._root.partition("://")[2]
+        bucket = self._root.partition("://")[2]
+        s3 = boto3_client(bucket)
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
@@ -545,61 +506,25 @@ class Bucket:
 
 
 @functools.cache
-def _client(root: str) -> Any:
-    """obstore's client of a bucket, one a process."""
-    options: ClientConfig = {**CLIENT, "allow_http": True}  # where the user has named such an endpoint
+def _client(root: str, patient: bool = False) -> Any:
+    """obstore's client of a bucket, one a process.
+
+    Args:
+        patient: it asks again itself, as for parts of uploads it has to. Elsewhere `patiently` does, which knows what
+            is final.
+    """
+    options: dict[str, Any] = {**CLIENT, "allow_http": True}  # where the user has named such an endpoint
     config: dict[str, Any] = {}
     if root.startswith("s3:"):
-        config = _as_boto3_does(root)
+        config, more = obstore_options(root.removeprefix("s3://"))
+        options |= more
     try:
-        return from_url(root, client_options=options, retry_config=RETRY, **config)
+        retry: Any = RETRY if patient else NO_RETRY
+        make: Any = from_url
+        return make(root, client_options=options, retry_config=retry, **config)
     except (BaseError, ValueError) as error:
         why = re.sub(r"\?\S*", "", str(error).splitlines()[0])  # what follows may be a signature
         raise UserError(f"{root}: what the environment says of this store cannot be used: {why}") from None
-
-
-def _as_boto3_does(root: str) -> dict[str, Any]:
-    """Credentials, region and endpoint by the usual chain: environment, profile, web identity, container, machine."""
-    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"):
-        return {"endpoint": endpoint} if (endpoint := os.environ.get("AWS_ENDPOINT_URL")) else {}
-    s3 = _boto3(root)
-    from obstore.auth.boto3 import Boto3CredentialProvider
-
-    try:
-        provider = Boto3CredentialProvider(_session(), ttl=timedelta(minutes=5))  # boto3 renews them ten before the end
-    except ValueError:
-        raise UserError(f"{root}: no credentials were found; they come from {_CREDENTIALS['s3']}") from None
-    found: dict[str, Any] = {"credential_provider": provider, "region": s3.meta.region_name or "us-east-1"}
-    if ".amazonaws.com" not in s3.meta.endpoint_url:
-        found["endpoint"] = s3.meta.endpoint_url
-    return found
-
-
-@functools.cache
-def _session() -> Any:
-    try:
-        import boto3
-    except ImportError:
-        raise UserError("s3:// needs boto3: pip install 'fapm[s3]'") from None
-    return boto3.Session()
-
-
-@functools.cache
-def _boto3(root: str) -> Any:
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(
-        request_checksum_calculation="when_required",  # what other servers than Amazon's know
-        response_checksum_validation="when_required",
-        retries={"mode": "standard", "max_attempts": 8},
-        connect_timeout=5,
-        read_timeout=30,
-    )
-    try:
-        return _session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as error:
-        raise UserError(f"{root}: {error}") from None
 
 
 def matching(pattern: str) -> list[str]:

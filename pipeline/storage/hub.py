@@ -38,7 +38,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from obstore.store import HTTPStore
 
 from pipeline.errors import PassingError, UserError
-from pipeline.storage.bucket import CLIENT, RETRY, ObjectReader, patiently
+from pipeline.storage.answers import of_the_network
+from pipeline.storage.bucket import CLIENT, NO_RETRY, ObjectReader, patiently
 from pipeline.storage.local import Reader
 from pipeline.storage.store import FileStat, Store
 
@@ -67,12 +68,17 @@ def plain_errors(address: str) -> Iterator[None]:
         raise _no_address(address) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
+        why = " ".join(str(error.server_message or "").split())[:300]
         if status in (401, 403):
-            raise UserError(f"{address}: the Hub denies access ({status}); see `hf auth login`") from None
-        kind = UserError if 400 <= status < 500 and status not in (408, 429) else PassingError
-        raise kind(f"{address}: the Hub answers {status}; run the same command again later") from None
+            # It may be a limit of storage, or a kind of token: the Hub says which.
+            hint = why or "see `hf auth login`"
+            raise UserError(f"{address}: the Hub denies access ({status}): {hint}") from None
+        said = f"{address}: the Hub answers {status}{': ' + why if why else ''}"
+        if (400 <= status < 500 and status not in (408, 425, 429)) or status == 501:
+            raise UserError(said) from None
+        raise PassingError(f"{said}; run the same command again later") from None
     except (HTTPError, OSError) as error:
-        raise PassingError(f"{address}: the Hub does not answer ({type(error).__name__}); try again later") from None
+        raise of_the_network(address, f"HTTP error at {constants.ENDPOINT} {type(error).__name__}: {error}") from None
 
 
 def _no_address(address: str) -> UserError:
@@ -248,7 +254,7 @@ def _client(name: str, commit: str) -> Any:
     headers = {"authorization": f"Bearer {token}"} if token else {}
     url = f"{constants.ENDPOINT}/{name}/resolve/{commit}"
     options: Any = {**CLIENT, "default_headers": headers, "allow_http": url.startswith("http:")}
-    return HTTPStore.from_url(url, client_options=options, retry_config=RETRY)
+    return HTTPStore.from_url(url, client_options=options, retry_config=NO_RETRY)
 
 
 class Target:

@@ -22,6 +22,7 @@ from pipeline.storage import hold as holding
 from pipeline.storage.address import inside, matching, open_store, split
 from pipeline.storage.bucket import Bucket
 from pipeline.storage.hold import hold, last_sign_of_life
+from pipeline.storage.s3 import boto3_client
 from pipeline.storage.store import Store
 
 
@@ -131,7 +132,7 @@ def test_one_that_is_discarded_never_does(folder):
     writer.discard()
     assert folder.files() == {}
     if isinstance(folder, Bucket):
-        assert s3.uploads(bucket._boto3(folder._root), folder._root.removeprefix("s3://")) == []
+        assert s3.uploads(boto3_client(folder._root[5:]), folder._root.removeprefix("s3://")) == []
 
 
 def test_files_are_added_to(folder):
@@ -225,7 +226,7 @@ def test_without_credentials_it_is_said_which(name, monkeypatch):
             r"denies access \(AccessDenied\)",
         ),
         ("status code: 400 Bad Request: <Code>ExpiredToken</Code>", False, "credentials have expired"),
-        ("status code: 301: <Code>PermanentRedirect</Code>", False, "another region: set AWS_REGION"),
+        ("status code: 301: <Code>PermanentRedirect</Code>", False, "another region than .* set AWS_REGION"),
         ("status code: 400 Bad Request: <Code>EntityTooSmall</Code>", False, "refuses it: 400 EntityTooSmall"),
         (
             "status code: 503 Slow: <Code>SlowDown</Code>?X-Amz-Signature=abc",
@@ -249,10 +250,9 @@ def test_answers_in_a_sentence(answer, passes, sentence):
 
 def test_a_store_that_is_away_is_waited_for_within_bounds(monkeypatch):
     s3.use(monkeypatch, "http://127.0.0.1:9")
-    monkeypatch.setattr(bucket, "RETRY", {"max_retries": 0})
     monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.0)
     began = time.monotonic()
-    with soon(10), pytest.raises(PassingError, match="cannot be reached"):
+    with soon(10), pytest.raises(PassingError, match="nothing listens there"):
         open_store("s3://bucket/x").exists()
     assert time.monotonic() - began >= 1
     s3.forget()
