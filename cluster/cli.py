@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from cluster.entering import before_ray
 from cluster.options import (
     Evaluating,
     address_option,
@@ -260,6 +261,7 @@ def _evaluating(ray: str, recipe: Recipe) -> Evaluate:
         from pipeline.choosing.evaluation import in_turn
 
         return in_turn
+    before_ray()
     from cluster.evaluating import on_ray
 
     return on_ray(ray, recipe, _log)
@@ -329,6 +331,7 @@ def _pool(ray: str, by: str) -> MakePool:
                 watch.say(f"note: {name.replace('_', '-')} means nothing without Ray")
             watch.say(f"running in this process with {threads.workers} worker(s) ({why})")
             return threads
+        before_ray()
         from cluster.pool import ray_pool
 
         known = {"local": "a Ray of its own on this machine", "auto": "the Ray cluster of this machine"}
@@ -466,10 +469,8 @@ def _print_result(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _job_module() -> ModuleType:
-    """`cluster.job`, with Ray told to use a token if there is one: it asks for that once, when it is loaded."""
-    own = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(own)):
-        os.environ["RAY_AUTH_MODE"] = "token"
+    """`cluster.job`, after what Ray looks at when it is loaded."""
+    before_ray()
     return importlib.import_module("cluster.job")
 
 
@@ -535,7 +536,7 @@ def stop(id: str, address: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     place = _job_module().RayJobs(address)
-    found = place.find(id)
+    found = place.find(id, only=True)
     ended = place.stop(found)
     now = f"{ended.id} has {ended.state}" + (" before" if found.is_over else "; submitted again, it goes on from here")
     _print(asdict(ended), now, as_json)

@@ -130,17 +130,23 @@ class RayJobs:
         ours = [_job(details) for details in known if NAME in (details.metadata or {}) and details.submission_id]
         return sorted(ours, key=lambda job: -(job.begun or 0))
 
-    def find(self, id: str) -> Job:
+    def find(self, id: str, only: bool = False) -> Job:
         """A job by its id, or the newest whose id begins so.
 
+        Args:
+            only: there may be no other that begins so.
+
         Raises:
-            UserError: there is none.
+            UserError: there is none, or several.
         """
         known = self.jobs()
         found = [job for job in known if job.id == id] or [job for job in known if job.id.startswith(id)]
         if not found:
             there = f"it has {', '.join(job.id for job in known[:3])}" if known else "it has none of fapm"
             raise UserError(f"the cluster has no job {id}; {there}")
+        if only and len(found) > 1:
+            listed = ", ".join(job.id for job in found[:8]) + (", …" if len(found) > 8 else "")
+            raise UserError(f"{len(found)} jobs begin with {id}: {listed}; give one of these")
         return found[0]
 
     def submit(self, submission: Submission, id: str) -> bool:

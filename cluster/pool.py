@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError,
 
 from cluster.actor import FapmWorker, Sight
 from cluster.demand import demand
+from cluster.entering import cannot_enter, check_address, knock
 from cluster.metrics import Metrics
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import DeviceError, PassingError, UserError
@@ -194,7 +194,7 @@ class RayPool:
     def _head_answers(self) -> bool:
         """Whether the cluster's head is there. Workers work without it for a while, but whatever asks it hangs."""
         try:
-            _knock(self._head, _TICK_SECONDS)
+            knock(self._head, _TICK_SECONDS)
         except OSError:
             return False
         return True
@@ -314,8 +314,8 @@ def _connect(address: str, recipe: Recipe, say: Callable[[str], None]) -> None:
 
 def _init(address: str, recipe: Recipe) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    check_address(address)
     try:
-        _knock(address)
         if address == "local":
             wanted = (recipe.cpus_per_worker or 1) * (recipe.workers.most if recipe.workers else 1)
             ray.init(address="local", num_cpus=max(cores(), wanted), **quiet)
@@ -324,8 +324,7 @@ def _init(address: str, recipe: Recipe) -> None:
     except AuthenticationError as error:
         raise UserError(f"--ray {address}: {_last_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if os.environ.get("RAY_AUTH_MODE") else "; if it wants a token, set RAY_AUTH_MODE=token"
-        raise PassingError(f"--ray {address}: no Ray cluster answers there ({_last_line(error)}){hint}") from None
+        raise cannot_enter(address, error) from None
 
 
 def _listen_to_ray(say: Callable[[str], None]) -> None:
@@ -342,16 +341,6 @@ def _listen_to_ray(say: Callable[[str], None]) -> None:
 
     if hasattr(inside, "print_to_stdstream"):
         inside.print_to_stdstream = heard
-
-
-_KNOCK_SECONDS = 10
-
-
-def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
-    """Raise an OSError if nothing listens at `HOST:PORT`; Ray itself tries for some five minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), seconds).close()
 
 
 def _absolute(recipe: Recipe) -> Recipe:

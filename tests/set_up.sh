@@ -71,6 +71,7 @@ fetched() { # NAME WHAT-FOR A-FILE PACKAGES…: unpacked into .venv/debian, for 
 
 fetched "a dictionary and fortune cookies" "the proof on a decoder" usr/share/dictd/foldoc.dict.dz \
     dict-foldoc fortunes fortunes-min
+fetched "FUSE's library" "tests of mounts that misbehave" usr/share/doc/libfuse2/copyright libfuse2
 fetched Prometheus "the test of the dashboard" usr/bin/prometheus prometheus
 if has apt-cache && listed; then
     say "descriptions of Debian's packages: apt-cache dumpavail, into .venv/debian"

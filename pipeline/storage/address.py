@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, without_secrets
 from pipeline.storage.layers import Layers
-from pipeline.storage.local import Folder, planted
+from pipeline.storage.local import Folder, plain_errors, planted
 from pipeline.storage.store import Store
 
 BUCKETS = ("s3", "gs", "az")
@@ -157,8 +157,9 @@ def inside(address: str, name: str) -> str:
     if scheme_of(address):
         return f"{address.rstrip('/')}/{name}"
     path = Path(address, name)
-    if path.is_symlink():
-        raise planted(path)
+    with plain_errors(path):
+        if path.is_symlink():
+            raise planted(path)
     return str(path)
 
 

@@ -42,7 +42,13 @@ def plain_errors(path: Path | str) -> Iterator[None]:
 
 
 # What a file system over a network says while it is away, or a process that has too many files open.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETUNREACH, errno.EMFILE}
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNRESET, errno.EAGAIN, errno.EINTR, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.EBUSY,
+}  # fmt: skip
+# What file systems say that do not know how to do something which is only for safety or speed.
+_NOT_KNOWN = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF}
 
 
 class Reader:
@@ -167,6 +173,15 @@ def planted(path: Path | str) -> UserError:
     )
 
 
+def _reserve(fd: int, size: int) -> None:
+    """Room for a file: that a disk is full is known now, not after an hour."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:  # file systems that take bytes in their order only, as those over object stores
+        if error.errno not in _NOT_KNOWN:
+            raise
+
+
 class Writer:
     """A file being written under a temporary name, in any order of ranges."""
 
@@ -179,7 +194,7 @@ class Writer:
         try:
             with plain_errors(self.path):
                 if size:
-                    os.posix_fallocate(self._fd, 0, size)  # a full disk is known now, not after an hour
+                    _reserve(self._fd, size)
         except UserError:
             self.discard()
             raise
@@ -289,9 +304,13 @@ class Folder:
             os.replace(old, new, src_dir_fd=source, dst_dir_fd=target)
 
     def sync(self, name: str) -> None:
-        """Make durable that there is something of that name."""
+        """Make durable that there is something of that name, where the file system knows how."""
         with _opened(self.path, name) as (handle, _):
-            os.fsync(handle)
+            try:
+                os.fsync(handle)
+            except OSError as error:  # SMB and FUSE have no fsync of folders
+                if error.errno not in _NOT_KNOWN:
+                    raise
 
     def link(self, name: str, to: str) -> None:
         """Let a file appear under a second name that no other has."""
@@ -314,7 +333,7 @@ class Folder:
     def links(self) -> list[str]:
         """The links in it; hidden ones, and what lies in hidden folders, are left out."""
         found = []
-        for folder, folders, files in os.walk(self.path):
+        for folder, folders, files in self._walk(self.path):
             folders[:] = sorted(n for n in folders if not n.startswith("."))
             for name in (*folders, *files):
                 path = Path(folder, name)
@@ -350,16 +369,20 @@ class Folder:
         return str(self.path / name)
 
     def exists(self) -> bool:
-        return self.path.is_dir()
+        with plain_errors(self.path):
+            return self.path.is_dir()
 
     def is_empty(self) -> bool:
-        return not self.path.is_dir() or not any(self.path.iterdir())
+        with plain_errors(self.path):
+            return not self.path.is_dir() or not any(self.path.iterdir())
 
     def is_file(self) -> bool:
-        return self.path.exists() and not self.path.is_dir()
+        with plain_errors(self.path):
+            return self.path.exists() and not self.path.is_dir()
 
     def leads_out(self, name: str) -> bool:
-        root, file = self.path.resolve(), self._at(name).resolve()
+        with plain_errors(self._at(name)):
+            root, file = self.path.resolve(), self._at(name).resolve()
         blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
         return root not in file.parents and blobs not in file.parents
 
@@ -375,28 +398,47 @@ class Folder:
 
     def files(self, under: str = "") -> dict[str, FileStat]:
         found = {}
-        for folder, folders, names in os.walk(self.path / under):
+        for folder, folders, names in self._walk(self.path / under):
             folders[:] = sorted(n for n in folders if not n.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
-                if not name.startswith(".") and path.is_file():
-                    found[path.relative_to(self.path).as_posix()] = _stat(path)
+                with plain_errors(path):
+                    if not name.startswith(".") and path.is_file():
+                        found[path.relative_to(self.path).as_posix()] = _stat(path)
         return found
 
+    def _walk(self, path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        """`os.walk`, with a sentence where a folder cannot be read: what is in it is not left out in silence."""
+
+        def wrong(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                with plain_errors(error.filename or path):
+                    raise error
+
+        return os.walk(path, onerror=wrong)
+
     def has(self, name: str) -> bool:
-        return self._at(name).is_file()
+        path = self._at(name)
+        with plain_errors(path):
+            return path.is_file()
 
     def has_folder(self, name: str) -> bool:
-        return self._at(name).is_dir()
+        path = self._at(name)
+        with plain_errors(path):
+            return path.is_dir()
 
     def size(self, name: str) -> int:
-        return self._at(name).stat().st_size
+        path = self._at(name)
+        with plain_errors(path):
+            return path.stat().st_size
 
     def is_here(self, name: str) -> bool:
         return True
 
     def changed(self, name: str) -> float:
-        return self._at(name).stat().st_mtime
+        path = self._at(name)
+        with plain_errors(path):
+            return path.stat().st_mtime
 
     def reader(self, name: str) -> Reader:
         with self._lock:
@@ -482,9 +524,12 @@ class Folder:
             return stat.S_ISDIR(os.lstat(last, dir_fd=handle).st_mode)
         return False
 
-    def free_bytes(self) -> int:
-        """What the file system under the folder, or its nearest parent that exists, has left."""
+    def free_bytes(self) -> int | None:
+        """What the file system under the folder, or its nearest parent that exists, has left; None where it does not
+        say, as some over a network, which have no blocks at all."""
         path = self.path.absolute()
-        while not path.exists():
-            path = path.parent
-        return shutil.disk_usage(path).free
+        with plain_errors(path):
+            while not path.exists():
+                path = path.parent
+            found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize if found.f_blocks else None

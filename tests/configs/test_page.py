@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 from click import Context
 from command_lines import check_command
+from obstore.exceptions import BaseError
 
 from cluster.cli import cli
+from pipeline.errors import PassingError
+from pipeline.storage import answers, local
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAGE = (CONFIGS / "README.md").read_text()
@@ -56,3 +60,28 @@ def test_the_figures_are_those_of_the_model():
     model = {row[3]: (row[9], row[10]) for row in rows if row[:3] == ["70B", "8", "tensor"]}
     shown = [line.strip("| ").split(" | ") for line in PAGE.splitlines()]
     assert {row[0]: (row[1], row[2]) for row in shown if row[0] in model} == model
+
+
+def test_what_is_final_and_what_may_pass_is_as_it_is_said():
+    """Of the codes and errors in the table's two columns."""
+    page = PAGE[PAGE.index("## What is final") :]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    codes = {1: set(), 75: set()}
+    for row in rows:
+        for code, cell in zip((1, 75), row[1:], strict=False):
+            codes[code] |= set(re.findall(r"`([A-Z][A-Za-z]{4,})`", cell))
+    passing_errors = {name for name in codes[75] if name.isupper()}
+    assert passing_errors >= {"ENOSPC", "EDQUOT", "ENOTCONN", "ESTALE"}
+    assert {getattr(errno, name) for name in passing_errors} <= local._PASSING | {errno.ENOSPC, errno.EDQUOT}
+    for code in codes[75] - passing_errors:
+        assert isinstance(answers.explained("s3://b/x", error_of(code, 400)), PassingError), code
+    for code in codes[1]:
+        found = answers.explained("s3://b/x", error_of(code, 503 if code in answers.FINAL else 403))
+        assert not isinstance(found, PassingError), code
+    for status in re.findall(r"\b([45]\d\d)\b", rows[0][2]):
+        assert isinstance(answers.explained("s3://b/x", error_of("", int(status))), PassingError), status
+
+
+def error_of(code: str, status: int) -> BaseError:
+    body = f": <Code>{code}</Code>" if code else ""
+    return BaseError(f"Generic S3 error: status code: {status} Words{body}")

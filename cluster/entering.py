@@ -1,0 +1,141 @@
+"""Entering a Ray cluster: what is known of it before Ray is loaded, and what an address means before Ray tries it.
+
+Ray itself tries an address for some five minutes, whoever answers there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+from pathlib import Path
+
+from pipeline.errors import PassingError, UserError
+
+HEAD_PORT, DASHBOARD_PORT = 6379, 8265
+_SECONDS = 5.0
+_STARTED = Path("/tmp/ray/ray_current_cluster")
+"""Where `ray start` on this machine leaves the address of its cluster."""
+
+
+def before_ray() -> None:
+    """Set what Ray looks at once, when it is loaded.
+
+    A token of the user's makes it use one. Under `uv run` Ray would pack the working directory for its workers, which
+    is `/` when fapm enters: the nodes have fapm of their own, or get it by a job.
+    """
+    own = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(own)):
+        os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+def check_address(address: str) -> None:
+    """Whether an address is that of a cluster's head, as far as a look at it says.
+
+    Args:
+        address: of `--ray`: `local`, `auto`, or HOST:PORT.
+
+    Raises:
+        UserError: it is of another kind, or something else answers there.
+        PassingError: nothing does.
+    """
+    if address == "local":
+        return
+    known = _known_here() if address == "auto" else address
+    if not known:
+        return  # Ray finds out by the processes of this machine, at once
+    said = f"--ray {address}" + (
+        f": the cluster of this machine is said to be at {known}, but" if known != address else ":"
+    )
+    host, port = _host_and_port(address, known)
+    try:
+        with socket.create_connection((host, port), _SECONDS) as probe:
+            web = _is_web(probe, known)
+    except socket.gaierror:
+        raise UserError(f"{said} the name {host} is not known to this machine's DNS") from None
+    except OSError as error:
+        raise PassingError(f"{said} no Ray cluster answers there ({error.strerror or error})") from None
+    if web:
+        hint = "that is the dashboard's port" if port == DASHBOARD_PORT else "perhaps that is its dashboard's port"
+        raise UserError(
+            f"{said} a web server answers there, not the head of a Ray cluster: {hint}; give the head's, as "
+            f"{host}:{HEAD_PORT}, or send a job to the dashboard: fapm submit --address http://{host}:{port}"
+        )
+
+
+def knock(address: str, seconds: float) -> None:
+    """Raise an OSError if nothing listens at `HOST:PORT`."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+
+
+def _known_here() -> str:
+    """What `auto` will mean: the environment's cluster, or the one that was started here last."""
+    found = os.environ.get("RAY_ADDRESS", "")
+    if found and found != "auto":
+        return found
+    with contextlib.suppress(OSError):
+        return _STARTED.read_text().strip()
+    return ""
+
+
+def _host_and_port(address: str, known: str) -> tuple[str, int]:
+    scheme = re.match(r"([a-z]+)://", known)
+    if scheme and scheme[1] == "ray":
+        raise UserError(
+            f"--ray {address}: ray:// is the address of Ray's client, and fapm is a driver of its own: give the head's "
+            f"HOST:{HEAD_PORT} where it can be reached, or send a job: fapm submit --address http://HOST:{DASHBOARD_PORT}"
+        )
+    if scheme:
+        raise UserError(
+            f"--ray {address}: that is the address of a web server; give the head's HOST:{HEAD_PORT}, or send a job to "
+            f"its dashboard: fapm submit --address {known}"
+        )
+    found = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\]:(\d{1,5})|([^:\s/]+):(\d{1,5})", known)
+    if not found:
+        raise UserError(f"--ray {address}: give HOST:PORT, as 10.0.0.1:{HEAD_PORT} or [::1]:{HEAD_PORT}")
+    return found[1] or found[3], int(found[2] or found[4])
+
+
+def _is_web(probe: socket.socket, known: str) -> bool:
+    """Whether HTTP is spoken there; the head speaks gRPC, and says so or nothing."""
+    probe.settimeout(_SECONDS)
+    with contextlib.suppress(OSError):
+        probe.sendall(f"HEAD / HTTP/1.1\r\nHost: {known}\r\nConnection: close\r\n\r\n".encode())
+        return probe.recv(5) == b"HTTP/"
+    return False
+
+
+def cannot_enter(address: str, error: Exception) -> UserError:
+    """A sentence for what Ray says when it cannot begin or connect."""
+    text = str(error)
+    if "ersion mismatch" in text:
+        lines = [line.strip(" -") for line in text.splitlines() if re.search(r"Ray: |Python: ", line)]
+        versions = "; ".join(lines) or " ".join(text.split())[:300]
+        return UserError(
+            f"--ray {address}: the cluster has another version of Ray or Python than this machine: {versions}"
+        )
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return PassingError(f"--ray {address}: no space left for Ray's own files ({_where(error)}); free some")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+        return UserError(
+            f"--ray {address}: Ray cannot write its own files to {_where(error)}; set RAY_TMPDIR to a folder of yours"
+        )
+    hint = "" if os.environ.get("RAY_AUTH_MODE") else "; if it wants a token, set RAY_AUTH_MODE=token"
+    if address == "local":
+        return PassingError(f"--ray local: Ray does not start here ({_last_line(text) or type(error).__name__})")
+    why = _last_line(text) or type(error).__name__
+    return PassingError(f"--ray {address}: no Ray cluster answers there ({why}){hint}")
+
+
+def _where(error: Exception) -> str:
+    return str(getattr(error, "filename", None) or os.environ.get("RAY_TMPDIR") or "/tmp/ray")
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,142 @@
+"""pytest tests/cluster/test_entering.py: addresses of clusters that are none, or of another kind; within seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+from http_server import make_server, running
+from pace import soon
+
+from cluster import entering
+from cluster.entering import before_ray, cannot_enter, check_address
+from pipeline.errors import PassingError, UserError
+
+
+def answer(asked: BaseHTTPRequestHandler) -> None:
+    asked.send_response(200)
+    asked.send_header("Content-Length", "0")
+    asked.end_headers()
+    asked.wfile.flush()
+
+
+@pytest.fixture
+def web() -> Iterator[int]:
+    """The port of a web server, as a dashboard is one."""
+    server = make_server(answer)
+    with running(server):
+        yield server.server_address[1]
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of what takes connections and speaks no HTTP, as the head does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    taken, _ = server.accept()
+                except OSError:
+                    return
+                taken.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00")  # the first frame of HTTP/2
+                taken.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+def closed() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://10.0.0.1:10001", "ray:// is the address of Ray's client"),
+        ("http://10.0.0.1:8265", "fapm submit --address http://10.0.0.1:8265"),
+        ("https://cluster", "the address of a web server"),
+        ("10.0.0.1", "give HOST:PORT"),
+        ("cluster.example", "give HOST:PORT"),
+        ("10.0.0.1:port", "give HOST:PORT"),
+        ("::1:6379", "give HOST:PORT"),
+        ("nowhere.invalid:6379", "not known to this machine's DNS"),
+    ],
+)
+def test_an_address_of_another_kind_is_final(address, said):
+    with soon(3), pytest.raises(UserError, match=re.escape(said)) as caught:
+        check_address(address)
+    assert not isinstance(caught.value, PassingError)
+
+
+def test_the_dashboard_s_port_is_told_from_the_head_s(web, silent, monkeypatch):
+    with (
+        soon(3),
+        pytest.raises(UserError, match=rf"a web server answers there.* fapm submit --address http://127.0.0.1:{web}"),
+    ):
+        check_address(f"127.0.0.1:{web}")
+    check_address(f"127.0.0.1:{silent}")
+    monkeypatch.setattr(entering, "DASHBOARD_PORT", web)
+    with pytest.raises(UserError, match="that is the dashboard's port"):
+        check_address(f"127.0.0.1:{web}")
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1", "[::1]", "localhost"])
+def test_where_nothing_listens_it_may_pass(where):
+    with soon(3), pytest.raises(PassingError, match="no Ray cluster answers there"):
+        check_address(f"{where}:{closed()}")
+
+
+def test_auto_with_an_address_that_is_dead(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed()}")
+    said = r"--ray auto: the cluster of this machine is said to be at 127\.0\.0\.1:\d+, but no Ray cluster answers"
+    with soon(3), pytest.raises(PassingError, match=said):
+        check_address("auto")
+    monkeypatch.delenv("RAY_ADDRESS")
+    (tmp_path / "cluster").write_text(f"127.0.0.1:{closed()}\n")
+    monkeypatch.setattr(entering, "_STARTED", tmp_path / "cluster")
+    with soon(3), pytest.raises(PassingError, match=said):
+        check_address("auto")
+    monkeypatch.setattr(entering, "_STARTED", tmp_path / "none")
+    check_address("auto")
+
+
+MISMATCH = """Version mismatch: The cluster was started with:
+    Ray: 2.40.0
+    Python: 3.9.6
+This process on node 10.0.0.5 was started with:
+    Ray: 2.58.0
+    Python: 3.11.7
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "passes", "said"),
+    [
+        (RuntimeError(MISMATCH), False, "Ray: 2.40.0; Python: 3.9.6; Ray: 2.58.0; Python: 3.11.7"),
+        (OSError(28, "No space left on device", "/tmp/ray/x"), True, "no space left for Ray's own files (/tmp/ray/x"),
+        (PermissionError(13, "Permission denied", "/tmp/ray"), False, "its own files to /tmp/ray; set RAY_TMPDIR"),
+        (ConnectionError("could not connect"), True, "no Ray cluster answers there (could not connect)"),
+    ],
+)  # fmt: skip
+def test_why_ray_cannot_begin(error, passes, said):
+    found = cannot_enter("10.0.0.1:6379", error)
+    assert said in str(found) and isinstance(found, PassingError) == passes
+
+
+def test_a_token_of_the_user_s_is_used(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before_ray()
+    assert "RAY_AUTH_MODE" not in os.environ and os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("x")
+    before_ray()
+    assert os.environ.pop("RAY_AUTH_MODE") == "token"
