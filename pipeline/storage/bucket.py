@@ -282,13 +282,18 @@ class Bucket:
 
         def ask() -> list[Any]:
             found: list[Any] = []
-            for page in obstore.list(self.client, prefix or None, chunk_size=most or 1000):
-                found += page
+            for page in obstore.list(self.client, prefix or None, chunk_size=1000):
+                found += [meta for meta in page if meta["size"] or not self._is_marker(meta["path"])]
                 if most and len(found) >= most:
                     break
             return found
 
         return patiently(self.address, ask)
+
+    def _is_marker(self, path: str) -> bool:
+        """Whether an object of no bytes is the mark of a folder, as consoles leave it: its name ends with a slash, which
+        is not listed, and without it there is none."""
+        return path == self._prefix or self._head(path) is None
 
     def folders(self) -> list[str]:
         found = self._inside(self._prefix)

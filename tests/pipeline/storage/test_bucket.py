@@ -417,3 +417,14 @@ def test_a_late_request_does_not_write_over_a_successor_s(name, monkeypatch):
             out.write("a", b"late")
         monkeypatch.undo()
     assert open_store(address).read("a") == b"the successor's"
+
+
+@pytest.mark.parametrize("marker", ["some/out/", "some/out/sub/"])
+def test_a_folder_s_marker_is_an_empty_folder(client, name, marker):
+    """As the consoles of stores leave one: an object of no bytes, whose name ends with a slash."""
+    client.put_object(Bucket=name, Key=marker, Body=b"")
+    folder = open_store(f"s3://{name}/some/out")
+    assert folder.is_empty() and folder.files() == {} and not folder.is_file()
+    with hold(folder.address) as out:
+        out.write("a", b"1")
+    assert folder.files().keys() == {"a"}
