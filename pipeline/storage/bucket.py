@@ -291,8 +291,10 @@ class Bucket:
         return patiently(self.address, ask)
 
     def _is_marker(self, path: str) -> bool:
-        """Whether an object of no bytes is the mark of a folder, as consoles leave it: its name ends with a slash, which
-        is not listed, and without it there is none."""
+        """Whether an object of no bytes is the mark of a folder, as consoles leave it.
+
+        Its name ends with a slash, which is not listed, and without it there is none.
+        """
         return path == self._prefix or self._head(path) is None
 
     def folders(self) -> list[str]:
