@@ -591,7 +591,8 @@ def report(out: str, html: str | None, as_json: bool) -> None:
         written, file = page(out).encode(), Path(html)
         with plain_errors(file):
             before = file.with_name(f".{file.name}.{os.getpid()}")
-            before.write_bytes(written)
+            with open(before, "xb") as made:  # and through no link
+                made.write(written)
             before.replace(file)
         _print({"html": html, "bytes": len(written)}, html, as_json)
         return

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
@@ -25,6 +25,7 @@ class Proxy:
     requests, read, written: how many requests passed, and bytes of bodies in either direction.
     met: how often each fault was met.
     forgets: headers that the server behind it does not get to see.
+    refuses: what it answers to a request itself, a status and a body, if anything.
     """
 
     def __init__(self, upstream: str):
@@ -32,6 +33,7 @@ class Proxy:
         self.requests = self.read = self.written = 0
         self.met: Counter[str] = Counter()
         self.forgets: tuple[str, ...] = ()
+        self.refuses: Callable[[BaseHTTPRequestHandler], tuple[int, str] | None] = lambda asked: None
         self._random, self._share, self._faults = random.Random(0), 0.0, FAULTS
         self._lock = threading.Lock()
         self.server = make_server(self._handle)
@@ -53,6 +55,9 @@ class Proxy:
             self.requests += 1
             self.written += len(body)
             self.met[fault] += 1
+        if refused := self.refuses(asked):
+            said = refused[1].encode()
+            return self._answer(asked, refused[0], [("Content-Length", str(len(said)))], said)
         if fault == "drop":
             return self._break(asked)
         if fault.isdigit():

@@ -106,6 +106,34 @@ def test_the_same_bytes_in_many_parts(client, home, runner):
     assert contents(client, far.out) == contents(client, str(expected))
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "passes"),
+    [(403, "QuotaExceeded", False), (501, "NotImplemented", False), (503, "SlowDown", True)],
+)
+def test_a_run_that_a_store_refuses_leaves_no_lock_and_no_parts(
+    client, home, runner, between, monkeypatch, status, code, passes
+):
+    """The shards are refused, and nothing else; then the same command goes on."""
+    far = recipe(home, runner, *ALL, shard_size="400kB")
+    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 1.0)
+
+    def refuses(asked: Any) -> tuple[int, str] | None:
+        wanted = asked.command == "PUT" and ".safetensors" in asked.path and "/out" in asked.path
+        return (status, f"<Error><Code>{code}</Code></Error>") if wanted else None
+
+    monkeypatch.setattr(between, "refuses", refuses)
+    with pytest.raises(UserError, match=code if passes else r"quota|kind of request") as caught:
+        prune(far)
+    assert isinstance(caught.value, PassingError) == passes
+    monkeypatch.undo()
+    s3.use(monkeypatch, between.url)
+    there = s3.download(client, far.out)
+    assert not [name for name in there if name.startswith(("fapm/lock", "fapm/tmp"))]
+    assert s3.uploads(client, home.removeprefix("s3://")) == []
+    prune(far)
+    assert verify(far.out) == []
+
+
 @pytest.mark.parametrize("emit", ["checkpoint", "delta"])
 def test_a_sweep_into_a_bucket(client, home, runner, between, emit):
     far = recipe(home, runner, *ALL, shard_size="400kB")
