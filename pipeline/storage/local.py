@@ -96,10 +96,11 @@ class Reader:
         os.close(self._fd)
 
 
-def _stat(path: Path) -> FileStat:
+def _stat(path: Path, real: str) -> FileStat:
+    """What tells a file from others; `real` is its folder without links."""
     about = path.stat()
     version: dict[str, Any] = {"mtime_ns": about.st_mtime_ns}
-    kind, disk = _disk(about.st_dev, os.path.realpath(path.parent))
+    kind, disk = _disk(about.st_dev, real)
     if disk:
         version |= {"ctime_ns": about.st_ctime_ns, "disk": disk}
         version |= {} if kind == "overlay" else {"inode": about.st_ino}
@@ -400,11 +401,12 @@ class Folder:
         found = {}
         for folder, folders, names in self._walk(self.path / under):
             folders[:] = sorted(n for n in folders if not n.startswith("."))
+            real = os.path.realpath(folder)
             for name in sorted(names):
                 path = Path(folder, name)
                 with plain_errors(path):
                     if not name.startswith(".") and path.is_file():
-                        found[path.relative_to(self.path).as_posix()] = _stat(path)
+                        found[path.relative_to(self.path).as_posix()] = _stat(path, real)
         return found
 
     def _walk(self, path: Path) -> Iterator[tuple[str, list[str], list[str]]]:

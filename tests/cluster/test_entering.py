@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
+import ray
+from checkpoints import save_pair
 from http_server import make_server, running
 from pace import soon
+from ray_head import Head, started_head
 
 from cluster import entering
 from cluster.entering import before_ray, cannot_enter, check_address
 from pipeline.errors import PassingError, UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def answer(asked: BaseHTTPRequestHandler) -> None:
@@ -128,6 +137,62 @@ This process on node 10.0.0.5 was started with:
 def test_why_ray_cannot_begin(error, passes, said):
     found = cannot_enter("10.0.0.1:6379", error)
     assert said in str(found) and isinstance(found, PassingError) == passes
+
+
+# A real head, with a token.
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with started_head(tmp_path_factory.mktemp("head"), with_fapm=True) as started:
+        yield started
+
+
+VERSION = """
+import sys
+from cluster.entering import before_ray
+before_ray()
+import ray
+ray.__version__ = "1.2.3"
+from cluster.cli import main
+sys.argv[0] = "fapm"
+main()
+"""
+
+
+def prune_there(head: Head, folder: Path, *start: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out", "--workers", "1", "--memory", "128MB"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, *start, "prune", *sides, "--ray", head.gcs], cwd=folder, text=True, capture_output=True,
+        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_cluster_with_a_token(head, tmp_path):
+    """In the user's home it works for prune as for submit; without it, and with another version, it is said."""
+    save_pair(tmp_path, {"model.layers.0.a.weight": (60, 40)})
+    (tmp_path / ".ray").mkdir()
+    shutil.copy(head.token, tmp_path / ".ray" / "auth_token")
+    home = {"HOME": str(tmp_path)}
+    other = prune_there(head, tmp_path, "-c", VERSION, **home)
+    assert other.returncode == 1, other.stderr
+    line = other.stderr.splitlines()[-1]
+    assert "another version of Ray or Python" in line and "1.2.3" in line and ray.__version__ in line
+    without = prune_there(head, tmp_path, "-m", "cluster", HOME=str(tmp_path / "nowhere"))
+    assert without.returncode in (1, 75) and "token" in without.stderr.splitlines()[-1]
+    done = prune_there(head, tmp_path, "-m", "cluster", **home)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_port_of_a_real_dashboard(head):
+    port = head.address.rpartition(":")[2]
+    with soon(10), pytest.raises(UserError, match="a web server answers there"):
+        check_address(f"127.0.0.1:{port}")
 
 
 def test_a_token_of_the_user_s_is_used(monkeypatch, tmp_path):
