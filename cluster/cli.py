@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cluster.entering import before_ray
+from cluster.entering import before_jobs, before_ray
 from cluster.options import (
     Evaluating,
     address_option,
@@ -261,7 +261,7 @@ def _evaluating(ray: str, recipe: Recipe) -> Evaluate:
         from pipeline.choosing.evaluation import in_turn
 
         return in_turn
-    before_ray()
+    before_ray(ray)
     from cluster.evaluating import on_ray
 
     return on_ray(ray, recipe, _log)
@@ -331,7 +331,7 @@ def _pool(ray: str, by: str) -> MakePool:
                 watch.say(f"note: {name.replace('_', '-')} means nothing without Ray")
             watch.say(f"running in this process with {threads.workers} worker(s) ({why})")
             return threads
-        before_ray()
+        before_ray(ray)
         from cluster.pool import ray_pool
 
         known = {"local": "a Ray of its own on this machine", "auto": "the Ray cluster of this machine"}
@@ -470,7 +470,7 @@ def _print_result(facts: dict[str, Any], as_json: bool) -> None:
 
 def _job_module() -> ModuleType:
     """`cluster.job`, after what Ray looks at when it is loaded."""
-    before_ray()
+    before_jobs()
     return importlib.import_module("cluster.job")
 
 

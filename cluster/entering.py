@@ -10,6 +10,8 @@ import errno
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from pipeline.errors import PassingError, UserError
@@ -20,16 +22,51 @@ _STARTED = Path("/tmp/ray/ray_current_cluster")
 """Where `ray start` on this machine leaves the address of its cluster."""
 
 
-def before_ray() -> None:
-    """Set what Ray looks at once, when it is loaded.
-
-    A token of the user's makes it use one. Under `uv run` Ray would pack the working directory for its workers, which
-    is `/` when fapm enters: the nodes have fapm of their own, or get it by a job.
-    """
-    own = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(own)):
+def before_jobs() -> None:
+    """Let Ray use a token if the user has one, as it decides when it is loaded; a Jobs API that wants none takes it."""
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def before_ray(address: str) -> None:
+    """Set what Ray looks at once, when it is loaded, for a driver at `--ray ADDRESS`.
+
+    A token of the user's is used where the cluster wants one: with it, a driver of a cluster that wants none loses its
+    workers. Under `uv run` Ray would pack the working directory for its workers, which is `/` when fapm enters: the
+    nodes have fapm of their own, or get it by a job.
+    """
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if "RAY_AUTH_MODE" not in os.environ and _has_token() and _wants_token(address):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _has_token() -> bool:
+    own = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(own)
+
+
+_ASK = """
+import sys
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1])
+except Exception as error:
+    sys.exit(3 if "Authentication" in type(error).__name__ or "AuthToken" in str(error) else 0)
+"""
+
+
+def _wants_token(address: str) -> bool:
+    """Whether a cluster refuses who has no token, asked by a process of its own, since Ray looks at its mode once."""
+    known = "" if address == "local" else _known_here() if address == "auto" else address
+    try:
+        knock(known, _SECONDS)
+        asked = subprocess.run(
+            [sys.executable, "-c", _ASK, known], env={**os.environ, "RAY_AUTH_MODE": "disabled"}, timeout=60,
+            capture_output=True,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return False  # whoever enters is told
+    return asked.returncode == 3
 
 
 def check_address(address: str) -> None:

@@ -338,8 +338,9 @@ class Folder:
             folders[:] = sorted(n for n in folders if not n.startswith("."))
             for name in (*folders, *files):
                 path = Path(folder, name)
-                if not name.startswith(".") and path.is_symlink():
-                    found.append(path.relative_to(self.path).as_posix())
+                with plain_errors(path):
+                    if not name.startswith(".") and path.is_symlink():
+                        found.append(path.relative_to(self.path).as_posix())
         return found
 
     @contextlib.contextmanager

@@ -116,14 +116,16 @@ def test_every_option_arrives(pair):
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     rules = ["--rule", "*norm*=finetuned", "--rule", "lm_head.*=base"]
     assert (
-        on_pair("prune", *options, *rules, "--allow-pickle", "--allow-code", "--reversible", "--plain-codes").exit_code
+        on_pair(
+            "prune", *options, *rules, "--allow-pickle", "--allow-code", "--reversible", "--plain-codes", "--alone"
+        ).exit_code
         == 0
     )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         "base": "base", "finetuned": "finetuned", "out": "out", "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
-        "staging": "st", "visibility": "public", "device_memory": 2_000_000_000,
+        "staging": "st", "visibility": "public", "alone": True, "device_memory": 2_000_000_000,
         "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
         "allow_pickle": True, "allow_code": True, "reversible": True, "renames": [],
         "emit": "both", "delta_compression": "none",

@@ -17,11 +17,12 @@ import pytest
 import ray
 from checkpoints import save_pair
 from http_server import make_server, running
+from nodes import CHOICES, Driver, add_node, head_alone, thirty_shards
 from pace import soon
 from ray_head import Head, started_head
 
 from cluster import entering
-from cluster.entering import before_ray, cannot_enter, check_address
+from cluster.entering import before_jobs, before_ray, cannot_enter, check_address
 from pipeline.errors import PassingError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 VERSION = """
 import sys
 from cluster.entering import before_ray
-before_ray()
+before_ray(sys.argv[-1])
 import ray
 ray.__version__ = "1.2.3"
 from cluster.cli import main
@@ -195,13 +196,29 @@ def test_the_port_of_a_real_dashboard(head):
         check_address(f"127.0.0.1:{port}")
 
 
-def test_a_token_of_the_user_s_is_used(monkeypatch, tmp_path):
+def test_a_token_of_the_user_s_is_used(monkeypatch, tmp_path, silent):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as before when the test has ended
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    before_ray()
-    assert "RAY_AUTH_MODE" not in os.environ and os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+    before_jobs()
+    assert "RAY_AUTH_MODE" not in os.environ
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("x")
-    before_ray()
+    for address in ("local", f"127.0.0.1:{closed()}"):
+        before_ray(address)
+        assert "RAY_AUTH_MODE" not in os.environ and os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+    before_jobs()
     assert os.environ.pop("RAY_AUTH_MODE") == "token"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_token_in_the_home_does_not_disturb_a_cluster_that_wants_none(tmp_path):
+    runner = thirty_shards(tmp_path / "pair")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    with head_alone() as cluster:
+        add_node(cluster)
+        driver = Driver(runner.recipe(**CHOICES), cluster.address, HOME=str(tmp_path))
+        assert driver.wait() == 0, driver.lines

@@ -89,7 +89,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "*norm*=finetuned",
         "--rule",
         "it's *=base",
-        *(flags := ["--allow-pickle", "--allow-code", "--reversible", "--plain-codes"]),
+        *(flags := ["--allow-pickle", "--allow-code", "--reversible", "--plain-codes", "--alone"]),
     ]
     offered = {option for p in cli.commands["prune"].params for option in p.opts if option.startswith("--")}
     assert {f"--{name}" for name in given} | {"--rule", "--rename", *flags, "--overwrite", "--json"} == offered - {
@@ -117,6 +117,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         allow_code=True,
         plain_codes=True,
         reversible=True,
+        alone=True,
     )
 
 

@@ -284,7 +284,7 @@ def test_whatever_the_network_does_the_bytes_are_right_or_it_is_said(client, hom
         assert s3.uploads(client, home.removeprefix("s3://")) == []
     assert min(ended.values()) > ROUNDS // 10, ended
     assert not any("\n" in line or "<" in line for line in said)
-    assert all(between.met[fault] > ROUNDS for fault in ("drop", "lose", "truncate", "reset", "429", "503")), (
+    assert all(between.met[fault] > ROUNDS // 3 for fault in ("drop", "lose", "truncate", "reset", "429", "503")), (
         between.met
     )
 
