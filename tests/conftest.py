@@ -9,7 +9,7 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on cores that others use lose most of both
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,16 @@ def runner(tmp_path: Path) -> Runner:
 def new_runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Runner]:
     """For tests that need several pairs, such as those of hypothesis."""
     return lambda: Runner(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(autouse=True)
+def no_token_of_this_machine() -> Iterator[None]:
+    """What one test lets Ray know of tokens is not there for the next, nor one in the home of whoever runs them."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ["RAY_AUTH_TOKEN_PATH"] = "/not/there"
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value

@@ -220,5 +220,7 @@ def test_a_token_in_the_home_does_not_disturb_a_cluster_that_wants_none(tmp_path
     (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
     with head_alone() as cluster:
         add_node(cluster)
-        driver = Driver(runner.recipe(**CHOICES), cluster.address, HOME=str(tmp_path))
+        driver = Driver(
+            runner.recipe(**CHOICES), cluster.address, RAY_AUTH_TOKEN_PATH=str(tmp_path / ".ray" / "auth_token")
+        )
         assert driver.wait() == 0, driver.lines
