@@ -57,7 +57,7 @@ except Exception as error:
 
 def _wants_token(address: str) -> bool:
     """Whether a cluster refuses who has no token, asked by a process of its own, since Ray looks at its mode once."""
-    known = "" if address == "local" else _known_here() if address == "auto" else address
+    known = _meant(address)
     try:
         knock(known, _SECONDS)
         asked = subprocess.run(
@@ -79,11 +79,9 @@ def check_address(address: str) -> None:
         UserError: it is of another kind, or something else answers there.
         PassingError: nothing does.
     """
-    if address == "local":
-        return
-    known = _known_here() if address == "auto" else address
+    known = _meant(address)
     if not known:
-        return  # Ray finds out by the processes of this machine, at once
+        return  # its own, or Ray finds out by the processes of this machine, at once
     said = f"--ray {address}" + (
         f": the cluster of this machine is said to be at {known}, but" if known != address else ":"
     )
@@ -109,8 +107,10 @@ def knock(address: str, seconds: float) -> None:
     socket.create_connection((host.strip("[]"), int(port)), seconds).close()
 
 
-def _known_here() -> str:
-    """What `auto` will mean: the environment's cluster, or the one that was started here last."""
+def _meant(address: str) -> str:
+    """What `--ray` names, nothing of `local`; of `auto` the environment's cluster, or the one started here last."""
+    if address != "auto":
+        return "" if address == "local" else address
     found = os.environ.get("RAY_ADDRESS", "")
     if found and found != "auto":
         return found
@@ -163,9 +163,9 @@ def cannot_enter(address: str, error: Exception) -> UserError:
             f"--ray {address}: Ray cannot write its own files to {_where(error)}; set RAY_TMPDIR to a folder of yours"
         )
     hint = "" if os.environ.get("RAY_AUTH_MODE") else "; if it wants a token, set RAY_AUTH_MODE=token"
+    why = last_line(error)
     if address == "local":
-        return PassingError(f"--ray local: Ray does not start here ({_last_line(text) or type(error).__name__})")
-    why = _last_line(text) or type(error).__name__
+        return PassingError(f"--ray local: Ray does not start here ({why})")
     return PassingError(f"--ray {address}: no Ray cluster answers there ({why}){hint}")
 
 
@@ -173,6 +173,7 @@ def _where(error: Exception) -> str:
     return str(getattr(error, "filename", None) or os.environ.get("RAY_TMPDIR") or "/tmp/ray")
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
+def last_line(error: BaseException) -> str:
+    """What an error says in its last line; its name, if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

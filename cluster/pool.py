@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError,
 
 from cluster.actor import FapmWorker, Sight
 from cluster.demand import demand
-from cluster.entering import cannot_enter, check_address, knock
+from cluster.entering import cannot_enter, check_address, knock, last_line
 from cluster.metrics import Metrics
 from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
 from pipeline.errors import DeviceError, PassingError, UserError
@@ -83,7 +83,7 @@ class RayPool:
         try:
             self._remote: Any = ray.remote(FapmWorker).options(**self._demand.options)
         except ValueError as error:
-            raise UserError(f"Ray does not take what is asked of a worker: {_last_line(error)}") from None
+            raise UserError(f"Ray does not take what is asked of a worker: {last_line(error)}") from None
         self._recipe = _absolute(self._demand.recipe(plan.recipe))
         self._out = out.absolute()
         self._sight = _sight(plan, self._recipe, self._out)
@@ -142,10 +142,10 @@ class RayPool:
                 raise cause from error  # a worker that cannot start would not elsewhere
             hopeless = isinstance(cause, UserError) and not isinstance(cause, PassingError)
             self._errors[task] = cause
-            return self._queue.failed(worker, task, _last_line(cause), now, hopeless), None
+            return self._queue.failed(worker, task, last_line(cause), now, hopeless), None
         except RayError as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
-                raise UserError(f"a Ray worker cannot start: {_last_line(error)}") from error
+                raise UserError(f"a Ray worker cannot start: {last_line(error)}") from error
             preempted = isinstance(error, RayActorError) and error.preempted
             how = Loss.PREEMPTED if preempted or self._nodes.get(worker) in self._leaving else Loss.CRASHED
             why = "out of memory" if isinstance(error, OutOfMemoryError) else ""
@@ -322,7 +322,7 @@ def _init(address: str, recipe: Recipe) -> None:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
-        raise UserError(f"--ray {address}: {_last_line(error)}") from None
+        raise UserError(f"--ray {address}: {last_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise cannot_enter(address, error) from None
 
@@ -350,8 +350,3 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

@@ -10,9 +10,11 @@ import ctypes
 import os
 import platform
 import resource
+import selectors
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,9 +76,6 @@ def ask(
 
 
 def _read(process: subprocess.Popen[bytes], seconds: float, most_bytes: int) -> tuple[bytes, bytes]:
-    import selectors
-    import time
-
     until = time.monotonic() + seconds
     found = {"out": bytearray(), "err": bytearray()}
     with selectors.DefaultSelector() as selector:
