@@ -10,14 +10,14 @@ from functools import partial
 
 import ray
 
-from pipeline.errors import PassingError, UserError
-from pipeline.manifest import RUN
-from pipeline.pool import Step
-from pipeline.recipe import Recipe
-from pipeline.shard.task import Done, Task, here
-from pipeline.shard.worker import Worker
-from pipeline.storage.address import open_store
-from pipeline.storage.store import Store
+from fapm.errors import PassingError, UserError
+from fapm.manifest import RUN
+from fapm.pool import Step
+from fapm.recipe import Recipe
+from fapm.shard.task import Done, Task, here
+from fapm.shard.worker import Worker
+from fapm.storage.address import open_store
+from fapm.storage.store import Store
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cluster.entering import before_jobs, before_ray
-from cluster.options import (
+from fapm.cluster.entering import before_jobs, before_ray
+from fapm.cluster.options import (
     Evaluating,
     address_option,
     choice_options,
@@ -30,19 +30,19 @@ from cluster.options import (
     recipe_options,
     work_options,
 )
-from pipeline.errors import PassingError, UserError, one_line, printable, without_secrets
+from fapm.errors import PassingError, UserError, one_line, printable, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
-    from cluster.submission import Place
-    from pipeline.choosing.evaluation import Evaluate, Said
-    from pipeline.plan import Plan
-    from pipeline.pool import Pool
-    from pipeline.recipe import Recipe
-    from pipeline.run import MakePool, Watch
-    from pipeline.storage.store import Store
+    from fapm.choosing.evaluation import Evaluate, Said
+    from fapm.cluster.submission import Place
+    from fapm.plan import Plan
+    from fapm.pool import Pool
+    from fapm.recipe import Recipe
+    from fapm.run import MakePool, Watch
+    from fapm.storage.store import Store
 
 
 class Commands(click.Group):
@@ -63,7 +63,7 @@ class Commands(click.Group):
             ctx.exit(os.EX_TEMPFAIL)
         except ModuleNotFoundError as error:
             name = (error.name or "").partition(".")[0]
-            if name in ("cluster", "pipeline", "") or name in sys.stdlib_module_names:
+            if name in ("fapm", "") or name in sys.stdlib_module_names:
                 raise
             extras = {"ray": "[ray]", "requests": "[ray]", "aiohttp": "[ray]", "lightkube": "[kubernetes]"}
             extra = extras.get(name, "")
@@ -91,7 +91,7 @@ def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from pipeline.manifest import version
+        from fapm.manifest import version
 
         click.echo(f"fapm {version()}")
         ctx.exit()
@@ -133,9 +133,9 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
 
 
 def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) -> None:
-    from cluster.progress import Progress
-    from pipeline.publish import prune
-    from pipeline.report import prune_facts
+    from fapm.cluster.progress import Progress
+    from fapm.publish import prune
+    from fapm.report import prune_facts
 
     with Progress() as progress:
         result = prune(recipe, overwrite=overwrite, pool=_pool(ray, by), watch=progress.watch())
@@ -157,7 +157,7 @@ def apply(deltas: tuple[str, ...], overwrite: bool, as_json: bool, **choices: An
       fapm apply --base llama/ --delta llama-math-delta/ --out llama-math/
       fapm apply --base org/llama --delta s3://bucket/delta --out llama-math/ --ray local
     """
-    from pipeline.storage.address import layered
+    from fapm.storage.address import layered
 
     finetuned = layered(deltas) if deltas else None
     _all_of_finetuned({**choices, "finetuned": finetuned, "allow_code": True}, overwrite, as_json)
@@ -177,7 +177,7 @@ def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: An
 
 
 def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -> None:
-    from pipeline.recipe import EVERYTHING
+    from fapm.recipe import EVERYTHING
 
     recipe, ray, by = read_choices(None, {**choices, "rules": EVERYTHING})
     _prune(recipe, ray, by, overwrite, as_json)
@@ -216,14 +216,14 @@ def sweep(
         --tasks new=gsm8k old=mmlu,hellaswag --choose 'retained>=0.99'
       fapm sweep --config recipe.yaml --evaluate './score.sh {checkpoint}' --choose knee --ray local
     """
-    from cluster.progress import Progress
-    from pipeline.choosing import sweep as sweeping
-    from pipeline.choosing.candidates import SWEPT, candidates
-    from pipeline.choosing.choice import by_name, check_choice
-    from pipeline.choosing.choice import choose as choose_from
-    from pipeline.choosing.evaluation import evaluation
-    from pipeline.recipe import Recipe
-    from pipeline.report import sweep_text
+    from fapm.choosing import sweep as sweeping
+    from fapm.choosing.candidates import SWEPT, candidates
+    from fapm.choosing.choice import by_name, check_choice
+    from fapm.choosing.choice import choose as choose_from
+    from fapm.choosing.evaluation import evaluation
+    from fapm.cluster.progress import Progress
+    from fapm.recipe import Recipe
+    from fapm.report import sweep_text
 
     given, ray, by = gather_choices(config, choices)
     asked = evaluation(commands, tasks, texts, seconds)
@@ -258,11 +258,11 @@ def sweep(
 
 def _evaluating(ray: str, recipe: Recipe) -> Evaluate:
     if ray == "off":
-        from pipeline.choosing.evaluation import in_turn
+        from fapm.choosing.evaluation import in_turn
 
         return in_turn
     before_ray(ray)
-    from cluster.evaluating import on_ray
+    from fapm.cluster.evaluating import on_ray
 
     return on_ray(ray, recipe, _log)
 
@@ -303,10 +303,10 @@ def compare(
       fapm compare pruned-0.1/ pruned-0.2/
       fapm compare pruned/ merged/ --base llama/ --finetuned llama-math/ --tasks new=gsm8k old=hellaswag
     """
-    from pipeline.choosing.compare import compare
-    from pipeline.choosing.evaluation import evaluation
-    from pipeline.recipe import Recipe
-    from pipeline.report import compare_text
+    from fapm.choosing.compare import compare
+    from fapm.choosing.evaluation import evaluation
+    from fapm.recipe import Recipe
+    from fapm.report import compare_text
 
     if len(checkpoints) < 2:
         raise click.UsageError("give two checkpoints or more")
@@ -322,8 +322,8 @@ def _pool(ray: str, by: str) -> MakePool:
 
     def make(plan: Plan, out: Store, watch: Watch) -> Pool:
         if ray == "off":
-            from pipeline.recipe import ON_RAY_ONLY
-            from pipeline.run import in_process
+            from fapm.recipe import ON_RAY_ONLY
+            from fapm.run import in_process
 
             threads = in_process(plan, out, watch)
             why = f"by {by}" if by else "give --ray to use a cluster"
@@ -332,7 +332,7 @@ def _pool(ray: str, by: str) -> MakePool:
             watch.say(f"running in this process with {threads.workers} worker(s) ({why})")
             return threads
         before_ray(ray)
-        from cluster.pool import ray_pool
+        from fapm.cluster.pool import ray_pool
 
         known = {"local": "a Ray of its own on this machine", "auto": "the Ray cluster of this machine"}
         where = known.get(ray, f"the Ray cluster at {ray}")
@@ -355,13 +355,13 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
       fapm plan --config recipe.yaml --scope global --shard-size 2GiB --json
     """
     recipe, _, _ = read_choices(config, choices)
-    from pipeline.manifest import look, unfinished_shards
-    from pipeline.pool import default_workers
-    from pipeline.publish import staged_recipe
-    from pipeline.report import plan_facts, plan_text
-    from pipeline.run import check_disk
-    from pipeline.storage.address import HUB, scheme_of
-    from pipeline.storage.rate import read_rate
+    from fapm.manifest import look, unfinished_shards
+    from fapm.pool import default_workers
+    from fapm.publish import staged_recipe
+    from fapm.report import plan_facts, plan_text
+    from fapm.run import check_disk
+    from fapm.storage.address import HUB, scheme_of
+    from fapm.storage.rate import read_rate
 
     made, state = look(staged_recipe(recipe), overwrite)
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
@@ -408,14 +408,14 @@ def submit(
       fapm submit recipe.yaml --address http://10.0.0.1:8265 --workers 2-40 --density 0.2 --no-wait
       fapm submit --base /nfs/llama --finetuned /nfs/runs/latest --out '/nfs/pruned/{date}'
     """
-    from cluster.submission import make_submission, send
+    from fapm.cluster.submission import make_submission, send
 
     choice, ray, _ = read_choices(recipe, choices, ray="auto")
     place: Place
     if kubernetes:
         if install or runtime_env:
             raise UserError("--install and --runtime-env are not for --kubernetes; its manifest names an image")
-        from cluster.kubernetes import RayJobObjects
+        from fapm.cluster.kubernetes import RayJobObjects
 
         place = RayJobObjects(kubernetes)
     else:
@@ -442,7 +442,7 @@ def _follow(place: Place, id: str, as_json: bool) -> NoReturn:
     """Show a job until it has ended, and end with its exit code."""
     from dataclasses import asdict
 
-    from cluster.progress import Progress, Retold
+    from fapm.cluster.progress import Progress, Retold
 
     try:
         with Progress() as progress:
@@ -463,15 +463,15 @@ def _follow(place: Place, id: str, as_json: bool) -> NoReturn:
 
 
 def _print_result(facts: dict[str, Any], as_json: bool) -> None:
-    from pipeline.report import run_text
+    from fapm.report import run_text
 
     _print(facts, run_text(facts), as_json)
 
 
 def _job_module() -> ModuleType:
-    """`cluster.job`, after what Ray looks at when it is loaded."""
+    """`fapm.cluster.job`, after what Ray looks at when it is loaded."""
     before_jobs()
-    return importlib.import_module("cluster.job")
+    return importlib.import_module("fapm.cluster.job")
 
 
 @cli.command()
@@ -504,7 +504,7 @@ def logs(id: str, address: str, follow: bool, as_json: bool) -> None:
       fapm logs fapm-3f2a9c01d4e5-1 --address http://10.0.0.1:8265
       fapm logs fapm-3f2a --follow
     """
-    from cluster.progress import Progress, Retold
+    from fapm.cluster.progress import Progress, Retold
 
     place = _job_module().RayJobs(address)
     found = place.find(id)
@@ -554,9 +554,9 @@ def inspect(checkpoint: str, as_json: bool) -> None:
       fapm inspect runs/latest
       fapm inspect pruned/ --json
     """
-    from pipeline.formats.checkpoint import open_checkpoint
-    from pipeline.formats.newest import newest
-    from pipeline.report import checkpoint_facts, checkpoint_text
+    from fapm.formats.checkpoint import open_checkpoint
+    from fapm.formats.newest import newest
+    from fapm.report import checkpoint_facts, checkpoint_text
 
     path, passed = newest(checkpoint, "checkpoint")
     facts = checkpoint_facts(open_checkpoint(path, "checkpoint"))
@@ -577,16 +577,16 @@ def report(out: str, html: str | None, as_json: bool) -> None:
       fapm report pruned/ --html report.html
       fapm report pruned/ --json
     """
-    from pipeline.choosing.sweep import read_sweep
-    from pipeline.manifest import MANIFEST, SWEEP, load_manifest, read_table
-    from pipeline.report import densities, densities_text, extremes, extremes_text, run_facts, run_text, sweep_text
-    from pipeline.storage.address import inside, open_store
+    from fapm.choosing.sweep import read_sweep
+    from fapm.manifest import MANIFEST, SWEEP, load_manifest, read_table
+    from fapm.report import densities, densities_text, extremes, extremes_text, run_facts, run_text, sweep_text
+    from fapm.storage.address import inside, open_store
 
     if html:
         from pathlib import Path
 
-        from pipeline.page import page
-        from pipeline.storage.local import plain_errors
+        from fapm.page import page
+        from fapm.storage.local import plain_errors
 
         written, file = page(out).encode(), Path(html)
         with plain_errors(file):
@@ -622,7 +622,7 @@ def status(out: str, as_json: bool) -> None:
       watch fapm status pruned/
       fapm status pruned/ --json
     """
-    from pipeline.status import status_facts, status_text
+    from fapm.status import status_facts, status_text
 
     facts = status_facts(out)
     _print(facts, status_text(facts), as_json)
@@ -645,9 +645,9 @@ def verify(out: str, base: str | None, finetuned: str | None, load: bool, as_jso
       fapm verify pruned/ --load
       fapm verify pruned/ --base /new/place/llama --finetuned /new/place/llama-math
     """
-    from cluster.progress import Progress
-    from pipeline.checking.verify import verify
-    from pipeline.manifest import load_manifest
+    from fapm.checking.verify import verify
+    from fapm.cluster.progress import Progress
+    from fapm.manifest import load_manifest
 
     run = load_manifest(out)
     with Progress() as progress:
@@ -676,9 +676,9 @@ def demo(folder: str) -> None:
     """
     from pathlib import Path
 
-    from cluster.progress import Progress
-    from pipeline.demo import demo
-    from pipeline.report import prune_facts, run_text
+    from fapm.cluster.progress import Progress
+    from fapm.demo import demo
+    from fapm.report import prune_facts, run_text
 
     with Progress() as progress:
         done = demo(Path(folder), progress.watch())
@@ -699,7 +699,7 @@ def main() -> None:
     try:
         cli(prog_name="fapm")
     except SystemExit as ended:
-        if "cluster.pool" in sys.modules and sys.modules["cluster.pool"].headless:
+        if "fapm.cluster.pool" in sys.modules and sys.modules["fapm.cluster.pool"].headless:
             # Without a head Ray would hold the process at its end for a minute and then kill it with a code of its own.
             sys.stdout.flush()
             sys.stderr.flush()

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
-from pipeline.shard import landing
-from pipeline.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
-from pipeline.storage.address import scheme_of
+from fapm.errors import UserError
+from fapm.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
+from fapm.shard import landing
+from fapm.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
+from fapm.storage.address import scheme_of
 
 PROCESS_BYTES = 384 << 20
 """What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.errors import PassingError, UserError
+from fapm.errors import PassingError, UserError
 
 HEAD_PORT, DASHBOARD_PORT = 6379, 8265
 _SECONDS = 5.0

@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.pool import connected
-from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate
-from pipeline.choosing.sources import Source
-from pipeline.recipe import Recipe
+from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate
+from fapm.choosing.sources import Source
+from fapm.cluster.pool import connected
+from fapm.recipe import Recipe
 
 
 def on_ray(address: str, recipe: Recipe, say: Callable[[str], None]) -> Evaluate:

@@ -26,14 +26,14 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-import cluster
-import pipeline
-from cluster.progress import TELL
-from cluster.submission import NAME, Job, Submission, exit_code
-from pipeline.errors import PassingError, UserError
-from pipeline.manifest import version
-from pipeline.recipe import read_yaml
-from pipeline.report import layout, seconds_text
+import fapm
+import fapm.cluster
+from fapm.cluster.progress import TELL
+from fapm.cluster.submission import NAME, Job, Submission, exit_code
+from fapm.errors import PassingError, UserError
+from fapm.manifest import version
+from fapm.recipe import read_yaml
+from fapm.report import layout, seconds_text
 
 _POLL_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0
@@ -52,11 +52,12 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _staged() -> Iterator[str]:
-    """A folder with what is shipped: the two packages, and what says their version."""
+    """A folder with what is shipped: the package, and what says its version."""
     with tempfile.TemporaryDirectory(prefix="fapm-") as folder:
-        for package in (pipeline, cluster):
-            source = Path(package.__path__[0])
-            shutil.copytree(source, Path(folder, source.name), ignore=shutil.ignore_patterns("__pycache__"))
+        for package in (fapm, fapm.cluster):  # of an editable install they are two folders
+            there = Path(folder, *package.__name__.split("."))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(package.__path__[0], there, ignore=ignored, dirs_exist_ok=True)
         if version() != "unknown":
             about = Path(folder, f"{NAME}-{version()}.dist-info", "METADATA")
             about.parent.mkdir()
@@ -156,7 +157,7 @@ class RayJobs:
             UserError: the cluster does not take it.
         """
         # A shell that stays would be what Ray's signals reach first.
-        command = f"exec env {TELL}=json python3 -m cluster {shlex.join(submission.arguments)} --json"
+        command = f"exec env {TELL}=json python3 -m fapm {shlex.join(submission.arguments)} --json"
         about = {NAME: version(), "out": submission.out}
         began = time.monotonic()
         with _staged() as folder, self._plain_errors(), _quiet():

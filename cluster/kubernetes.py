@@ -22,8 +22,8 @@ from lightkube import ApiError, Client
 from lightkube.core.exceptions import ConfigError
 from lightkube.generic_resource import create_namespaced_resource
 
-from cluster.submission import NAME, Job, Submission, exit_code
-from pipeline.errors import PassingError, UserError
+from fapm.cluster.submission import NAME, Job, Submission, exit_code
+from fapm.errors import PassingError, UserError
 
 RayJob: Any = create_namespaced_resource("ray.io", "v1", "RayJob", "rayjobs")
 _OURS: dict[str, Any] = {"app.kubernetes.io/name": NAME}

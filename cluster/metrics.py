@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from cluster.queue import Loss, Queue
-from pipeline.shard.task import Done
+from fapm.cluster.queue import Loss, Queue
+from fapm.shard.task import Done
 
 GAUGES = {
     "fapm_shards": "Shards that the run has to write.",

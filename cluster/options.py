@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.errors import UserError
+from fapm.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
+    from fapm.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
@@ -177,7 +177,7 @@ def recipe_options(command: Command) -> Command:
 
 def as_arguments(recipe: Recipe) -> list[str]:
     """The options with which `fapm prune` makes this recipe again."""
-    from pipeline.recipe import option_words
+    from fapm.recipe import option_words
 
     arguments = []
     for field, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
@@ -191,7 +191,7 @@ def read_choices(config: str | None, choices: dict[str, Any], ray: str | None = 
     Args:
         ray: where, unless an option says otherwise; what the file and the environment say is for this machine.
     """
-    from pipeline.recipe import Recipe
+    from fapm.recipe import Recipe
 
     given, where, by = gather_choices(config, choices, ray)
     return Recipe.of(**given), where, by
@@ -201,7 +201,7 @@ def gather_choices(
     config: str | None, choices: dict[str, Any], ray: str | None = None
 ) -> tuple[dict[str, Any], str, str]:
     """The same, the choices as they were given."""
-    from pipeline.recipe import read_yaml
+    from fapm.recipe import read_yaml
 
     given, by = choices.pop("ray"), "--ray"
     ray = ray if given is None else given

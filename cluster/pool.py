@@ -1,7 +1,7 @@
 """The pool whose workers are Ray actors: they come, go and die, and no work is lost.
 
-`cluster.queue` decides which worker does what; here its decisions meet Ray. Only names, offsets and thresholds travel
-to an actor, and a few numbers back: weights and counts go through the folders that driver and workers share.
+`fapm.cluster.queue` decides which worker does what; here its decisions meet Ray. Only names, offsets and thresholds
+travel to an actor, and a few numbers back: weights and counts go through the folders that driver and workers share.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from cluster.actor import FapmWorker, Sight
-from cluster.demand import demand
-from cluster.entering import cannot_enter, check_address, knock, last_line
-from cluster.metrics import Metrics
-from cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
-from pipeline.errors import DeviceError, PassingError, UserError
-from pipeline.manifest import RUN, unfinished_shards
-from pipeline.plan import Plan
-from pipeline.pool import Step, cores
-from pipeline.recipe import Recipe
-from pipeline.run import MakePool, Watch
-from pipeline.shard.task import Done, Task
-from pipeline.shard.worker import Worker
-from pipeline.storage.address import absolute
-from pipeline.storage.store import Store
+from fapm.cluster.actor import FapmWorker, Sight
+from fapm.cluster.demand import demand
+from fapm.cluster.entering import cannot_enter, check_address, knock, last_line
+from fapm.cluster.metrics import Metrics
+from fapm.cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
+from fapm.errors import DeviceError, PassingError, UserError
+from fapm.manifest import RUN, unfinished_shards
+from fapm.plan import Plan
+from fapm.pool import Step, cores
+from fapm.recipe import Recipe
+from fapm.run import MakePool, Watch
+from fapm.shard.task import Done, Task
+from fapm.shard.worker import Worker
+from fapm.storage.address import absolute
+from fapm.storage.store import Store
 
 _TICK_SECONDS = 1.0
 _SAY_SECONDS = 60.0  # between two lines that say what the run is waiting for
@@ -306,7 +306,7 @@ def _sight(plan: Plan, recipe: Recipe, out: Store) -> Sight:
 def _connect(address: str, recipe: Recipe, say: Callable[[str], None]) -> None:
     _listen_to_ray(say)
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with contextlib.chdir(os.sep):  # Ray's workers look for modules where the driver is: `pipeline` is a common name
+    with contextlib.chdir(os.sep):  # Ray's workers look for modules where the driver is, and find what is no module
         _init(address, recipe)
     if threading.current_thread() is threading.main_thread() and on_terminate is not None:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the driver with a dump of its stack

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipeline.errors import one_line
+from fapm.errors import one_line
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.run import Watch
+    from fapm.plan import Plan
+    from fapm.run import Watch
 
 _REDRAW_SECONDS = 0.2
 _TELL_SECONDS = 1.0
@@ -56,14 +56,14 @@ class Progress:
 
     def watch(self) -> Watch:
         """What a run tells its progress to."""
-        from pipeline.run import Watch
+        from fapm.run import Watch
 
         return Watch(begin=self.begin, expect=self.expect, advance=self.advance, say=self.say)
 
     def begin(self, plan: Plan, nbytes: int) -> None:
         """A run begins that will deal with `nbytes` of input."""
-        from pipeline.manifest import unfinished_shards
-        from pipeline.recipe import PATHS, format_bytes
+        from fapm.manifest import unfinished_shards
+        from fapm.recipe import PATHS, format_bytes
 
         count, todo = len(plan.shards), unfinished_shards(plan)
         self._shards = {shard.name for shard in plan.shards}

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pipeline.pool import Did, preference
+from fapm.pool import Did, preference
 
 Task = int
 """The index of a shard."""

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.options import as_arguments
-from pipeline import fields
-from pipeline.errors import UserError
-from pipeline.formats.newest import LATEST
-from pipeline.manifest import State, identity, look
-from pipeline.recipe import PATHS, Recipe
-from pipeline.storage.address import HUB, absolute, input_elsewhere, open_store, scheme_of, split
+from fapm import fields
+from fapm.cluster.options import as_arguments
+from fapm.errors import UserError
+from fapm.formats.newest import LATEST
+from fapm.manifest import State, identity, look
+from fapm.recipe import PATHS, Recipe
+from fapm.storage.address import HUB, absolute, input_elsewhere, open_store, scheme_of, split
 
 NAME = "fapm"
 
@@ -144,7 +144,7 @@ class Sent:
 
 
 class Place(Protocol):
-    """Where jobs go to: `cluster.job` and `cluster.kubernetes` have one each.
+    """Where jobs go to: `fapm.cluster.job` and `fapm.cluster.kubernetes` have one each.
 
     Attributes:
         where: says which, in the facts of a submission.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.recipe import format_bytes
+from fapm.recipe import format_bytes
 
 CORE_NS = {"once": 5.2, "twice": 8.4}
 """Of a core, for an element of a bfloat16 pair that is read once, or twice: reading from the page cache, arithmetic,

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, RepoCard
 
-from pipeline.errors import UserError, one_line
-from pipeline.formats.beside import CARD
-from pipeline.formats.checkpoint import Checkpoint, read_config
-from pipeline.plan import Plan
-from pipeline.recipe import EVERYTHING, option_words
-from pipeline.scoring.methods import METHODS
-from pipeline.storage.address import repository_of, split
+from fapm.errors import UserError, one_line
+from fapm.formats.beside import CARD
+from fapm.formats.checkpoint import Checkpoint, read_config
+from fapm.plan import Plan
+from fapm.recipe import EVERYTHING, option_words
+from fapm.scoring.methods import METHODS
+from fapm.storage.address import repository_of, split
 
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _TAGS = ("fapm", "pruned", "task-vector")

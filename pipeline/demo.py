@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import open_checkpoint
-from pipeline.formats.dtypes import bits, round_to, upcast
-from pipeline.formats.header import build_header
-from pipeline.formats.tensor import TensorInfo
-from pipeline.manifest import INDEX
-from pipeline.recipe import Recipe
-from pipeline.run import Result, Watch, prune
-from pipeline.storage.address import open_store
-from pipeline.storage.store import Store
+from fapm.errors import UserError
+from fapm.formats.checkpoint import open_checkpoint
+from fapm.formats.dtypes import bits, round_to, upcast
+from fapm.formats.header import build_header
+from fapm.formats.tensor import TensorInfo
+from fapm.manifest import INDEX
+from fapm.recipe import Recipe
+from fapm.run import Result, Watch, prune
+from fapm.storage.address import open_store
+from fapm.storage.store import Store
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 352, 4, 4, 2, 2048
 

@@ -21,24 +21,24 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from pipeline import fields
-from pipeline.card import model_card
-from pipeline.errors import UserError
-from pipeline.formats.beside import CARD, is_code, without_code
-from pipeline.formats.configuration import followed
-from pipeline.formats.delta import DELTA, FORMAT, delta_name
-from pipeline.formats.sandbox import RefusedError, ask
-from pipeline.plan import Plan, Shard, index_json, is_untied, make_plan, vocabulary_of
-from pipeline.recipe import PATHS, Recipe
-from pipeline.schemas import ROWS, ManifestRecord, Row, RunRecord, ShardRecord, ThresholdsRecord
-from pipeline.scoring.methods import METHODS
-from pipeline.scoring.threshold import Threshold
-from pipeline.shard.table import MEASURED, from_parquet, to_parquet, totals
-from pipeline.shard.task import ARRAYS, delta_facts_name, record_name, rows_name, saved_read_bytes
-from pipeline.storage.address import HUB, absolute, matching, open_store, scheme_of, split
-from pipeline.storage.local import TEMPORARY, planted
-from pipeline.storage.records import Record, parse, read_record
-from pipeline.storage.store import LOCKS, FileStat, Store, differing, overlapped
+from fapm import fields
+from fapm.card import model_card
+from fapm.errors import UserError
+from fapm.formats.beside import CARD, is_code, without_code
+from fapm.formats.configuration import followed
+from fapm.formats.delta import DELTA, FORMAT, delta_name
+from fapm.formats.sandbox import RefusedError, ask
+from fapm.plan import Plan, Shard, index_json, is_untied, make_plan, vocabulary_of
+from fapm.recipe import PATHS, Recipe
+from fapm.schemas import ROWS, ManifestRecord, Row, RunRecord, ShardRecord, ThresholdsRecord
+from fapm.scoring.methods import METHODS
+from fapm.scoring.threshold import Threshold
+from fapm.shard.table import MEASURED, from_parquet, to_parquet, totals
+from fapm.shard.task import ARRAYS, delta_facts_name, record_name, rows_name, saved_read_bytes
+from fapm.storage.address import HUB, absolute, matching, open_store, scheme_of, split
+from fapm.storage.local import TEMPORARY, planted
+from fapm.storage.records import Record, parse, read_record
+from fapm.storage.store import LOCKS, FileStat, Store, differing, overlapped
 
 RUN = "fapm/run.json"
 MANIFEST = "fapm/manifest.json"
@@ -48,7 +48,7 @@ WORK = "fapm/work"
 INDEX = "model.safetensors.index.json"
 THRESHOLDS = f"{WORK}/thresholds.json"
 SWEEP = "sweep"
-"""The folder in an output in which the candidates lie of which it was chosen (`pipeline.choosing`)."""
+"""The folder in an output in which the candidates lie of which it was chosen (`fapm.choosing`)."""
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -127,7 +127,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     """
     out = open_store(plan.recipe.out)
     if scheme_of(plan.recipe.out) == HUB:
-        raise UserError(f"--out {out.address}: an output for the Hub is made by pipeline.publish")
+        raise UserError(f"--out {out.address}: an output for the Hub is made by fapm.publish")
     for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
         overlap = out.overlaps(side)
         if overlap == "same":

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import manifest
-from pipeline.choosing.skills import AXES, DEFINITIONS
-from pipeline.choosing.sweep import read_sweep
-from pipeline.errors import UserError
-from pipeline.plan import group_of
-from pipeline.recipe import format_bytes
-from pipeline.report import kept_text, measure_text, run_facts, run_text
-from pipeline.storage.address import inside, open_store
+from fapm import manifest
+from fapm.choosing.skills import AXES, DEFINITIONS
+from fapm.choosing.sweep import read_sweep
+from fapm.errors import UserError
+from fapm.plan import group_of
+from fapm.recipe import format_bytes
+from fapm.report import kept_text, measure_text, run_facts, run_text
+from fapm.storage.address import inside, open_store
 
 _INK, _LINE = "#010203", "#040506"
 _SERIES = tuple(f"#0{i}0a0b" for i in range(6))
@@ -173,7 +173,7 @@ def _span(values: np.ndarray) -> str:
 def _commands(made: dict[str, Any], paths: dict[str, str]) -> str:
     import shlex
 
-    from pipeline.recipe import option_words
+    from fapm.recipe import option_words
 
     sides = ("base", "finetuned", "out")
     words = ["fapm", "prune", *(word for side in sides for word in (f"--{side}", shlex.quote(paths[side])))]

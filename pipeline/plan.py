@@ -18,21 +18,21 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from pipeline import fields
-from pipeline.errors import UserError, printable
-from pipeline.formats.accounts import Account, account
-from pipeline.formats.beside import is_code
-from pipeline.formats.checkpoint import MODEL, Checkpoint, open_checkpoint, read_config
-from pipeline.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
-from pipeline.formats.header import build_header
-from pipeline.formats.layouts import arranged_like, in_memory, reordered
-from pipeline.formats.names import packed_like, renamed, renaming
-from pipeline.formats.newest import newest
-from pipeline.formats.tensor import Side, TensorInfo
-from pipeline.formats.unpaired import refuse_strangers, refuse_unpaired
-from pipeline.formats.vocabulary import moved, tied_to, token_ids, vocabularies
-from pipeline.recipe import Recipe, Rule
-from pipeline.scoring.methods import METHODS
+from fapm import fields
+from fapm.errors import UserError, printable
+from fapm.formats.accounts import Account, account
+from fapm.formats.beside import is_code
+from fapm.formats.checkpoint import MODEL, Checkpoint, open_checkpoint, read_config
+from fapm.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
+from fapm.formats.header import build_header
+from fapm.formats.layouts import arranged_like, in_memory, reordered
+from fapm.formats.names import packed_like, renamed, renaming
+from fapm.formats.newest import newest
+from fapm.formats.tensor import Side, TensorInfo
+from fapm.formats.unpaired import refuse_strangers, refuse_unpaired
+from fapm.formats.vocabulary import moved, tied_to, token_ids, vocabularies
+from fapm.recipe import Recipe, Rule
+from fapm.scoring.methods import METHODS
 
 
 @dataclass(frozen=True, slots=True)

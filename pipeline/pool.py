@@ -1,6 +1,6 @@
 """A pool applies a step to tasks and hands back the results as they finish. Here: threads of this process.
 
-The run is written against `Pool` alone; `cluster.pool` has the one whose workers are Ray actors.
+The run is written against `Pool` alone; `fapm.cluster.pool` has the one whose workers are Ray actors.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from pipeline.errors import DeviceError
-from pipeline.recipe import Recipe
-from pipeline.scoring.device import announce, uses_gpu
-from pipeline.shard.task import Done, Task
-from pipeline.shard.worker import Worker
-from pipeline.storage.store import Store
+from fapm.errors import DeviceError
+from fapm.recipe import Recipe
+from fapm.scoring.device import announce, uses_gpu
+from fapm.shard.task import Done, Task
+from fapm.shard.worker import Worker
+from fapm.storage.store import Store
 
 Step = Callable[[Worker, Task, Task | None], Done]
 """What a worker does with a task; the second one will probably follow."""

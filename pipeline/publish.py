@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import run
-from pipeline.errors import PassingError, UserError
-from pipeline.log import LOG
-from pipeline.manifest import MANIFEST, RECIPE, RUN, differences, identity, shard_files, version
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import PATHS, Recipe
-from pipeline.run import MakePool, Result, Watch
-from pipeline.schemas import ManifestRecord, RunRecord
-from pipeline.storage.address import HUB, open_store, repository_of, scheme_of, split
-from pipeline.storage.local import Folder
-from pipeline.storage.records import checked
-from pipeline.storage.store import Store
+from fapm import run
+from fapm.errors import PassingError, UserError
+from fapm.log import LOG
+from fapm.manifest import MANIFEST, RECIPE, RUN, differences, identity, shard_files, version
+from fapm.plan import Plan, make_plan
+from fapm.recipe import PATHS, Recipe
+from fapm.run import MakePool, Result, Watch
+from fapm.schemas import ManifestRecord, RunRecord
+from fapm.storage.address import HUB, open_store, repository_of, scheme_of, split
+from fapm.storage.local import Folder
+from fapm.storage.records import checked
+from fapm.storage.store import Store
 
 
 def prune(
@@ -41,7 +41,7 @@ def prune(
     watch: Watch | None = None,
     chosen: str = "",
 ) -> Result:
-    """`pipeline.run.prune`, also into a repository of the Hub.
+    """`fapm.run.prune`, also into a repository of the Hub.
 
     Raises:
         UserError: as there; the Hub does not let one write, or the repository has changed meanwhile.
@@ -49,7 +49,7 @@ def prune(
     """
     if scheme_of(recipe.out) != HUB:
         return run.prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=chosen)
-    from pipeline.storage.hub import Target
+    from fapm.storage.hub import Target
 
     target, watch = Target(recipe.out, private=recipe.visibility == "private"), watch or Watch()
     plan = make_plan(recipe)

@@ -23,9 +23,9 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from pipeline import fields
-from pipeline.errors import UserError
-from pipeline.scoring.methods import METHODS
+from fapm import fields
+from fapm.errors import UserError
+from fapm.scoring.methods import METHODS
 
 _LATER = (
     "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",

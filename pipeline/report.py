@@ -12,18 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.advice import advice_text, advise
-from pipeline.choosing.skills import AXES, DEFINITIONS
-from pipeline.errors import one_line
-from pipeline.formats.checkpoint import Checkpoint
-from pipeline.plan import PairedTensor, Plan, group_of
-from pipeline.pool import cores
-from pipeline.recipe import EVERYTHING, format_bytes, parse_rule
-from pipeline.scoring.methods import METHODS
-from pipeline.storage.address import scheme_of
+from fapm.advice import advice_text, advise
+from fapm.choosing.skills import AXES, DEFINITIONS
+from fapm.errors import one_line
+from fapm.formats.checkpoint import Checkpoint
+from fapm.plan import PairedTensor, Plan, group_of
+from fapm.pool import cores
+from fapm.recipe import EVERYTHING, format_bytes, parse_rule
+from fapm.scoring.methods import METHODS
+from fapm.storage.address import scheme_of
 
 if TYPE_CHECKING:
-    from pipeline.run import Result
+    from fapm.run import Result
 
 _LISTED = 3  # names in a line of text, of a longer list
 _EXTREMES = 5  # tensors at each end of the kept share
@@ -220,7 +220,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         workers: how many this machine would run.
         rate: bytes a second that the storage of the inputs gives, if that is known.
     """
-    from pipeline.run import to_measure
+    from fapm.run import to_measure
 
     elements = sum(tensor.numel for tensor in plan.tensors())
     kept, weights = sum(g.k for g in plan.groups.values()), plan.weights

@@ -10,19 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import manifest
-from pipeline.errors import PassingError
-from pipeline.log import Log
-from pipeline.plan import Group, Plan, Shard
-from pipeline.pool import Pool, Step, Threads, default_workers
-from pipeline.recipe import Recipe, format_bytes
-from pipeline.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
-from pipeline.shard.sample import Survey
-from pipeline.shard.task import Done, Task, known_threshold, load_arrays, measure_name, sample_name
-from pipeline.shard.worker import Worker
-from pipeline.storage.address import open_store
-from pipeline.storage.hold import hold
-from pipeline.storage.store import Store, overlapped
+from fapm import manifest
+from fapm.errors import PassingError
+from fapm.log import Log
+from fapm.plan import Group, Plan, Shard
+from fapm.pool import Pool, Step, Threads, default_workers
+from fapm.recipe import Recipe, format_bytes
+from fapm.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
+from fapm.shard.sample import Survey
+from fapm.shard.task import Done, Task, known_threshold, load_arrays, measure_name, sample_name
+from fapm.shard.worker import Worker
+from fapm.storage.address import open_store
+from fapm.storage.hold import hold
+from fapm.storage.store import Store, overlapped
 
 
 @dataclass(frozen=True)

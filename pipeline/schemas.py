@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, Field, TypeAdapter
 
-from pipeline.scoring.methods import METHODS
-from pipeline.storage.records import Checksum, Count, FileName, Integer, Name, Number, Record, Text
+from fapm.scoring.methods import METHODS
+from fapm.storage.records import Checksum, Count, FileName, Integer, Name, Number, Record, Text
 
 _Method = Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
 _Density = Annotated[float, Field(ge=0, le=1)]

@@ -6,14 +6,14 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.log import read_log
-from pipeline.manifest import MANIFEST, RUN
-from pipeline.recipe import format_bytes
-from pipeline.report import fields_text, layout, plural, seconds_text
-from pipeline.storage.address import open_store
-from pipeline.storage.hold import LEASE_SECONDS, last_sign_of_life
-from pipeline.storage.store import Store
+from fapm.errors import UserError
+from fapm.log import read_log
+from fapm.manifest import MANIFEST, RUN
+from fapm.recipe import format_bytes
+from fapm.report import fields_text, layout, plural, seconds_text
+from fapm.storage.address import open_store
+from fapm.storage.hold import LEASE_SECONDS, last_sign_of_life
+from fapm.storage.store import Store
 
 _STEPS = ("sampled", "counted", "shard")
 _RECENT_SECONDS = 120.0  # of which the rate is

@@ -16,7 +16,7 @@ import pytest
 from needs import program
 from pace import wait_until
 
-from pipeline.storage import bucket
+from fapm.storage import bucket
 
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="

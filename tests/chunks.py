@@ -10,13 +10,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from pipeline.pool import Threads
-from pipeline.scoring.accelerator import Accelerator, Put, _signed
-from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.engine import Applied, Chunk, Engine, Pass
-from pipeline.scoring.threshold import KEEP_ALL, Bracket, Histograms, Threshold, float_thresholds, histograms
-from pipeline.scoring.torch_engine import Loaded, TorchEngine
-from pipeline.shard import worker
+from fapm.pool import Threads
+from fapm.scoring.accelerator import Accelerator, Put, _signed
+from fapm.scoring.compiled import CpuEngine
+from fapm.scoring.engine import Applied, Chunk, Engine, Pass
+from fapm.scoring.threshold import KEEP_ALL, Bracket, Histograms, Threshold, float_thresholds, histograms
+from fapm.scoring.torch_engine import Loaded, TorchEngine
+from fapm.shard import worker
 
 GROUP = np.zeros(1, np.int64)
 

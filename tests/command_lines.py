@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.cli import cli
-from cluster.options import read_choices
-from pipeline import Recipe
+from fapm import Recipe
+from fapm.cluster.cli import cli
+from fapm.cluster.options import read_choices
 
 _PRUNES = ("prune", "plan", "submit")
 _NOT_OF_A_RECIPE = ("overwrite", "as_json", "address", "kubernetes", "no_wait", "install", "runtime_env")

@@ -18,8 +18,8 @@ import pytest_timeout
 from checkpoints import Tensors, load, save
 from pace import patience
 
-from pipeline import Recipe, prune
-from pipeline.run import Result
+from fapm import Recipe, prune
+from fapm.run import Result
 
 
 class Runner:

@@ -16,7 +16,7 @@ import pytest
 from http_server import make_server, running
 from huggingface_hub import constants
 
-from pipeline.storage import hub
+from fapm.storage import hub
 
 TOKEN = "hf_not-to-be-shown"
 

@@ -17,8 +17,8 @@ import torch
 from checkpoints import digests, gaussian
 from conftest import Runner
 
-from cluster.options import as_arguments
-from pipeline import Recipe
+from fapm import Recipe
+from fapm.cluster.options import as_arguments
 
 STORE = 80_000_000
 HEALTH = {
@@ -134,7 +134,7 @@ class Driver:
     def __init__(self, recipe: Recipe, address: str, **environment: str):
         self.out, self.lines = Path(recipe.out), list[str]()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster", "prune", *as_arguments(recipe), "--ray", address],
+            [sys.executable, "-m", "fapm", "prune", *as_arguments(recipe), "--ray", address],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)

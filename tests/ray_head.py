@@ -89,7 +89,7 @@ def _environment_without_fapm(path: Path) -> Path:
     own = next(path.glob("lib/python*/site-packages"))
     (own / "shared.pth").write_text("\n".join(site.getsitepackages()) + "\n")  # whose own .pth files are not read
     python = path / "bin" / "python"
-    found = subprocess.run([python, "-c", "import pipeline"], cwd=path, capture_output=True)
+    found = subprocess.run([python, "-c", "import fapm"], cwd=path, capture_output=True)
     assert found.returncode, "fapm is installed here by copying; install it with pip install -e"
     subprocess.run([python, "-c", "import ray, torch, numba"], cwd=path, check=True)
     return python

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import bucket, s3
+from fapm.storage import bucket, s3
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "not-to-be-shown", "AWS_REGION": "us-east-1"}
 OLDER_SERVER = {

@@ -13,7 +13,8 @@ has() { for each in "$@"; do command -v "$each" > /dev/null || return 1; done; }
 say ".venv: torch (a build for CPUs), fapm and what its tests import"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -c 'import torch' 2> /dev/null || .venv/bin/pip install --quiet torch==2.13.0
-.venv/bin/pip install --quiet -e '.[test]'
+# strict: as files in folders of their installed names, which type checkers and editors follow too (CONTRIBUTING.md).
+.venv/bin/pip install --quiet --config-settings editable_mode=strict -e '.[test]'
 
 as_root=none
 if [ "$(id -u)" = 0 ]; then

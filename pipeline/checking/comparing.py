@@ -1,6 +1,6 @@
 """Comparing: one tensor of an output beside its sources, a chunk at a time, in numpy.
 
-It computes what `pipeline.checking.verify` expects of the tensor without the code that wrote it.
+It computes what `fapm.checking.verify` expects of the tensor without the code that wrote it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
-from pipeline.formats.tensor import Part, Sides, TensorInfo
-from pipeline.manifest import TABLE
-from pipeline.plan import PairedTensor, Plan
-from pipeline.scoring.methods import METHODS, evaluate, stream_of
-from pipeline.scoring.threshold import key_of, score_of
-from pipeline.storage.store import Store
+from fapm.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
+from fapm.formats.tensor import Part, Sides, TensorInfo
+from fapm.manifest import TABLE
+from fapm.plan import PairedTensor, Plan
+from fapm.scoring.methods import METHODS, evaluate, stream_of
+from fapm.scoring.threshold import key_of, score_of
+from fapm.storage.store import Store
 
 CHUNK = 1 << 18
 """Elements looked at at once; a multiple of BLOCK."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.formats.dtypes import TORCH_NAMES, itemsize
-from pipeline.formats.tensor import TensorInfo
-from pipeline.storage.local import Folder
-from pipeline.storage.store import Store
+from fapm.formats.dtypes import TORCH_NAMES, itemsize
+from fapm.formats.tensor import TensorInfo
+from fapm.storage.local import Folder
+from fapm.storage.store import Store
 
 
 def read_as_consumers_do(folder: Store, name: str, tensors: Sequence[TensorInfo]) -> list[str]:

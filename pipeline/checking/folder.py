@@ -10,11 +10,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.formats.tensor import TensorInfo
-from pipeline.storage.local import Folder
-from pipeline.storage.records import parse
-from pipeline.storage.store import Store
+from fapm.errors import UserError
+from fapm.formats.tensor import TensorInfo
+from fapm.storage.local import Folder
+from fapm.storage.records import parse
+from fapm.storage.store import Store
 
 _OF_AN_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)(\.|$)")
 _OF_CODES = re.compile(

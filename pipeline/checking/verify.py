@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline import fields
-from pipeline.checking.comparing import Budget, Comparison, Progress
-from pipeline.checking.consumers import read_as_consumers_do
-from pipeline.checking.folder import check_folder, refused_by_transformers
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.delta import DELTA, check_base, patched, read_delta, stored_in
-from pipeline.formats.header import read_header
-from pipeline.formats.tensor import Part, Sides, TensorInfo
-from pipeline.manifest import INDEX, TABLE, load_manifest, read_table
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import Recipe
-from pipeline.scoring.methods import METHODS
-from pipeline.scoring.threshold import MAX_KEY, score_of
-from pipeline.storage.address import input_address, open_store
-from pipeline.storage.records import parse
-from pipeline.storage.store import Reader, Store, differing
+from fapm import fields
+from fapm.checking.comparing import Budget, Comparison, Progress
+from fapm.checking.consumers import read_as_consumers_do
+from fapm.checking.folder import check_folder, refused_by_transformers
+from fapm.errors import UserError
+from fapm.formats.checkpoint import Checkpoint
+from fapm.formats.delta import DELTA, check_base, patched, read_delta, stored_in
+from fapm.formats.header import read_header
+from fapm.formats.tensor import Part, Sides, TensorInfo
+from fapm.manifest import INDEX, TABLE, load_manifest, read_table
+from fapm.plan import Plan, make_plan
+from fapm.recipe import Recipe
+from fapm.scoring.methods import METHODS
+from fapm.scoring.threshold import MAX_KEY, score_of
+from fapm.storage.address import input_address, open_store
+from fapm.storage.records import parse
+from fapm.storage.store import Reader, Store, differing
 
 
 def verify(

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.recipe import Recipe
-from pipeline.scoring.methods import METHODS
-from pipeline.storage.address import inside
+from fapm.errors import UserError
+from fapm.recipe import Recipe
+from fapm.scoring.methods import METHODS
+from fapm.storage.address import inside
 
 SWEPT = ("method", "scope", "density")
 """The choices that a sweep may have several of."""

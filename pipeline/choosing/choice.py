@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.choosing.skills import Measure, Point
-from pipeline.errors import UserError
+from fapm.choosing.skills import Measure, Point
+from fapm.errors import UserError
 
 KNEE = "knee"
 _RULE = re.compile(r"\s*(retained|forgetting)\s*(>=|<=)\s*([0-9]*\.?[0-9]+)(%?)\s*")

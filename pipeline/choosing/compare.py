@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import manifest
-from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
-from pipeline.choosing.skills import point_facts, points
-from pipeline.choosing.sources import BASE, FINETUNED, Source, output
-from pipeline.errors import UserError
-from pipeline.recipe import Recipe
-from pipeline.storage.address import absolute, input_address, open_store
+from fapm import manifest
+from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
+from fapm.choosing.skills import point_facts, points
+from fapm.choosing.sources import BASE, FINETUNED, Source, output
+from fapm.errors import UserError
+from fapm.recipe import Recipe
+from fapm.storage.address import absolute, input_address, open_store
 
 
 @dataclass(frozen=True)

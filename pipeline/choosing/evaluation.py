@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.choosing.skills import SKILLS, Measure, read_skills
-from pipeline.choosing.sources import Source, at_hand
-from pipeline.errors import PassingError, UserError
-from pipeline.schemas import EvaluationRecord
-from pipeline.storage.local import Folder
-from pipeline.storage.records import read_record
-from pipeline.storage.store import Store
+from fapm.choosing.skills import SKILLS, Measure, read_skills
+from fapm.choosing.sources import Source, at_hand
+from fapm.errors import PassingError, UserError
+from fapm.schemas import EvaluationRecord
+from fapm.storage.local import Folder
+from fapm.storage.records import read_record
+from fapm.storage.store import Store
 
 CHECKPOINT = "{checkpoint}"
 VARIABLE = "FAPM_CHECKPOINT"

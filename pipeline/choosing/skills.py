@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.errors import UserError
+from fapm.errors import UserError
 
 SKILLS = ("new", "old")
 AXES = (*SKILLS, "retained", "forgetting")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import run
-from pipeline.plan import Plan
-from pipeline.recipe import EVERYTHING, Recipe
-from pipeline.storage.address import HUB, absolute, open_store, scheme_of, split
-from pipeline.storage.local import Folder
+from fapm import run
+from fapm.plan import Plan
+from fapm.recipe import EVERYTHING, Recipe
+from fapm.storage.address import HUB, absolute, open_store, scheme_of, split
+from fapm.storage.local import Folder
 
 
 @dataclass(frozen=True)

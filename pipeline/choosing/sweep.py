@@ -12,24 +12,24 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline import manifest, run
-from pipeline.card import model_card
-from pipeline.choosing.candidates import Candidate
-from pipeline.choosing.choice import Choice, front
-from pipeline.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
-from pipeline.choosing.skills import DEFINITIONS, Point, point_facts, points
-from pipeline.choosing.sources import BASE, FINETUNED, inputs, output
-from pipeline.errors import UserError
-from pipeline.formats.beside import CARD
-from pipeline.plan import Plan, make_plans
-from pipeline.publish import prune, staged_recipe
-from pipeline.recipe import Recipe, binary
-from pipeline.run import Begun, MakePool, Result, Watch
-from pipeline.schemas import SweepRecord
-from pipeline.shard.worker import at_once
-from pipeline.storage.address import HUB, inside, open_store, scheme_of
-from pipeline.storage.hold import hold
-from pipeline.storage.records import read_record
+from fapm import manifest, run
+from fapm.card import model_card
+from fapm.choosing.candidates import Candidate
+from fapm.choosing.choice import Choice, front
+from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
+from fapm.choosing.skills import DEFINITIONS, Point, point_facts, points
+from fapm.choosing.sources import BASE, FINETUNED, inputs, output
+from fapm.errors import UserError
+from fapm.formats.beside import CARD
+from fapm.plan import Plan, make_plans
+from fapm.publish import prune, staged_recipe
+from fapm.recipe import Recipe, binary
+from fapm.run import Begun, MakePool, Result, Watch
+from fapm.schemas import SweepRecord
+from fapm.shard.worker import at_once
+from fapm.storage.address import HUB, inside, open_store, scheme_of
+from fapm.storage.hold import hold
+from fapm.storage.records import read_record
 
 SWEEP = "sweep.json"
 """In the folder of the candidates, what the last sweep has come to."""

@@ -1,6 +1,6 @@
 """The sparse task vector from Python."""
 
-from pipeline.delta.model import Patch, apply_, patches, revert_
-from pipeline.delta.shira import as_shira
+from fapm.delta.model import Patch, apply_, patches, revert_
+from fapm.delta.shira import as_shira
 
 __all__ = ["Patch", "apply_", "as_shira", "patches", "revert_"]

@@ -1,6 +1,6 @@
 """A sparse task vector on a model that is loaded: written over its weights in place, and taken back.
 
-from pipeline.delta import apply_
+from fapm.delta import apply_
 
 undo = apply_(model, "path/to/delta")
 ...
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
-from pipeline.formats.delta import BASE, WHOLE, patched, read_delta, shapes_of, stored_in
-from pipeline.formats.dtypes import TORCH_NAMES
-from pipeline.formats.sparse import BLOCK, Patched
-from pipeline.formats.tensor import Part, Sides
-from pipeline.storage.address import input_address, open_store
+from fapm.errors import UserError
+from fapm.formats.delta import BASE, WHOLE, patched, read_delta, shapes_of, stored_in
+from fapm.formats.dtypes import TORCH_NAMES
+from fapm.formats.sparse import BLOCK, Patched
+from fapm.formats.tensor import Part, Sides
+from fapm.storage.address import input_address, open_store
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

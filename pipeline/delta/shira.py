@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from pipeline.delta.model import patches
-from pipeline.errors import UserError
+from fapm.delta.model import patches
+from fapm.errors import UserError
 
 
 def as_shira(model: torch.nn.Module, delta: str) -> tuple[Any, list[str]]:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.tensor import Alias, Part, Side, TensorInfo, leaves
+from fapm.errors import UserError
+from fapm.formats.checkpoint import Checkpoint
+from fapm.formats.tensor import Alias, Part, Side, TensorInfo, leaves
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import is_weight
-from pipeline.formats.lowrank import Added, Converted, LowRank, Rows
-from pipeline.formats.names import EMBEDDING, HEAD, as_in_memory, renamed
-from pipeline.formats.tensor import Part, Side, TensorInfo, formed
-from pipeline.storage.records import parse
+from fapm.errors import UserError
+from fapm.formats.dtypes import is_weight
+from fapm.formats.lowrank import Added, Converted, LowRank, Rows
+from fapm.formats.names import EMBEDDING, HEAD, as_in_memory, renamed
+from fapm.formats.tensor import Part, Side, TensorInfo, formed
+from fapm.storage.records import parse
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLED = "adapter_model.bin"

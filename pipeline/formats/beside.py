@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.storage.records import parse
+from fapm.storage.records import parse
 
 # What a checkpoint needs beside its weights. Anything else (optimizer states, logs, other formats) stays behind.
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml")

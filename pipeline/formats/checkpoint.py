@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.formats.adapter import (
+from fapm.errors import UserError
+from fapm.formats.adapter import (
     CONFIG,
     PICKLED,
     WEIGHTS,
@@ -19,7 +19,7 @@ from pipeline.formats.adapter import (
     with_adapter,
     without_tied_head,
 )
-from pipeline.formats.beside import (
+from fapm.formats.beside import (
     CARD,
     MAX_CONFIG_BYTES,
     MAX_SIDE_BYTES,
@@ -28,17 +28,17 @@ from pipeline.formats.beside import (
     WEIGHT_SUFFIXES,
     side_files_of,
 )
-from pipeline.formats.configuration import ties
-from pipeline.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
-from pipeline.formats.header import MAX_HEADER_BYTES, Header, read_header
-from pipeline.formats.names import packed_like, renamed, unwrapped
-from pipeline.formats.pickled import METADATA, describe, distributed_folder, torch_files
-from pipeline.formats.quantized import DESCRIPTION, dequantized, described_codes
-from pipeline.formats.tensor import Part, Side, TensorInfo, leaves
-from pipeline.storage.address import open_store
-from pipeline.storage.layers import Layers
-from pipeline.storage.records import parse
-from pipeline.storage.store import FileStat, Store, overlapped
+from fapm.formats.configuration import ties
+from fapm.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
+from fapm.formats.header import MAX_HEADER_BYTES, Header, read_header
+from fapm.formats.names import packed_like, renamed, unwrapped
+from fapm.formats.pickled import METADATA, describe, distributed_folder, torch_files
+from fapm.formats.quantized import DESCRIPTION, dequantized, described_codes
+from fapm.formats.tensor import Part, Side, TensorInfo, leaves
+from fapm.storage.address import open_store
+from fapm.storage.layers import Layers
+from fapm.storage.records import parse
+from fapm.storage.store import FileStat, Store, overlapped
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -18,14 +18,14 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import BITS, is_weight, itemsize
-from pipeline.formats.header import MAX_NUMEL, is_name, read_header
-from pipeline.formats.lowrank import Converted
-from pipeline.formats.sparse import BLOCK, COLUMNS, Layered, Patched, check_table, fits
-from pipeline.formats.tensor import Alias, Part, TensorInfo, alias, formed
-from pipeline.storage.records import Checksum, Count, Name, Record, Text, checked
-from pipeline.storage.store import Store
+from fapm.errors import UserError
+from fapm.formats.dtypes import BITS, is_weight, itemsize
+from fapm.formats.header import MAX_NUMEL, is_name, read_header
+from fapm.formats.lowrank import Converted
+from fapm.formats.sparse import BLOCK, COLUMNS, Layered, Patched, check_table, fits
+from fapm.formats.tensor import Alias, Part, TensorInfo, alias, formed
+from fapm.storage.records import Checksum, Count, Name, Record, Text, checked
+from fapm.storage.store import Store
 
 DELTA = "delta.json"
 FORMAT = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.errors import UserError
+from fapm.errors import UserError
 
 # Width in bits of every dtype that a safetensors header may name.
 BITS = {

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import BITS
-from pipeline.formats.tensor import TensorInfo
-from pipeline.storage.store import Reader
+from fapm.errors import UserError
+from fapm.formats.dtypes import BITS
+from fapm.formats.tensor import TensorInfo
+from fapm.storage.store import Reader
 
 MAX_HEADER_BYTES = 16 << 20
 """Enough for 140,000 tensors in one file. The format allows 100 MB, which would take seconds and a gigabyte to read."""

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats.dtypes import itemsize
-from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
+from fapm.formats.dtypes import itemsize
+from fapm.formats.tensor import Part, Side, Sides, TensorInfo, formed
 
 _TABLE = Path(__file__).with_name("layouts.json")
 _MOST_BLOCKS = 1 << 16

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.scoring.compiled import compiled
+from fapm.scoring.compiled import compiled
 
 
 @compiled

@@ -14,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.formats.dtypes import itemsize, round_to, upcast, values
-from pipeline.formats.tensor import Part, Sides
+from fapm.formats.dtypes import itemsize, round_to, upcast, values
+from fapm.formats.tensor import Part, Sides
 
 TILE = 1 << 16
 """Elements formed at once."""
@@ -23,7 +23,7 @@ TILE = 1 << 16
 
 def rounded(vals: np.ndarray, dtype: str) -> np.ndarray:
     """float32 or float64 values in `dtype`, as bits."""
-    from pipeline.formats.loops import round_to_bfloat16
+    from fapm.formats.loops import round_to_bfloat16
 
     if dtype != "BF16" or vals.dtype != np.float32:
         return round_to(vals, dtype)
@@ -63,7 +63,7 @@ class LowRank:
         return (self.over, self.a, self.b, *((self.magnitude,) if self.magnitude else ()))
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
-        from pipeline.formats.loops import multiply
+        from fapm.formats.loops import multiply
 
         width = itemsize(self.over.info.dtype)
         factors = sides.remember((self, "factors"), partial(self._norm_factors, sides))[0] if self.magnitude else None
@@ -77,7 +77,7 @@ class LowRank:
 
     def _sum(self, start: int, stop: int, sides: Sides) -> np.ndarray:
         """W + s·B·A of some elements."""
-        from pipeline.formats.loops import add_product
+        from fapm.formats.loops import add_product
 
         found = _values(self.over, start, stop, sides).copy()
         size, done = self.rows * self.columns, start
@@ -105,7 +105,7 @@ class LowRank:
 
     def _norm_factors(self, sides: Sides) -> tuple[np.ndarray]:
         """magnitude / ‖W + s·B·A‖ of each output, (out,) float32."""
-        from pipeline.formats.loops import add_squares
+        from fapm.formats.loops import add_squares
 
         assert self.magnitude
         size = self.rows * self.columns

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import itemsize
-from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, alias, formed
+from fapm.errors import UserError
+from fapm.formats.dtypes import itemsize
+from fapm.formats.tensor import Part, Side, Sides, TensorInfo, alias, formed
 
 HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output|predictions\.decoder)\.weight$")
 EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import INDEX_SUFFIX, open_checkpoint
-from pipeline.storage.address import input_address, inside, open_store, split
+from fapm.errors import UserError
+from fapm.formats.checkpoint import INDEX_SUFFIX, open_checkpoint
+from fapm.storage.address import input_address, inside, open_store, split
 
 LATEST = "latest"
 

@@ -15,14 +15,14 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import BITS, itemsize
-from pipeline.formats.header import MAX_NUMEL, is_name
-from pipeline.formats.names import Concatenated
-from pipeline.formats.sandbox import RefusedError, ask
-from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
-from pipeline.storage.records import Count, Name, Record, Text
-from pipeline.storage.store import Store
+from fapm.errors import UserError
+from fapm.formats.dtypes import BITS, itemsize
+from fapm.formats.header import MAX_NUMEL, is_name
+from fapm.formats.names import Concatenated
+from fapm.formats.sandbox import RefusedError, ask
+from fapm.formats.tensor import Part, Side, Sides, TensorInfo, formed
+from fapm.storage.records import Count, Name, Record, Text
+from fapm.storage.store import Store
 
 METADATA = ".metadata"
 _TORCH = re.compile(r"(pytorch_model.*|model|adapter_model|consolidated.*)\.(bin|pt|pth)")

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import upcast, values
-from pipeline.formats.lowrank import TILE, rounded
-from pipeline.formats.tensor import Part, Side, Sides, TensorInfo, formed
+from fapm.errors import UserError
+from fapm.formats.dtypes import upcast, values
+from fapm.formats.lowrank import TILE, rounded
+from fapm.formats.tensor import Part, Side, Sides, TensorInfo, formed
 
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _CODE_DTYPES = (*_FP8, "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
@@ -258,7 +258,7 @@ class Scaled:
         return self.codes, self.scales
 
     def fill(self, start: int, stop: int, out: np.ndarray, sides: Sides) -> None:
-        from pipeline.formats.loops import scale
+        from fapm.formats.loops import scale
 
         (scales,) = sides.remember(self, partial(self._read_scales, sides))
         table = values(np.arange(256, dtype=np.uint8), self.codes.info.dtype)
@@ -337,7 +337,7 @@ class Microscaled:
 
     def _matrix(self, number: int, sides: Sides) -> tuple[np.ndarray]:
         """All of one expert, since its elements lie across all of its bytes."""
-        from pipeline.formats.loops import unpack
+        from fapm.formats.loops import unpack
 
         many = self.rows * self.groups
         blocks = sides.take(self.blocks, number * many * 16, (number + 1) * many * 16)

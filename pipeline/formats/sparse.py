@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import convert, is_weight, itemsize
-from pipeline.formats.tensor import Part, Sides, TensorInfo
+from fapm.errors import UserError
+from fapm.formats.dtypes import convert, is_weight, itemsize
+from fapm.formats.tensor import Part, Sides, TensorInfo
 
 BLOCK = 1 << 20
 """Elements."""
@@ -72,7 +72,7 @@ def encode(
     Args:
         base, out: bits of the elements in the output's dtype, of one unsigned type, at most BLOCK.
     """
-    from pipeline.formats.loops import changed
+    from fapm.formats.loops import changed
 
     gaps, values, before = (scratch or Scratch()).of(out)
     count, nbytes = changed(base, out, gaps, values, before)
@@ -159,7 +159,7 @@ class Patched:
         write_over(self, start, stop, out, sides, self._write)
 
     def _write(self, number: int, begin: int, bits: np.ndarray, sides: Sides) -> None:
-        from pipeline.formats.loops import overwrite
+        from fapm.formats.loops import overwrite
 
         size = self._size(number)
         make = partial(self._stored, number, sides)
@@ -174,7 +174,7 @@ class Patched:
         Raises:
             UserError: they are not what the table says.
         """
-        from pipeline.formats.loops import places as places_of
+        from fapm.formats.loops import places as places_of
 
         written, values, in_bits = self._stored(number, sides, of_base)
         size, (width, kept) = self._size(number), values.shape

@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pipeline.formats.dtypes import itemsize
-from pipeline.storage.store import Reader, Store
+from fapm.formats.dtypes import itemsize
+from fapm.storage.store import Reader, Store
 
 Side = Literal["base", "finetuned"]
 Range = tuple[Side, str, int, int]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import is_weight
-from pipeline.formats.names import rename
-from pipeline.formats.tensor import TensorInfo
+from fapm.errors import UserError
+from fapm.formats.dtypes import is_weight
+from fapm.formats.names import rename
+from fapm.formats.tensor import TensorInfo
 
 SMALL_SHARE = 0.004
 """Of the elements of a side: half of one layer of the deepest models that are published (126 layers)."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import Checkpoint, read_config
-from pipeline.formats.configuration import ties
-from pipeline.formats.names import EMBEDDING, HEAD
-from pipeline.formats.tensor import TensorInfo
-from pipeline.storage.records import parse
+from fapm.errors import UserError
+from fapm.formats.checkpoint import Checkpoint, read_config
+from fapm.formats.configuration import ties
+from fapm.formats.names import EMBEDDING, HEAD
+from fapm.formats.tensor import TensorInfo
+from fapm.storage.records import parse
 
 _MOST_BYTES = 64 << 20
 _MOST_PARTS = 2_000_000  # merges are lists, and vocabularies have several 100,000

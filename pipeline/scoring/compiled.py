@@ -27,10 +27,10 @@ from numba import njit, types
 from numba.core import event
 from numba.extending import overload, register_jitable
 
-from pipeline.scoring import methods as formulas
-from pipeline.scoring.engine import Applied, AtOnce, Chunk, Counted
-from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, mix
-from pipeline.scoring.threshold import Histograms
+from fapm.scoring import methods as formulas
+from fapm.scoring.engine import Applied, AtOnce, Chunk, Counted
+from fapm.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, Method, mix
+from fapm.scoring.threshold import Histograms
 
 TILE = 1024
 """Elements handled while in the first-level cache."""

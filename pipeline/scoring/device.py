@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.scoring.engine import Engine
-from pipeline.scoring.methods import METHODS
+from fapm.errors import UserError
+from fapm.scoring.engine import Engine
+from fapm.scoring.methods import METHODS
 
 KIND = "cuda"
 """What torch calls the GPUs of NVIDIA, and of AMD. Others do not have float64 throughout."""
@@ -23,15 +23,15 @@ def make_engine(method: str, device: str) -> Engine:
     """
     assert method in METHODS
     if not uses_gpu(device):
-        from pipeline.scoring.compiled import CpuEngine
+        from fapm.scoring.compiled import CpuEngine
 
         return CpuEngine(method)
     if not gpus():
         raise UserError(
             f"--device {device}: torch finds no GPU here, or is too old to use it; update torch or use --device cpu"
         )
-    from pipeline.scoring.accelerator import Accelerator
-    from pipeline.scoring.torch_engine import TorchEngine
+    from fapm.scoring.accelerator import Accelerator
+    from fapm.scoring.torch_engine import TorchEngine
 
     _, _, number = device.partition(":")
     if number and int(number) >= gpus():
@@ -42,7 +42,7 @@ def make_engine(method: str, device: str) -> Engine:
 def announce(say: Callable[[str], None]) -> Callable[[], None]:
     """Have `say` told if loops have to be compiled first, which every engine has some of; call what is returned to
     end it."""
-    from pipeline.scoring import compiled
+    from fapm.scoring import compiled
 
     return compiled.announce(say)
 

@@ -11,8 +11,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.scoring.methods import BLOCK
-from pipeline.scoring.threshold import Histograms
+from fapm.scoring.methods import BLOCK
+from fapm.scoring.threshold import Histograms
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.scoring.accelerator import Accelerator, Put
-from pipeline.scoring.compiled import LANES, TILE, CpuEngine
-from pipeline.scoring.engine import AnyChunk, Applied, Chunk, Counted, StoredChunk
-from pipeline.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
-from pipeline.scoring.threshold import ZERO_KEY, Histograms
+from fapm.scoring.accelerator import Accelerator, Put
+from fapm.scoring.compiled import LANES, TILE, CpuEngine
+from fapm.scoring.engine import AnyChunk, Applied, Chunk, Counted, StoredChunk
+from fapm.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
+from fapm.scoring.threshold import ZERO_KEY, Histograms
 
 
 class TorchEngine:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats.dtypes import TORCH_NAMES, bits, convert, nonfinite, round_to, upcast, values
-from pipeline.plan import PairedTensor
-from pipeline.recipe import Recipe
-from pipeline.scoring.engine import Chunk, StoredChunk
-from pipeline.scoring.methods import METHODS, stream_of
-from pipeline.shard.section import Slice
+from fapm.formats.dtypes import TORCH_NAMES, bits, convert, nonfinite, round_to, upcast, values
+from fapm.plan import PairedTensor
+from fapm.recipe import Recipe
+from fapm.scoring.engine import Chunk, StoredChunk
+from fapm.scoring.methods import METHODS, stream_of
+from fapm.shard.section import Slice
 
 
 def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chunk:

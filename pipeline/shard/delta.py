@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.errors import UserError
-from pipeline.formats import sparse
-from pipeline.formats.delta import BASE, BEFORE, BLOCKS, PLACES, SPARSE, VALUES, WHOLE, delta_name
-from pipeline.formats.dtypes import is_weight, itemsize
-from pipeline.formats.header import build_header
-from pipeline.formats.sparse import BLOCK, COLUMNS, Patched
-from pipeline.formats.tensor import Alias, Part, Sides
-from pipeline.plan import PairedTensor, Shard
-from pipeline.storage.local import plain_errors
-from pipeline.storage.store import Store, Writer
+from fapm.errors import UserError
+from fapm.formats import sparse
+from fapm.formats.delta import BASE, BEFORE, BLOCKS, PLACES, SPARSE, VALUES, WHOLE, delta_name
+from fapm.formats.dtypes import is_weight, itemsize
+from fapm.formats.header import build_header
+from fapm.formats.sparse import BLOCK, COLUMNS, Patched
+from fapm.formats.tensor import Alias, Part, Sides
+from fapm.plan import PairedTensor, Shard
+from fapm.storage.local import plain_errors
+from fapm.storage.store import Store, Writer
 
 _COPIED = 8 << 20  # bytes at once
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.recipe import Recipe
-from pipeline.scoring.engine import DeviceEngine, StoredChunk
-from pipeline.scoring.methods import BLOCK
-from pipeline.shard.chunk import stored_chunk
-from pipeline.shard.section import Piece, Section, Sizes, Slice, slack
-from pipeline.shard.writing import BUFFERS, at_once
+from fapm.recipe import Recipe
+from fapm.scoring.engine import DeviceEngine, StoredChunk
+from fapm.scoring.methods import BLOCK
+from fapm.shard.chunk import stored_chunk
+from fapm.shard.section import Piece, Section, Sizes, Slice, slack
+from fapm.shard.writing import BUFFERS, at_once
 
 RING = 4
 """Buffers between storage and device, and reads under way at once."""

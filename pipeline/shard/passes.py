@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import convert, is_weight, itemsize, refuse_overflow, upcast
-from pipeline.plan import Group, PairedTensor
-from pipeline.recipe import Recipe
-from pipeline.scoring.engine import AnyChunk, Chunk, Counted, Engine, Pass, StoredChunk
-from pipeline.scoring.methods import METHODS, evaluate
-from pipeline.scoring.threshold import (
+from fapm.errors import UserError
+from fapm.formats.dtypes import convert, is_weight, itemsize, refuse_overflow, upcast
+from fapm.plan import Group, PairedTensor
+from fapm.recipe import Recipe
+from fapm.scoring.engine import AnyChunk, Chunk, Counted, Engine, Pass, StoredChunk
+from fapm.scoring.methods import METHODS, evaluate
+from fapm.scoring.threshold import (
     KEEP_ALL,
     MAX_BINS,
     Bracket,
@@ -30,14 +30,14 @@ from pipeline.scoring.threshold import (
     float_thresholds,
     histograms,
 )
-from pipeline.shard import sample
-from pipeline.shard.chunk import count_nonfinite, make_chunk, stored_chunk
-from pipeline.shard.reading import Pieces
-from pipeline.shard.sample import Sample
-from pipeline.shard.section import SMALL, Slice
-from pipeline.shard.table import MEASURED, change_quantiles, finite
-from pipeline.shard.task import Check, known_threshold
-from pipeline.shard.writing import AnySink
+from fapm.shard import sample
+from fapm.shard.chunk import count_nonfinite, make_chunk, stored_chunk
+from fapm.shard.reading import Pieces
+from fapm.shard.sample import Sample
+from fapm.shard.section import SMALL, Slice
+from fapm.shard.table import MEASURED, change_quantiles, finite
+from fapm.shard.task import Check, known_threshold
+from fapm.shard.writing import AnySink
 
 
 class BlockSums:

@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.formats.dtypes import itemsize
-from pipeline.formats.tensor import Part, Range, Side, Sides
-from pipeline.plan import PairedTensor
-from pipeline.recipe import Recipe
-from pipeline.scoring.engine import DeviceEngine, StoredChunk
-from pipeline.shard.landing import Landed, Landing, Shares
-from pipeline.shard.section import ALIGN, ALIGN_SMALL, LARGE, PIECE_BYTES, Piece, Section, Slice, sections, slack
-from pipeline.storage.store import Store
+from fapm.formats.dtypes import itemsize
+from fapm.formats.tensor import Part, Range, Side, Sides
+from fapm.plan import PairedTensor
+from fapm.recipe import Recipe
+from fapm.scoring.engine import DeviceEngine, StoredChunk
+from fapm.shard.landing import Landed, Landing, Shares
+from fapm.shard.section import ALIGN, ALIGN_SMALL, LARGE, PIECE_BYTES, Piece, Section, Slice, sections, slack
+from fapm.storage.store import Store
 
 BUFFER_BYTES = PIECE_BYTES + slack(PIECE_BYTES)
 _FEWEST = 2  # buffers that streaming needs: one in use, one being read

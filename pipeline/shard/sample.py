@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats.dtypes import bits
-from pipeline.plan import Group, PairedTensor
-from pipeline.recipe import Recipe
-from pipeline.scoring.engine import DeviceEngine, StoredChunk
-from pipeline.scoring.methods import METHODS, evaluate
-from pipeline.scoring.threshold import COARSE_BINS, MAX_BINS, Bracket, bracket_from_coarse, coarse_histogram
-from pipeline.shard.chunk import pair_of_values, streams
-from pipeline.shard.reading import SectionReader
-from pipeline.shard.section import Slice
+from fapm.formats.dtypes import bits
+from fapm.plan import Group, PairedTensor
+from fapm.recipe import Recipe
+from fapm.scoring.engine import DeviceEngine, StoredChunk
+from fapm.scoring.methods import METHODS, evaluate
+from fapm.scoring.threshold import COARSE_BINS, MAX_BINS, Bracket, bracket_from_coarse, coarse_histogram
+from fapm.shard.chunk import pair_of_values, streams
+from fapm.shard.reading import SectionReader
+from fapm.shard.section import Slice
 
 LOCAL = 1 << 17
 """Elements of a group that lies in one shard whose scores suggest a first bracket."""

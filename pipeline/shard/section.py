@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.formats.dtypes import itemsize
-from pipeline.formats.tensor import TensorInfo
-from pipeline.plan import PairedTensor
-from pipeline.scoring.methods import BLOCK
+from fapm.formats.dtypes import itemsize
+from fapm.formats.tensor import TensorInfo
+from fapm.plan import PairedTensor
+from fapm.scoring.methods import BLOCK
 
 CHUNK = 1 << 20
 """Elements handed to the arithmetic at once, at most; a multiple of its block."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.plan import Group, PairedTensor, Shard, weights_of
-from pipeline.scoring.threshold import score_of
+from fapm.plan import Group, PairedTensor, Shard, weights_of
+from fapm.scoring.threshold import score_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from safetensors.numpy import load, save
 
-from pipeline.plan import Group, PairedTensor, Shard
-from pipeline.recipe import Recipe
-from pipeline.scoring.methods import METHODS
-from pipeline.scoring.threshold import KEEP_ALL, KEEP_NONE, Bracket, Threshold, at_the_ends
-from pipeline.storage.store import Store
+from fapm.plan import Group, PairedTensor, Shard
+from fapm.recipe import Recipe
+from fapm.scoring.methods import METHODS
+from fapm.scoring.threshold import KEEP_ALL, KEEP_NONE, Bracket, Threshold, at_the_ends
+from fapm.storage.store import Store
 
 
 @dataclass(frozen=True)

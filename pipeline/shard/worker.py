@@ -25,21 +25,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import DeviceError
-from pipeline.formats.tensor import Sides
-from pipeline.plan import PairedTensor, Shard
-from pipeline.recipe import LEAST_DEVICE_MEMORY, LEAST_MEMORY, Recipe, format_bytes
-from pipeline.scoring.device import has_failed, is_full, make_engine
-from pipeline.scoring.engine import DeviceEngine, Engine
-from pipeline.shard import passes
-from pipeline.shard.delta import Checked, DeltaWriter, promised
-from pipeline.shard.landing import shares
-from pipeline.shard.passes import Bench, Scratch, Taken, Tally, tallies
-from pipeline.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
-from pipeline.shard.sample import LONG_RUN, RUN, Sample, far, survey, wide_size
-from pipeline.shard.section import Section, sections
-from pipeline.shard.table import MEASURED
-from pipeline.shard.task import (
+from fapm.errors import DeviceError
+from fapm.formats.tensor import Sides
+from fapm.plan import PairedTensor, Shard
+from fapm.recipe import LEAST_DEVICE_MEMORY, LEAST_MEMORY, Recipe, format_bytes
+from fapm.scoring.device import has_failed, is_full, make_engine
+from fapm.scoring.engine import DeviceEngine, Engine
+from fapm.shard import passes
+from fapm.shard.delta import Checked, DeltaWriter, promised
+from fapm.shard.landing import shares
+from fapm.shard.passes import Bench, Scratch, Taken, Tally, tallies
+from fapm.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
+from fapm.shard.sample import LONG_RUN, RUN, Sample, far, survey, wide_size
+from fapm.shard.section import Section, sections
+from fapm.shard.table import MEASURED
+from fapm.shard.task import (
     Done,
     Interrupted,
     Task,
@@ -52,9 +52,9 @@ from pipeline.shard.task import (
     sample_name,
     save_arrays,
 )
-from pipeline.shard.writing import BUFFER_BYTES, BUFFERS, AnySink, Direct, Sink
-from pipeline.storage.address import open_store
-from pipeline.storage.store import Store, Writer
+from fapm.shard.writing import BUFFER_BYTES, BUFFERS, AnySink, Direct, Sink
+from fapm.storage.address import open_store
+from fapm.storage.store import Store, Writer
 
 
 class Use(IntEnum):

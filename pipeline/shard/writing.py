@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from pipeline.storage.store import Writer
+from fapm.storage.store import Writer
 
 BUFFER_BYTES = 8 << 20
 BUFFERS = 3

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, without_secrets
-from pipeline.storage.layers import Layers
-from pipeline.storage.local import Folder, plain_errors, planted
-from pipeline.storage.store import Store
+from fapm.errors import UserError, without_secrets
+from fapm.storage.layers import Layers
+from fapm.storage.local import Folder, plain_errors, planted
+from fapm.storage.store import Store
 
 BUCKETS = ("s3", "gs", "az")
 """Schemes of object stores."""
@@ -49,11 +49,11 @@ def open_store(address: str, token: str = "") -> Store:
             "come from the environment or from a profile"
         )
     if scheme in BUCKETS:
-        from pipeline.storage.bucket import Bucket
+        from fapm.storage.bucket import Bucket
 
         return Bucket(address, token)
     if scheme == HUB:
-        from pipeline.storage.hub import Repository
+        from fapm.storage.hub import Repository
 
         return Repository(address)
     if scheme == LAYERS:
@@ -115,7 +115,7 @@ def input_elsewhere(address: str) -> str:
 
 
 def _pinned(address: str, patient: bool = True) -> str:
-    from pipeline.storage.hub import Repository
+    from fapm.storage.hub import Repository
 
     return Repository(address).pinned(patient)
 
@@ -166,7 +166,7 @@ def inside(address: str, name: str) -> str:
 def matching(pattern: str) -> list[str]:
     """The addresses that match a pattern as of `glob`."""
     if scheme_of(pattern):
-        from pipeline.storage import bucket
+        from fapm.storage import bucket
 
         return bucket.matching(pattern)
     return glob.glob(pattern)

@@ -11,7 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
 
-from pipeline.errors import PassingError, UserError
+from fapm.errors import PassingError, UserError
 
 _REGION = "the bucket lies in another region than the one that was asked: set AWS_REGION, or ask at its own endpoint"
 _STYLE = "the store wants the bucket's name in the host's: addressing_style = virtual under s3 in ~/.aws/config"

@@ -31,10 +31,10 @@ from obstore.exceptions import (
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from pipeline.errors import PassingError, TakenOverError, UserError
-from pipeline.storage.answers import FINAL, code_of, explained
-from pipeline.storage.s3 import boto3_client, obstore_options
-from pipeline.storage.store import LOCKS, FileStat, Store
+from fapm.errors import PassingError, TakenOverError, UserError
+from fapm.storage.answers import FINAL, code_of, explained
+from fapm.storage.s3 import boto3_client, obstore_options
+from fapm.storage.store import LOCKS, FileStat, Store
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig

@@ -32,11 +32,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pipeline.errors import PassingError, UserError
-from pipeline.storage.address import open_store
-from pipeline.storage.local import TEMPORARY, Folder, plain_errors
-from pipeline.storage.records import Count, Record, checked
-from pipeline.storage.store import LOCKS, Store
+from fapm.errors import PassingError, UserError
+from fapm.storage.address import open_store
+from fapm.storage.local import TEMPORARY, Folder, plain_errors
+from fapm.storage.records import Count, Record, checked
+from fapm.storage.store import LOCKS, Store
 
 _Word = Annotated[str, Field(max_length=300)]
 

@@ -37,11 +37,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from obstore.store import HTTPStore
 
-from pipeline.errors import PassingError, UserError
-from pipeline.storage.answers import of_the_network
-from pipeline.storage.bucket import CLIENT, NO_RETRY, ObjectReader, patiently
-from pipeline.storage.local import Reader
-from pipeline.storage.store import FileStat, Store
+from fapm.errors import PassingError, UserError
+from fapm.storage.answers import of_the_network
+from fapm.storage.bucket import CLIENT, NO_RETRY, ObjectReader, patiently
+from fapm.storage.local import Reader
+from fapm.storage.store import FileStat, Store
 
 _ADDRESS = re.compile(r"hf://([\w][\w.-]*/[\w.-]+)(?:@([^/@\s][^@\s]*))?")
 _SECONDS = 15.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pipeline.errors import UserError
-from pipeline.storage.store import FileStat, Reader, Store
+from fapm.errors import UserError
+from fapm.storage.store import FileStat, Reader, Store
 
 
 class Layers:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PassingError, UserError
-from pipeline.storage.store import FileStat, Store
+from fapm.errors import PassingError, UserError
+from fapm.storage.store import FileStat, Store
 
 TEMPORARY = "fapm/tmp"
 """In the output folder, so that publishing is a rename within one file system."""

@@ -10,8 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import UserError
-from pipeline.storage.store import Store
+from fapm.errors import UserError
+from fapm.storage.store import Store
 
 MOST_BYTES = 16 << 20
 _MOST_PARTS = 200_000

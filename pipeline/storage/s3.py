@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from pipeline.errors import UserError
-from pipeline.storage.answers import CREDENTIALS
+from fapm.errors import UserError
+from fapm.storage.answers import CREDENTIALS
 
 
 @dataclass(frozen=True)

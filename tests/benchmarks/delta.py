@@ -26,7 +26,7 @@ from llama_pair import make
 sys.path.append(str(Path(__file__).parents[1]))
 from checkpoints import save
 
-from pipeline import Recipe, prune
+from fapm import Recipe, prune
 
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
 PIECE = 16 << 20

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.scoring.accelerator import Accelerator
-from pipeline.scoring.device import gpus
-from pipeline.scoring.engine import StoredChunk
-from pipeline.scoring.threshold import COARSE_BINS, Bracket, Threshold, float_thresholds, histograms
-from pipeline.scoring.torch_engine import TorchEngine
+from fapm.scoring.accelerator import Accelerator
+from fapm.scoring.device import gpus
+from fapm.scoring.engine import StoredChunk
+from fapm.scoring.threshold import COARSE_BINS, Bracket, Threshold, float_thresholds, histograms
+from fapm.scoring.torch_engine import TorchEngine
 
 ELEMENTS = 1 << 24  # of a tensor: 64 MiB of pair bytes
 TENSORS = 24

@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import Recipe, make_plan, prune, run
-from pipeline.formats.header import build_header
-from pipeline.scoring.threshold import coarse_histogram, histograms, key_of
-from pipeline.shard.table import MEASURED
-from pipeline.shard.task import Done, measure_name, record_name, rows_name, sample_name, save_arrays
-from pipeline.shard.worker import Worker
-from pipeline.storage.local import Folder
+from fapm import Recipe, make_plan, prune, run
+from fapm.formats.header import build_header
+from fapm.scoring.threshold import coarse_histogram, histograms, key_of
+from fapm.shard.table import MEASURED
+from fapm.shard.task import Done, measure_name, record_name, rows_name, sample_name, save_arrays
+from fapm.shard.worker import Worker
+from fapm.storage.local import Folder
 
 SIDE = 1000
 """Every faked tensor is SIDE × SIDE."""
@@ -190,11 +190,11 @@ def nothing(worker: Worker, task: Any, following: Any) -> Done:
 
 def on_ray(folder: Path, shards: int, workers: int) -> None:
     """What a shard costs that is handed to a Ray actor and comes back at once."""
-    from cluster.pool import RayPool
-    from pipeline import manifest
-    from pipeline.run import Watch, groups_of
-    from pipeline.shard.task import Task
-    from pipeline.storage.hold import hold
+    from fapm import manifest
+    from fapm.cluster.pool import RayPool
+    from fapm.run import Watch, groups_of
+    from fapm.shard.task import Task
+    from fapm.storage.hold import hold
 
     size = 2 * SIDE * SIDE * 100_000 // shards
     choices = {"shard_size": size, "device": "cpu", "workers": workers}

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.engine import Chunk, Engine
-from pipeline.scoring.methods import METHODS, evaluate
-from pipeline.scoring.threshold import Threshold, bracket_from_scores, float_thresholds, histograms
+from fapm.scoring.compiled import CpuEngine
+from fapm.scoring.engine import Chunk, Engine
+from fapm.scoring.methods import METHODS, evaluate
+from fapm.scoring.threshold import Threshold, bracket_from_scores, float_thresholds, histograms
 
 sys.path.append(str(Path(__file__).parents[1]))
 from chunks import torch_engine

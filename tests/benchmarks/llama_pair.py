@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.demo import shapes
+from fapm.demo import shapes
 
 SIZES = {"hidden": 2048, "intermediate": 5632, "kv": 256, "vocabulary": 32000}
 LAYERS = 22

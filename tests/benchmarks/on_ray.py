@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the packages first: tests/pip
 from llama_pair import make  # noqa: E402
 from nodes import add_node, finished_shards, head_alone  # noqa: E402
 
-from cluster.pool import RayPool  # noqa: E402
-from pipeline import Recipe, prune  # noqa: E402
-from pipeline.run import Watch  # noqa: E402
+from fapm import Recipe, prune  # noqa: E402
+from fapm.cluster.pool import RayPool  # noqa: E402
+from fapm.run import Watch  # noqa: E402
 
 
 def run(folder: Path, workers: int, cluster: Any = None, victim: Any = None) -> dict[str, float]:

@@ -33,9 +33,9 @@ import hub as hub_server
 import s3
 from faulty import proxy
 
-from pipeline import Recipe, prune
-from pipeline.storage.bucket import PART_BYTES, Bucket
-from pipeline.storage.hub import Repository, _client
+from fapm import Recipe, prune
+from fapm.storage.bucket import PART_BYTES, Bucket
+from fapm.storage.hub import Repository, _client
 
 RANGE = 16 << 20
 

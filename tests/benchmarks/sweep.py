@@ -20,9 +20,9 @@ from pathlib import Path
 from delta import PIECE, run, timed
 from llama_pair import make
 
-from pipeline import Recipe
-from pipeline.choosing.candidates import candidates
-from pipeline.choosing.sweep import sweep, sweep_folder
+from fapm import Recipe
+from fapm.choosing.candidates import candidates
+from fapm.choosing.sweep import sweep, sweep_folder
 
 DENSITIES = "0.05,0.1,0.2,0.3,0.4"
 METHODS = "fapm,magnitude"

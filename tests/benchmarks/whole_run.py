@@ -27,11 +27,11 @@ PIECE = 16 << 20
 
 RUN = """
 import json, sys, time
-from pipeline import Recipe, prune
+from fapm import Recipe, prune
 base, finetuned, out, choices, ray = sys.argv[1:4] + [json.loads(sys.argv[4]), sys.argv[5]]
 pool, starting = None, [0.0]
 if ray:
-    from cluster.pool import ray_pool
+    from fapm.cluster.pool import ray_pool
     def pool(plan, out, watch):
         began = time.perf_counter()
         made = ray_pool(ray)(plan, out, watch)

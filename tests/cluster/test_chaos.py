@@ -18,7 +18,7 @@ from conftest import Runner
 from nodes import CHOICES, SCOPES, Driver, actors, add_node, head_alone, thirty_shards, undisturbed_runs
 from pace import wait_until
 
-from pipeline.storage.hold import hold
+from fapm.storage.hold import hold
 
 pytest.importorskip("ray")
 

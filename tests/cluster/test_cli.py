@@ -30,11 +30,10 @@ from checkpoints import MODEL_SHAPES, gaussian, load, save, weights_of
 from click.testing import CliRunner, Result
 from pace import cpu_seconds
 
-from cluster.cli import cli
-from cluster.progress import Progress
-from pipeline.errors import UserError
+from fapm.cluster.cli import cli
+from fapm.cluster.progress import Progress
+from fapm.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "prune",
     "sweep",
@@ -76,8 +75,7 @@ def on_pair(command: str, *args: str, out: str = "out") -> Result:
 def process(*args: str, **options: object) -> subprocess.Popen[bytes]:
     """The command in a process of its own, where Ctrl-C works even if this one ignores it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cluster", *args],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "fapm", *args],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **options,  # type: ignore[arg-type]
     )
@@ -291,10 +289,9 @@ def test_wrong_usage_exits_with_2(pair, args, said):
 
 
 def test_a_bug_shows_its_traceback(pair):
-    code = "import pipeline.formats.checkpoint as c; c.read_header = 0; from cluster.cli import main; main()"
+    code = "import fapm.formats.checkpoint as c; c.read_header = 0; from fapm.cluster.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", "base"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
     )
     assert done.returncode == 1
@@ -352,7 +349,7 @@ def test_plan_lists_what_is_not_pruned(pair):
 
 
 def test_plan_says_that_the_disk_is_too_full(pair, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.local.Folder.free_bytes", lambda self: 1000)
+    monkeypatch.setattr("fapm.storage.local.Folder.free_bytes", lambda self: 1000)
     assert "1 kB free" in refused(on_pair("plan"), code=75)
 
 
@@ -439,14 +436,14 @@ def addresses(monkeypatch):
     asked: list[str] = []
 
     def ray_pool(address):
-        from pipeline.run import in_process
+        from fapm.run import in_process
 
         asked.append(address)
         return in_process
 
-    module = types.ModuleType("cluster.pool")
+    module = types.ModuleType("fapm.cluster.pool")
     module.ray_pool = ray_pool  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cluster.pool", module)
+    monkeypatch.setitem(sys.modules, "fapm.cluster.pool", module)
     return asked
 
 
@@ -563,8 +560,8 @@ def test_no_byte_is_lost_between_threads():
 
 
 def test_the_bar_follows_a_count_that_has_to_be_done_again(pair, monkeypatch):
-    from pipeline import Recipe, prune
-    from pipeline.scoring.threshold import HIGHEST_KEY, Bracket
+    from fapm import Recipe, prune
+    from fapm.scoring.threshold import HIGHEST_KEY, Bracket
 
     wrong = Bracket(HIGHEST_KEY - 5, HIGHEST_KEY)
 
@@ -572,7 +569,7 @@ def test_the_bar_follows_a_count_that_has_to_be_done_again(pair, monkeypatch):
         yield from ()
         return dict.fromkeys(names, wrong)
 
-    monkeypatch.setattr("pipeline.run.first_brackets", first_brackets)
+    monkeypatch.setattr("fapm.run.first_brackets", first_brackets)
     sides = {side: str(pair / side) for side in ("base", "finetuned", "out")}
     terminal = Terminal()
     with Progress(terminal) as progress:
@@ -599,11 +596,10 @@ def test_help_names_every_command():
 
 def loaded_by(*args: str) -> set[str]:
     """The modules that a command has loaded when it is done."""
-    code = "import json, sys\nfrom cluster.cli import cli\ncli.main(sys.argv[1:], standalone_mode=False)\n"
+    code = "import json, sys\nfrom fapm.cluster.cli import cli\ncli.main(sys.argv[1:], standalone_mode=False)\n"
     code += "print(); print(json.dumps(list(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=True,
     )
@@ -618,21 +614,21 @@ def test_help_loads_nothing_heavy(command):
 def test_help_comes_at_once():
     """In five times what Python takes to start, in CPU seconds."""
     shown, started = [
-        min(cpu_seconds([sys.executable, *arguments], cwd=ROOT) for _ in range(5))
-        for arguments in (["-m", "cluster", "prune", "--help"], ["-c", ""])
+        min(cpu_seconds([sys.executable, *arguments]) for _ in range(5))
+        for arguments in (["-m", "fapm", "prune", "--help"], ["-c", ""])
     ]
     assert shown < 5 * started
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect"])
 def test_reading_headers_loads_no_library_that_computes(pair, command):
-    # For `plan` this needs pipeline.scoring.device to load the engines late.
+    # For `plan` this needs fapm.scoring.device to load the engines late.
     options = ["--base", "base", "--finetuned", "finetuned", "--out", "out"] if command == "plan" else ["base"]
     assert not loaded_by(command, *options) & {"torch", "ray", "numba"}
 
 
 def test_the_help_says_what_is_allowed():
-    from pipeline.recipe import Recipe, bounds
+    from fapm.recipe import Recipe, bounds
 
     shown = " ".join(fapm("prune", "--help").stdout.split())
     limited = [field for field in Recipe.model_fields if bounds(field)]
@@ -665,10 +661,9 @@ def test_exit_codes_say_whether_another_try_is_worth_it(pair, monkeypatch):
 )
 def test_what_is_not_installed_is_named(pair, module, extra, arguments):
     sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out"]
-    code = f"import sys\nsys.modules[{module!r}] = None\nfrom cluster.cli import main\nmain()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = f"import sys\nsys.modules[{module!r}] = None\nfrom fapm.cluster.cli import main\nmain()"
     command = [sys.executable, "-c", code, *arguments, *sides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     wanted = f"fapm: the Python module {module} is not installed; install it with: pip install 'fapm{extra}'"
     assert done.stderr.splitlines()[-1] == wanted
@@ -709,7 +704,7 @@ def test_a_log_that_cannot_be_written_is_no_error(pair, monkeypatch):
     def refuse(*_: object) -> None:
         raise UserError("no")
 
-    monkeypatch.setattr("pipeline.storage.local.Folder.append", refuse)
+    monkeypatch.setattr("fapm.storage.local.Folder.append", refuse)
     assert on_pair("prune").exit_code == 0
 
 

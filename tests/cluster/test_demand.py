@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.demand import Demand, demand
-from pipeline import Recipe, UserError
-from pipeline.recipe import Workers
+from fapm import Recipe, UserError
+from fapm.cluster.demand import Demand, demand
+from fapm.recipe import Workers
 
 CPUS = {"CPU": 8.0, "memory": 1e11}
 GPUS = {"CPU": 64.0, "GPU": 4.0}

@@ -21,11 +21,9 @@ from nodes import CHOICES, Driver, add_node, head_alone, thirty_shards
 from pace import soon
 from ray_head import Head, started_head
 
-from cluster import entering
-from cluster.entering import before_jobs, before_ray, cannot_enter, check_address
-from pipeline.errors import PassingError, UserError
-
-ROOT = Path(__file__).parents[2]
+from fapm.cluster import entering
+from fapm.cluster.entering import before_jobs, before_ray, cannot_enter, check_address
+from fapm.errors import PassingError, UserError
 
 
 def answer(asked: BaseHTTPRequestHandler) -> None:
@@ -151,11 +149,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 VERSION = """
 import sys
-from cluster.entering import before_ray
+from fapm.cluster.entering import before_ray
 before_ray(sys.argv[-1])
 import ray
 ray.__version__ = "1.2.3"
-from cluster.cli import main
+from fapm.cluster.cli import main
 sys.argv[0] = "fapm"
 main()
 """
@@ -166,7 +164,7 @@ def prune_there(head: Head, folder: Path, *start: str, **environment: str) -> su
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, *start, "prune", *sides, "--ray", head.gcs], cwd=folder, text=True, capture_output=True,
-        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+        env={**clean, **environment},
     )  # fmt: skip
 
 
@@ -182,9 +180,9 @@ def test_a_cluster_with_a_token(head, tmp_path):
     assert other.returncode == 1, other.stderr
     line = other.stderr.splitlines()[-1]
     assert "another version of Ray or Python" in line and "1.2.3" in line and ray.__version__ in line
-    without = prune_there(head, tmp_path, "-m", "cluster", HOME=str(tmp_path / "nowhere"))
+    without = prune_there(head, tmp_path, "-m", "fapm", HOME=str(tmp_path / "nowhere"))
     assert without.returncode in (1, 75) and "token" in without.stderr.splitlines()[-1]
-    done = prune_there(head, tmp_path, "-m", "cluster", **home)
+    done = prune_there(head, tmp_path, "-m", "fapm", **home)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
 

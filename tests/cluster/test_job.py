@@ -44,8 +44,8 @@ class Fapm:
 
     def __init__(self, head: Head, folder: Path, *args: str, **environment: str):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster", *args, "--address", head.address],
-            env={**head.environment, "PYTHONPATH": str(ROOT), **environment}, cwd=folder,
+            [sys.executable, "-m", "fapm", *args, "--address", head.address],
+            env={**head.environment, **environment}, cwd=folder,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
@@ -238,9 +238,9 @@ def test_two_that_submit_the_same_at_once_make_one_job(model, fapm):
 
 def test_inputs_that_are_not_seen_from_here_are_left_to_the_cluster(model, fapm, head, tmp_path):
     # The command runs on this machine too, so it is made to look elsewhere.
-    script = "from cluster import cli, submission\nsubmission._is_seen = lambda recipe: False\ncli.main()\n"
+    script = "from fapm.cluster import cli, submission\nsubmission._is_seen = lambda recipe: False\ncli.main()\n"
     command = [sys.executable, "-c", script, "submit", "recipe.yaml", "--out", "out/{date}", "--json"]
-    environment = {**head.environment, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
+    environment = {**head.environment, "RAY_AUTH_MODE": "token"}
 
     def submit() -> dict[str, Any]:
         done = subprocess.run(
@@ -294,9 +294,9 @@ def test_an_unknown_job_is_named(fapm):
 
 def test_a_cluster_that_has_fapm_runs_what_is_shipped(model, tmp_path, tmp_path_factory):
     mine = tmp_path_factory.mktemp("mine")
-    for package in ("pipeline", "cluster"):
-        shutil.copytree(ROOT / package, mine / package)
-    with open(mine / "pipeline" / "manifest.py", "a") as changed:
+    shutil.copytree(ROOT / "pipeline", mine / "fapm")
+    shutil.copytree(ROOT / "cluster", mine / "fapm" / "cluster")
+    with open(mine / "fapm" / "manifest.py", "a") as changed:
         changed.write("\n\ndef version() -> str:\n    return '9.9+mine'\n")
     with started_head(tmp_path_factory.mktemp("other"), with_fapm=True) as other:
         sent = Fapm(other, tmp_path, "submit", "recipe.yaml", "--json", PYTHONPATH=str(mine))  # at once: it begins

@@ -24,8 +24,8 @@ from ray_head import Head, started_head
 
 pytest.importorskip("lightkube")
 
-from cluster.kubernetes import _job, _read_manifest
-from pipeline import UserError
+from fapm import UserError
+from fapm.cluster.kubernetes import _job, _read_manifest
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "kubernetes"
@@ -58,8 +58,8 @@ class Night:
         words = [word.replace("/etc/fapm", str(self.folder)) for word in pod["command"][1:]]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KUBE"))}
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster", *words, *more], cwd=self.folder, text=True,
-            env={**clean, "PYTHONPATH": str(ROOT), "KUBECONFIG": str(self.folder / "kubeconfig")},
+            [sys.executable, "-m", "fapm", *words, *more], cwd=self.folder, text=True,
+            env={**clean, "KUBECONFIG": str(self.folder / "kubeconfig")},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -79,17 +79,17 @@ def night(tmp_path: Path) -> Iterator[Night]:
 def locally(entrypoint: str) -> int:
     """What a RayJob runs, in this machine's processes without Ray."""
     words = shlex.split(entrypoint.replace("--ray auto", "--ray off"))
-    return subprocess.run([sys.executable, "-m", "cluster", *words[1:]], cwd=ROOT).returncode
+    return subprocess.run([sys.executable, "-m", "fapm", *words[1:]]).returncode
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_nights_over_old_and_new_inputs_on_ray(tmp_path, tmp_path_factory):
     def on_ray(head: Head) -> Callable[[str], int]:
-        environment = {**head.environment, "RAY_AUTH_MODE": "token", "RAY_ADDRESS": head.gcs, "PYTHONPATH": str(ROOT)}
+        environment = {**head.environment, "RAY_AUTH_MODE": "token", "RAY_ADDRESS": head.gcs}
         return lambda entrypoint: (
             subprocess.run(
-                [sys.executable, "-m", "cluster", *shlex.split(entrypoint)[1:]], env=environment, cwd=tmp_path
+                [sys.executable, "-m", "fapm", *shlex.split(entrypoint)[1:]], env=environment, cwd=tmp_path
             ).returncode
         )
 
@@ -106,7 +106,7 @@ def test_nights_over_old_and_new_inputs_on_ray(tmp_path, tmp_path_factory):
         assert os.listdir(pruned) == ["checkpoint-900"]
         runner = Runner(tmp_path / "models")
         own = runner.recipe("own").model_copy(update={"finetuned": str(tmp_path / "models/runs/checkpoint-900")})
-        from pipeline import prune
+        from fapm import prune
 
         prune(own)
         assert digests(pruned / "checkpoint-900") == digests(tmp_path / "models" / "own")
@@ -171,7 +171,7 @@ def test_a_driver_that_is_killed_is_tried_again_on_a_new_cluster_and_goes_on(nig
 
     def killed_once(entrypoint: str) -> int:
         words = shlex.split(entrypoint.replace("--ray auto", "--ray off"))
-        driver = subprocess.Popen([sys.executable, "-m", "cluster", *words[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+        driver = subprocess.Popen([sys.executable, "-m", "fapm", *words[1:]], stdout=subprocess.DEVNULL)
         if not codes:
             wait_until(lambda: len(list(out.glob("model-*.safetensors"))) >= 3)
             driver.kill()

@@ -28,16 +28,16 @@ from nodes import (
 )
 from pace import soon, wait_until
 
-from pipeline import UserError, prune
-from pipeline.run import Result, Watch
-from pipeline.status import status_facts
-from pipeline.storage.local import Folder
+from fapm import UserError, prune
+from fapm.run import Result, Watch
+from fapm.status import status_facts
+from fapm.storage.local import Folder
 
 ray = pytest.importorskip("ray")
 
-from cluster.actor import Sight  # noqa: E402 - needs ray
-from cluster.pool import RayPool, _draining, ray_pool  # noqa: E402
-from cluster.queue import Limits  # noqa: E402
+from fapm.cluster.actor import Sight  # noqa: E402 - needs ray
+from fapm.cluster.pool import RayPool, _draining, ray_pool  # noqa: E402
+from fapm.cluster.queue import Limits  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -120,7 +120,7 @@ def test_a_node_that_is_killed_costs_time_only(model, undisturbed, nodes, add, s
 
 
 def test_with_no_node_left_the_run_waits_for_one_and_says_so(model, undisturbed, nodes, add, monkeypatch):
-    monkeypatch.setattr("cluster.pool._SAY_SECONDS", 0)
+    monkeypatch.setattr("fapm.cluster.pool._SAY_SECONDS", 0)
     only = add()
 
     def lose_and_find(pool: RayPool) -> None:
@@ -159,7 +159,7 @@ def test_workers_that_are_killed_cost_time_only(model, undisturbed, nodes, add, 
 
 def test_a_node_that_does_not_see_the_files_is_named_at_once(model, nodes, add, monkeypatch):
     add()
-    monkeypatch.setattr("cluster.pool._sight", lambda *_: Sight({"/not": {"there": 5}}, Folder("/nor"), b""))
+    monkeypatch.setattr("fapm.cluster.pool._sight", lambda *_: Sight({"/not": {"there": 5}}, Folder("/nor"), b""))
     sentence = r"node .* does not see /nor/fapm/run.json as the driver does"
     with soon(30), pytest.raises(UserError, match=sentence):
         prune(model.recipe(shard_size="6MB", workers=1), pool=ray_pool("auto"))
@@ -201,7 +201,7 @@ def test_a_device_that_fails_is_a_lost_worker_and_no_bad_shard(model, undisturbe
     def breaks(worker: Any, task: Any, following: Any) -> Any:
         import torch
 
-        from pipeline.shard.worker import Worker
+        from fapm.shard.worker import Worker
 
         def fail(*_: Any) -> None:
             raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")

@@ -25,7 +25,7 @@ from ray_head import Head, free_ports, started_head
 
 pytest.importorskip("ray")
 
-from cluster.metrics import COUNTERS, GAUGES
+from fapm.cluster.metrics import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "configs" / "grafana.json").read_text())
@@ -101,11 +101,10 @@ def of_three(done: float | None) -> float | None:
 def test_prometheus_answers_the_dashboard_during_a_run(head, prometheus, tmp_path):
     runner = thirty_shards(tmp_path)
     recipe = runner.recipe("out", **CHOICES)
-    command = [sys.executable, "-m", "cluster", "submit", "--address", head.address, "--json"]
+    command = [sys.executable, "-m", "fapm", "submit", "--address", head.address, "--json"]
     options = ["--base", recipe.base, "--finetuned", recipe.finetuned, "--out", recipe.out]
     options += ["--shard-size", "6MB", "--workers", "2", "--memory", "128MB"]
-    environment = {**head.environment, "PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen([*command, *options], env=head.environment, stdout=subprocess.PIPE, text=True)
     try:
         finished = Path(recipe.out).glob
         wait_until(lambda: len(list(finished("model-*.safetensors"))) >= 5)

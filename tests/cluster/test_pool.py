@@ -12,11 +12,11 @@ from checkpoints import digests
 from conftest import Runner
 from nodes import finished_shards
 
-from pipeline import UserError, prune
+from fapm import UserError, prune
 
 ray = pytest.importorskip("ray")
 
-from cluster.pool import RayPool, ray_pool  # noqa: E402 - needs ray
+from fapm.cluster.pool import RayPool, ray_pool  # noqa: E402 - needs ray
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +100,7 @@ def test_a_ray_of_its_own_does_not_outlive_a_pool_that_cannot_be_made(
 ) -> None:
     ended: list[bool] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr("cluster.pool._connect", lambda *_: None)
+    monkeypatch.setattr("fapm.cluster.pool._connect", lambda *_: None)
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
     with pytest.raises(UserError, match="at least 64MiB for each of the 4 CPUs"):
         prune(pair.recipe(cpus_per_worker=4), pool=ray_pool("local"))

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.queue import Accept, Action, Ask, Limits, Loss, Queue, Release, Start, Stop
+from fapm.cluster.queue import Accept, Action, Ask, Limits, Loss, Queue, Release, Start, Stop
 
 USUAL = Limits()
 LIMITS = Limits(crashes=1000, crashes_of_a_task=1000, failures=1000)

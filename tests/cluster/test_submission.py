@@ -19,18 +19,18 @@ from checkpoints import gaussian
 from click.testing import CliRunner
 from conftest import Runner
 
-from cluster.cli import cli
-from cluster.options import as_arguments
-from cluster.progress import Progress, Retold
-from pipeline import Recipe, UserError, prune
+from fapm import Recipe, UserError, prune
+from fapm.cluster.cli import cli
+from fapm.cluster.options import as_arguments
+from fapm.cluster.progress import Progress, Retold
 
 pytest.importorskip("ray")
 
 from ray.job_submission import JobDetails
 
-from cluster import job
-from cluster.job import _job, runtime_env
-from cluster.submission import Job, Submission, decide, make_submission
+from fapm.cluster import job
+from fapm.cluster.job import _job, runtime_env
+from fapm.cluster.submission import Job, Submission, decide, make_submission
 
 
 class Cluster:
@@ -70,7 +70,7 @@ def submit(*args: str) -> Any:
 def arguments(cluster: Cluster) -> list[str]:
     """Those of `fapm` on the cluster."""
     words = shlex.split(cluster.submitted[-1]["entrypoint"])
-    assert words[:6] == ["exec", "env", "FAPM_PROGRESS=json", "python3", "-m", "cluster"]
+    assert words[:6] == ["exec", "env", "FAPM_PROGRESS=json", "python3", "-m", "fapm"]
     return words[6:]
 
 
@@ -124,8 +124,8 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
 def test_the_package_is_shipped_and_not_the_folder_of_the_user(pair, cluster):
     (pair.folder / "secret.txt").write_text("mine")
     assert submit("--base", "base", "--finetuned", "finetuned", "--out", "out").exit_code == 0
-    assert {"pipeline/run.py", "cluster/__main__.py"} <= cluster.shipped
-    assert {name.split("/")[0].split("-")[0] for name in cluster.shipped} == {"pipeline", "cluster", "fapm"}
+    assert {"fapm/run.py", "fapm/__main__.py", "fapm/cluster/job.py"} <= cluster.shipped
+    assert {name.split("/")[0].split("-")[0] for name in cluster.shipped} == {"fapm"}
     assert not any("__pycache__" in name for name in cluster.shipped)
 
 
@@ -162,7 +162,7 @@ def test_a_submission_is_its_recipe_and_its_inputs(pair):
 def test_dates_do_not_make_another_submission(pair, monkeypatch):
     digests = set()
     for day in ("2026-12-01", "2026-12-02"):
-        monkeypatch.setattr("pipeline.fields.times", lambda day=day: {"date": day, "time": "000000"})
+        monkeypatch.setattr("fapm.fields.times", lambda day=day: {"date": day, "time": "000000"})
         submission = make_submission(pair.recipe("{date}"), "auto", False, lambda line: None)
         assert submission.recipe.out == str(pair.folder / day)
         digests.add(submission.digest)

@@ -47,10 +47,9 @@ def pair(tmp_path: Path) -> Path:
 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "cluster", *words]
+    command = [sys.executable, "-m", "fapm", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, cwd=folder, text=True, **pipes)
 
 
 def fapm(folder: Path, *words: str, code: int = 0) -> tuple[str, str]:
@@ -140,12 +139,12 @@ def test_the_commands_of_the_readme(pair: Path) -> None:
     script = f"#!{sys.executable}\n{SCORE}\nprint(json.dumps(score(sys.argv[1])))\n"
     (pair / "score.py").write_text(script)
     (pair / "score.py").chmod(0o755)
-    (pair / "fapm").write_text(f'#!/bin/sh\nexec {sys.executable} -m cluster "$@"\n')
+    (pair / "fapm").write_text(f'#!/bin/sh\nexec {sys.executable} -m fapm "$@"\n')
     (pair / "fapm").chmod(0o755)
     path = f"{pair}:{os.environ['PATH']}"
     command = block.replace("retained>=0.95", "retained>=0.7")  # this score's skills are others
     subprocess.run(
-        ["bash", "-euc", command], cwd=pair, env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}, check=True,
+        ["bash", "-euc", command], cwd=pair, env=os.environ | {"PATH": path}, check=True,
     )  # fmt: skip
     assert (pair / "report.html").stat().st_size > 10_000
     assert (pair / "OUT" / "model.safetensors").exists()

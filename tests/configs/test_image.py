@@ -119,5 +119,39 @@ def test_its_steps_make_an_environment_that_prunes_where_only_tmp_can_be_written
     sides = [f"--{side}={models}/demo/{side}" for side in ("base", "finetuned")]
     assert "with 1 worker" in run("fapm", "prune", *sides, f"--out={models}/out", "--ray=local", "--workers=1")
     assert "all checksums are as they should be" in run("fapm", "verify", f"{models}/out")
-    for module in ("cluster.job", "cluster.kubernetes"):
+    for module in ("fapm.cluster.job", "fapm.cluster.kubernetes"):
         run("python", "-c", f"import {module}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_is_installed_is_one_package_that_no_folder_of_the_user_hides(image, tmp_path):
+    """Nothing but `fapm` and what describes it; it works beside modules with names that our folders have."""
+    [site] = (image / "environment").glob("lib/python*/site-packages")
+    [about] = site.glob("fapm-*.dist-info")
+    installed = {line.partition(",")[0] for line in (about / "RECORD").read_text().splitlines()}
+    files = {name for name in installed if not name.startswith(("../", f"{about.name}/")) and "__pycache__" not in name}
+    ours = {"pipeline": Path("fapm"), "cluster": Path("fapm/cluster")}
+    there = {
+        str(name / path.relative_to(ROOT / folder))
+        for folder, name in ours.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert files == there
+    for name in ("pipeline", "cluster", "configs", "tests", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('this is the {name} of the user')")
+    python = image / "environment" / "bin" / "python"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    sides = ["--base", "demo/base", "--finetuned", "demo/finetuned"]
+    code = "from fapm import Recipe, prune; prune(Recipe(base='demo/base', finetuned='demo/finetuned', out='out'))"
+    for command in (
+        ["-m", "fapm", "demo", "demo"],
+        ["-m", "fapm", "prune", *sides, "--out", "on-ray", "--ray", "local", "--workers", "1"],
+        ["-c", code],
+    ):
+        done = subprocess.run([python, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    pruned = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("demo/pruned", "out", "on-ray")]
+    assert pruned[0] == pruned[1] == pruned[2]

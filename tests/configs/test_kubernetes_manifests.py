@@ -13,7 +13,7 @@ import yaml
 from command_lines import check_command
 from kubernetes_api import faults
 
-from pipeline import Recipe
+from fapm import Recipe
 
 FOLDER = Path(__file__).parents[2] / "configs" / "kubernetes"
 MANIFESTS = ("rayjob.yaml", "cronjob.yaml", "raycronjob.yaml")
@@ -101,7 +101,7 @@ def test_workers_come_from_nothing_spot_ones_first(name, kind):
 
 
 def test_a_worker_of_the_recipe_fits_the_pods():
-    from cluster.demand import demand
+    from fapm.cluster.demand import demand
 
     recipe = Recipe.load(FOLDER / "recipe.yaml")
     asked = demand(recipe, 140, {}).options

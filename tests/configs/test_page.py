@@ -12,9 +12,9 @@ from click import Context
 from command_lines import check_command
 from obstore.exceptions import BaseError
 
-from cluster.cli import cli
-from pipeline.errors import PassingError
-from pipeline.storage import answers, local
+from fapm.cluster.cli import cli
+from fapm.errors import PassingError
+from fapm.storage import answers, local
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAGE = (CONFIGS / "README.md").read_text()

@@ -11,7 +11,7 @@ import torch
 from checkpoints import load
 from conftest import Runner
 
-from pipeline import Recipe, prune
+from fapm import Recipe, prune
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -19,8 +19,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from checkpoints import load  # noqa: E402
 
+from fapm import Recipe, UserError, prune  # noqa: E402
 from layouts import tiny  # noqa: E402
-from pipeline import Recipe, UserError, prune  # noqa: E402
 
 
 def make(folder: Path, model_type: str, name: str) -> bool:

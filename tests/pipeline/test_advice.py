@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pace import soon
 
-from pipeline.advice import advice_text, advise
-from pipeline.storage import rate
-from pipeline.storage.rate import ENOUGH_BYTES, read_rate
+from fapm.advice import advice_text, advise
+from fapm.storage import rate
+from fapm.storage.rate import ENOUGH_BYTES, read_rate
 
 BILLION = 10**9
 ONE = {"elements": BILLION, "pair_bytes": 4 * BILLION, "twice_bytes": 0}

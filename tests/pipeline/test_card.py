@@ -11,7 +11,7 @@ import torch
 from checkpoints import digests, gaussian
 from huggingface_hub import ModelCard
 
-from pipeline import prune
+from fapm import prune
 
 SHAPES = {"model.layers.0.a": (30, 40), "model.layers.1.a": (30, 40), "model.layers.0.norm": (8,), "x|`y": (5,)}
 

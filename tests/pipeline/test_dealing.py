@@ -9,11 +9,11 @@ import pytest
 import torch
 from checkpoints import digests, gaussian
 
-from pipeline import make_plan, prune
-from pipeline.plan import Shard
-from pipeline.pool import Deal, Did, Threads
-from pipeline.shard.task import Task
-from pipeline.shard.worker import Worker
+from fapm import make_plan, prune
+from fapm.plan import Shard
+from fapm.pool import Deal, Did, Threads
+from fapm.shard.task import Task
+from fapm.shard.worker import Worker
 
 
 def test_each_task_is_dealt_once_and_what_follows_is_kept():

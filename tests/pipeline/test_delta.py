@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,12 +22,12 @@ from pace import wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.delta import apply_, as_shira, patches, revert_
-from pipeline.formats.sparse import BLOCK, COLUMNS, check_table, encode
-from pipeline.shard.delta import DeltaWriter
-from pipeline.storage.address import layered
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.delta import apply_, as_shira, patches, revert_
+from fapm.formats.sparse import BLOCK, COLUMNS, check_table, encode
+from fapm.shard.delta import DeltaWriter
+from fapm.storage.address import layered
 
 SHAPES = {
     "model.embed.weight": (40, 8), "model.layers.0.a": (300, 70), "model.layers.1.a": (1 << 20, 2), "norm": (5,),
@@ -159,12 +158,11 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     choices = {"emit": "both", "shard_size": "1MB", "scope": "global"}
     expected = run(tmp_path, "expected", **choices)
     sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out"]
-    command = [sys.executable, "-m", "cluster", "prune", *sides, "--emit", "both", "--shard-size", "1MB"]
+    command = [sys.executable, "-m", "fapm", "prune", *sides, "--emit", "both", "--shard-size", "1MB"]
     random, killed = np.random.default_rng(0), 0
     for _ in range(5):
         process = subprocess.Popen(
             [*command, "--scope", "global"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )  # fmt: skip
         there = len(list((tmp_path / "out").glob("delta-*")))
         wait_until(
@@ -530,9 +528,8 @@ def test_the_file_is_put_together_piece_by_piece(pair, monkeypatch):
 
 
 def fapm(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "cluster", *args]
-    return subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(root), "PATH": "", "HOME": str(folder)},
+    command = [sys.executable, "-m", "fapm", *args]
+    return subprocess.run(command, cwd=folder, env={"PATH": "", "HOME": str(folder)},
                           capture_output=True, text=True)  # fmt: skip
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from pipeline import UserError
-from pipeline.demo import check, check_tensor, demo
-from pipeline.run import Watch
+from fapm import UserError
+from fapm.demo import check, check_tensor, demo
+from fapm.run import Watch
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from checkpoints import Tensors, digests, save
 
-from pipeline import Recipe, UserError, fields, prune
-from pipeline.checking.verify import verify
-from pipeline.formats.newest import newest
-from pipeline.run import Result
+from fapm import Recipe, UserError, fields, prune
+from fapm.checking.verify import verify
+from fapm.formats.newest import newest
+from fapm.run import Result
 
 
 def weights(seed: int) -> Tensors:
@@ -100,7 +100,7 @@ def test_a_run_that_was_stopped_before_midnight_goes_on_in_its_folder(runs, monk
     save(Path("base"), {f"{i}.weight": torch.randn(30, 30) for i in range(4)})
     save(Path("runs/checkpoint-900"), {f"{i}.weight": torch.randn(30, 30) for i in range(4)})
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.manifest.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("fapm.manifest.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             runs.prune(day=1, shard_size="4kB")
     result = runs.prune(day=2, shard_size="4kB")

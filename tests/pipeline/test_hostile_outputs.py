@@ -29,9 +29,8 @@ from hypothesis import strategies as st
 from pace import pace
 from safetensors.torch import save_file
 
-from cluster.cli import cli
+from fapm.cluster.cli import cli
 
-ROOT = Path(__file__).parents[2]
 SHAPES = {"model.layers.0.a.weight": (30, 40), "model.layers.1.a.weight": (30, 40), "b": (8,)}
 FUZZ = int(os.environ.get("FAPM_FUZZ", "40"))
 
@@ -244,7 +243,7 @@ import os, resource, sys
 def cost():
     of = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(o.ru_utime + o.ru_stime for o in of), max(o.ru_maxrss for o in of)
-from cluster.cli import cli
+from fapm.cluster.cli import cli
 try:
     cli(sys.argv[1:])
 except SystemExit as ended:
@@ -257,7 +256,7 @@ def measured(words: str) -> tuple[float, int, int, list[str]]:
     """Seconds of processors and kilobytes of a command, its exit code, and what it said on stderr."""
     # A shell starts it: a process's peak is at least that of the one that has started it.
     command = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", WATCHED, *words.split()]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     *said, last = done.stderr.splitlines()
     assert "Traceback" not in done.stderr, done.stderr
     seconds, kilobytes, code = last.split()

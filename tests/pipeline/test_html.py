@@ -15,13 +15,13 @@ import torch
 from checkpoints import gaussian, save
 from needs import needs, program
 
-from pipeline import Recipe, UserError, prune
-from pipeline.choosing.candidates import candidates
-from pipeline.choosing.choice import choose
-from pipeline.choosing.evaluation import Said
-from pipeline.choosing.skills import Measure
-from pipeline.choosing.sweep import Swept, sweep, sweep_folder, take, write_sweep
-from pipeline.page import page
+from fapm import Recipe, UserError, prune
+from fapm.choosing.candidates import candidates
+from fapm.choosing.choice import choose
+from fapm.choosing.evaluation import Said
+from fapm.choosing.skills import Measure
+from fapm.choosing.sweep import Swept, sweep, sweep_folder, take, write_sweep
+from fapm.page import page
 
 EVIL = 'x</script><img src="http://evil.test/a.png" onerror="alert(1)">$\\frac{'
 MODULES = {"self_attn.q_proj.weight": (24, 16), "mlp.up_proj.weight": (40, 16), f"{EVIL}.weight": (9, 9)}

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pace import at_once
 
-from pipeline import Recipe, UserError, make_plan
-from pipeline.formats.checkpoint import Checkpoint
-from pipeline.formats.tensor import TensorInfo
-from pipeline.plan import MOST_TENSORS, PairedTensor, cut, group, group_of, index_json, plan_pair
-from pipeline.run import to_measure
-from pipeline.storage.local import Folder
+from fapm import Recipe, UserError, make_plan
+from fapm.formats.checkpoint import Checkpoint
+from fapm.formats.tensor import TensorInfo
+from fapm.plan import MOST_TENSORS, PairedTensor, cut, group, group_of, index_json, plan_pair
+from fapm.run import to_measure
+from fapm.storage.local import Folder
 
 SIDES = {"base": "b", "finetuned": "f", "out": "o"}
 

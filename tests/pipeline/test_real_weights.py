@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from pipeline import Recipe, prune
-from pipeline.checking.verify import verify
+from fapm import Recipe, prune
+from fapm.checking.verify import verify
 
 pytestmark = pytest.mark.slow
 

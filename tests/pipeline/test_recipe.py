@@ -9,8 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import Recipe, UserError
-from pipeline.recipe import format_bytes, parse_bytes
+from fapm import Recipe, UserError
+from fapm.recipe import format_bytes, parse_bytes
 
 SIDES = {"base": "b", "finetuned": "f", "out": "o"}
 

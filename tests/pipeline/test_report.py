@@ -6,11 +6,11 @@ import pytest
 import torch
 from checkpoints import gaussian, save
 
-from pipeline import prune
-from pipeline.formats.checkpoint import open_checkpoint
-from pipeline.manifest import read_table
-from pipeline.plan import make_plan
-from pipeline.report import (
+from fapm import prune
+from fapm.formats.checkpoint import open_checkpoint
+from fapm.manifest import read_table
+from fapm.plan import make_plan
+from fapm.report import (
     checkpoint_facts,
     checkpoint_text,
     extremes,
@@ -21,7 +21,7 @@ from pipeline.report import (
     prune_facts,
     run_text,
 )
-from pipeline.run import Watch
+from fapm.run import Watch
 
 SHAPES = {f"model.layers.{i}.up.weight": (16, 8) for i in range(12)}
 

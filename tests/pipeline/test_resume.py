@@ -17,12 +17,12 @@ import pytest
 import torch
 from checkpoints import coarse, gaussian, load, save, weights_of
 
-from pipeline import UserError, make_plan, manifest, prune
-from pipeline.checking.verify import verify
-from pipeline.errors import PassingError
-from pipeline.pool import Threads
-from pipeline.run import Watch, in_process
-from pipeline.shard.worker import Worker
+from fapm import UserError, make_plan, manifest, prune
+from fapm.checking.verify import verify
+from fapm.errors import PassingError
+from fapm.pool import Threads
+from fapm.run import Watch, in_process
+from fapm.shard.worker import Worker
 
 SHAPES = {f"model.layers.{i}.{n}.weight": (60, 40) for i in range(3) for n in "ab"} | {"lm_head.weight": (50, 40)}
 SHARDS = {"shard_size": "15kB"}  # one tensor and a half: every layer lies in two
@@ -36,10 +36,10 @@ recipe, and of the numbers at which to die, tried one after the other in the sam
 import itertools, json, os, signal, sys
 import numpy as np
 import pyarrow.parquet
-from pipeline import Recipe, prune
-from pipeline.scoring.engine import Chunk
-from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.threshold import Bracket, histograms
+from fapm import Recipe, prune
+from fapm.scoring.engine import Chunk
+from fapm.scoring.compiled import CpuEngine
+from fapm.scoring.threshold import Bracket, histograms
 
 CHANGES = ("replace", "unlink", "rmdir", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "write")
 
@@ -179,7 +179,7 @@ def test_killed_at_random_moments(runner, scope):
     choices = {"scope": scope, "shard_size": "3MB", "workers": 2, "memory": "64MiB"}
     reference, _ = runner.prune(**choices)
     recipe = runner.recipe("out", **choices)
-    command = [sys.executable, "-c", "import sys, json; from pipeline import Recipe, prune; "
+    command = [sys.executable, "-c", "import sys, json; from fapm import Recipe, prune; "
                "prune(Recipe.of(**json.loads(sys.argv[1])))", recipe.model_dump_json(exclude_none=True)]  # fmt: skip
     began = time.perf_counter()
     subprocess.run(command, check=True)

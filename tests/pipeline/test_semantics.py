@@ -27,10 +27,10 @@ from checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.manifest import load_manifest, read_table
-from pipeline.shard import sample
+from fapm import UserError, prune
+from fapm.checking.verify import verify
+from fapm.manifest import load_manifest, read_table
+from fapm.shard import sample
 
 METHODS = ["fapm", "magnitude", "relative", "random", "dare", "wise-ft"]
 SCOPES = ["tensor", "layer", "global"]

@@ -17,10 +17,10 @@ import torch
 from checkpoints import gaussian
 from conftest import Runner
 
-from pipeline import UserError, prune
-from pipeline.run import Watch
-from pipeline.status import status_facts, status_text
-from pipeline.storage.hold import hold
+from fapm import UserError, prune
+from fapm.run import Watch
+from fapm.status import status_facts, status_text
+from fapm.storage.hold import hold
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_a_run_that_was_killed_has_died(model):
     recipe = model.recipe(shard_size=4200)
     script = textwrap.dedent(f"""
         import os, signal
-        from pipeline import Recipe, prune
-        from pipeline.run import Watch
+        from fapm import Recipe, prune
+        from fapm.run import Watch
         done = []
         def say(line):
             done.append(line) if line.startswith("model-") else None

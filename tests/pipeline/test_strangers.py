@@ -16,9 +16,9 @@ import torch
 from checkpoints import gaussian, save, save_pair, weights_of
 from click.testing import CliRunner, Result
 
-from cluster.cli import cli
-from pipeline import UserError
-from pipeline.manifest import MANIFEST
+from fapm import UserError
+from fapm.cluster.cli import cli
+from fapm.manifest import MANIFEST
 
 SHAPES = {"model.layers.0.a.weight": (30, 40), "model.layers.1.a.weight": (8,)}
 SECRET = "TOKEN=hunter2"
@@ -175,8 +175,8 @@ def test_a_link_in_a_sweeps_output_is_refused(place, name):
 @pytest.mark.parametrize("late", ["fapm", "fapm/tmp"])
 def test_a_link_that_comes_while_a_run_is_at_work_is_not_followed(place, late):
     """Between the look and the writing."""
-    from pipeline import manifest
-    from pipeline.storage.hold import hold
+    from fapm import manifest
+    from fapm.storage.hold import hold
 
     elsewhere = place.parent / "elsewhere"
     before = everything(elsewhere)

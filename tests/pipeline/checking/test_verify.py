@@ -18,12 +18,12 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.consumers import read_as_consumers_do
-from pipeline.checking.verify import verify
-from pipeline.formats.dtypes import itemsize
-from pipeline.formats.header import read_header
-from pipeline.storage.local import Folder
+from fapm import Recipe, UserError, prune
+from fapm.checking.consumers import read_as_consumers_do
+from fapm.checking.verify import verify
+from fapm.formats.dtypes import itemsize
+from fapm.formats.header import read_header
+from fapm.storage.local import Folder
 
 SHAPES = {
     "model.embed_tokens.weight": (50, 16),

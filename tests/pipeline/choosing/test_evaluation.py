@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,17 +15,17 @@ import torch
 from checkpoints import gaussian, load, save
 from pace import soon, wait_until
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.choosing.candidates import candidates
-from pipeline.choosing.choice import Choice, choose
-from pipeline.choosing.compare import compare
-from pipeline.choosing.evaluation import Evaluation, Said, evaluate, evaluate_all, evaluation
-from pipeline.choosing.skills import Measure
-from pipeline.choosing.sources import Source
-from pipeline.choosing.sweep import Swept, evaluate_sweep, read_sweep, sweep, sweep_folder, take, write_sweep
-from pipeline.report import compare_text, sweep_text
-from pipeline.storage.address import open_store
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.choosing.candidates import candidates
+from fapm.choosing.choice import Choice, choose
+from fapm.choosing.compare import compare
+from fapm.choosing.evaluation import Evaluation, Said, evaluate, evaluate_all, evaluation
+from fapm.choosing.skills import Measure
+from fapm.choosing.sources import Source
+from fapm.choosing.sweep import Swept, evaluate_sweep, read_sweep, sweep, sweep_folder, take, write_sweep
+from fapm.report import compare_text, sweep_text
+from fapm.storage.address import open_store
 
 SCORE = """
 import glob, json, sys
@@ -49,7 +48,6 @@ if __name__ == "__main__":
     print("loading ...")
     print(json.dumps(score(sys.argv[1])))
 """
-ROOT = Path(__file__).parents[3]
 COMMAND = f"{sys.executable} score.py {{checkpoint}}"
 
 
@@ -139,11 +137,11 @@ def test_what_has_a_session_of_its_own_is_ended_too(pair, sleeps, seconds, skill
 def test_an_evaluation_ends_with_the_process_that_asked(pair):
     (pair / "left.py").write_text(LEFT_BEHIND)
     code = (
-        "from pipeline.choosing.evaluation import evaluate, evaluation\n"
-        "from pipeline.choosing.sources import Source\n"
+        "from fapm.choosing.evaluation import evaluate, evaluation\n"
+        "from fapm.choosing.sources import Source\n"
         f"evaluate(evaluation(['{sys.executable} left.py {{checkpoint}} 600'], [], []), Source('it', 'base', ''))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen([sys.executable, "-c", code])
     wait_until(lambda: (pair / "pid").exists() and (pair / "pid").read_text())
     process.kill()
     process.wait()
@@ -285,8 +283,8 @@ def test_a_failed_evaluation_does_not_end_the_others(pair):
 
 def test_an_adapter_is_evaluated_merged(pair):
     """Whatever finetuned is stored like, what is evaluated is a checkpoint."""
-    from pipeline.choosing.sources import at_hand, inputs
-    from pipeline.plan import make_plan
+    from fapm.choosing.sources import at_hand, inputs
+    from fapm.plan import make_plan
 
     prune(Recipe.of(base="base", finetuned="finetuned", out="delta", emit="delta", rules=["*=finetuned"], device="cpu"))
     plan = make_plan(Recipe.of(base="base", finetuned="delta", out="out", device="cpu"))

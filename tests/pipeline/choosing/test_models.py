@@ -12,8 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pipeline.choosing.evaluation import Evaluation, evaluate, evaluation
-from pipeline.choosing.sources import Source
+from fapm.choosing.evaluation import Evaluation, evaluate, evaluation
+from fapm.choosing.sources import Source
 
 WORDS = [f"w{i}" for i in range(60)]
 WINDOW = 32

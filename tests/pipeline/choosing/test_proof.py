@@ -22,8 +22,8 @@ import pytest
 import torch
 from needs import needs
 
-from pipeline import Recipe, prune
-from pipeline.choosing.skills import Measure
+from fapm import Recipe, prune
+from fapm.choosing.skills import Measure
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TESTS = Path(__file__).parents[2]
@@ -32,9 +32,8 @@ METHODS = "fapm,magnitude,wise-ft" if minilm.FULL else "fapm,magnitude"
 
 
 def fapm(folder: Path, *words: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "cluster", *words, "--json"]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-m", "fapm", *words, "--json"]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)

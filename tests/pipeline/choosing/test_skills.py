@@ -8,9 +8,9 @@ import statistics
 
 import pytest
 
-from pipeline import UserError
-from pipeline.choosing.choice import Choice, by_name, check_choice, choose, front
-from pipeline.choosing.skills import Measure, Point, points, read_skills
+from fapm import UserError
+from fapm.choosing.choice import Choice, by_name, check_choice, choose, front
+from fapm.choosing.skills import Measure, Point, points, read_skills
 
 
 def test_retained_and_forgetting_are_the_field_s():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from checkpoints import gaussian, save
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.choosing.candidates import candidates
-from pipeline.choosing.sweep import sweep, sweep_folder
-from pipeline.run import Watch
-from pipeline.shard.worker import Worker
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.choosing.candidates import candidates
+from fapm.choosing.sweep import sweep, sweep_folder
+from fapm.run import Watch
+from fapm.shard.worker import Worker
 
 SHAPES = {
     "model.embed.weight": (40, 8), "model.layers.0.a": (300, 70), "model.layers.0.b": (11,),

@@ -18,14 +18,14 @@ from checkpoints import Tensors, gaussian, load, save
 from layouts import make, sweep
 from safetensors.torch import load_file
 
-from pipeline import Recipe, UserError, make_plan, prune
-from pipeline.checking.folder import check_folder, refused_by_transformers
-from pipeline.checking.verify import verify
-from pipeline.formats import layouts
-from pipeline.formats.checkpoint import open_checkpoint
-from pipeline.formats.header import read_header
-from pipeline.formats.unpaired import SMALL_SHARE
-from pipeline.storage.local import Folder
+from fapm import Recipe, UserError, make_plan, prune
+from fapm.checking.folder import check_folder, refused_by_transformers
+from fapm.checking.verify import verify
+from fapm.formats import layouts
+from fapm.formats.checkpoint import open_checkpoint
+from fapm.formats.header import read_header
+from fapm.formats.unpaired import SMALL_SHARE
+from fapm.storage.local import Folder
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

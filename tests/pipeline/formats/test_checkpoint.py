@@ -11,8 +11,8 @@ import torch
 from checkpoints import gaussian, raw_file, save
 from pace import at_once
 
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import open_checkpoint
+from fapm.errors import UserError
+from fapm.formats.checkpoint import open_checkpoint
 
 TENSORS = {"a": torch.ones(3), "b": torch.zeros(2, 2), "c": torch.arange(4)}
 

@@ -15,8 +15,8 @@ from checkpoints import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.formats import dtypes
+from fapm.errors import UserError
+from fapm.formats import dtypes
 
 SAME_BITS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "F8_E4M3": np.uint8}
 

@@ -17,9 +17,9 @@ from pace import at_once
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.errors import UserError
-from pipeline.formats.header import MAX_HEADER_BYTES, build_header, is_name, read_header
-from pipeline.storage.local import Reader
+from fapm.errors import UserError
+from fapm.formats.header import MAX_HEADER_BYTES, build_header, is_name, read_header
+from fapm.storage.local import Reader
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

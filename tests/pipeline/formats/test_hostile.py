@@ -22,12 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline import Recipe, UserError, make_plan, prune
-from pipeline.formats.adapter import read_adapter
-from pipeline.formats.checkpoint import open_checkpoint
-from pipeline.formats.header import MAX_HEADER_BYTES
+from fapm import Recipe, UserError, make_plan, prune
+from fapm.formats.adapter import read_adapter
+from fapm.formats.checkpoint import open_checkpoint
+from fapm.formats.header import MAX_HEADER_BYTES
 
-ROOT = Path(__file__).parents[3]
 FUZZ = int(os.environ.get("FAPM_FUZZ", "300"))
 
 
@@ -136,7 +135,7 @@ CASES = {
 
 WATCHED = """
 import resource, sys, time
-from pipeline import Recipe, UserError, make_plan
+from fapm import Recipe, UserError, make_plan
 recipe = Recipe.of(base="base", finetuned="finetuned", out="out")
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:
@@ -154,8 +153,7 @@ def test_refused_in_a_second_and_in_200_mb(tmp_path, case):
     (tmp_path / "finetuned").mkdir()
     CASES[case](tmp_path / "finetuned")
     command = [sys.executable, "-c", WATCHED]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert not done.stderr
     seconds, kilobytes, printable, text = done.stdout.split(" ", 3)
     assert printable == "True"
@@ -214,7 +212,7 @@ def test_what_becomes_of_every_stored_tensor_is_reported(tmp_path):
         "finetuned": {"counts": {"not taken, base's is": 1, "passed through": 2, "pruned": 2}, "left_out": {}},
     }
     done = subprocess.run(
-        [sys.executable, "-m", "cluster", "report", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "fapm", "report", str(tmp_path / "out")], capture_output=True, text=True
     )
     assert "1 left out, 1 not taken, finetuned's is, 1 passed through, 2 pruned" in done.stdout
     assert "finetuned does not have it (1: old)" in done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.formats.lowrank import rounded
+from fapm.formats.lowrank import rounded
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it():

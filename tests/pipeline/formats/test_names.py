@@ -10,8 +10,8 @@ import torch
 import transformers
 from checkpoints import digests, load, save, save_pair
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
 
 SHAPES = {"model.embed_tokens.weight": (40, 8), "model.layers.0.q.weight": (8, 16), "lm_head.weight": (40, 8)}
 

@@ -20,10 +20,10 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from checkpoints import digests, load, save, save_pair
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.formats import sandbox
-from pipeline.formats.checkpoint import open_checkpoint
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.formats import sandbox
+from fapm.formats.checkpoint import open_checkpoint
 
 SHAPES = {"model.embed.weight": (40, 8), "model.layers.0.q.weight": (8, 16), "norm": (5,), "empty": (0, 3), "one": ()}
 
@@ -301,8 +301,8 @@ GROWING = {
 }
 OPENED = """
 import resource, sys
-from pipeline.errors import UserError
-from pipeline.formats.checkpoint import open_checkpoint
+from fapm.errors import UserError
+from fapm.formats.checkpoint import open_checkpoint
 try:
     open_checkpoint(sys.argv[1], "base", allow_pickle=True)
 except UserError as error:
@@ -323,5 +323,4 @@ def test_a_pickle_that_grows_is_refused_in_little_memory(tmp_path, what):
 def fresh(code: str, *words: str) -> str:
     """What Python says. A shell starts it: a process's peak is at least that of the one that has started it."""
     command = ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code, *words]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -16,8 +16,8 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from pipeline import Recipe, UserError, make_plan, prune
-from pipeline.checking.verify import verify
+from fapm import Recipe, UserError, make_plan, prune
+from fapm.checking.verify import verify
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 

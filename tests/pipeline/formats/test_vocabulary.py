@@ -10,11 +10,11 @@ import pytest
 import torch
 from checkpoints import Tensors, gaussian, load, same_bits, save
 
-from pipeline import UserError, make_plan
-from pipeline.checking.verify import verify
-from pipeline.formats.checkpoint import open_checkpoint, read_config
-from pipeline.formats.configuration import ties
-from pipeline.formats.vocabulary import moved, token_ids
+from fapm import UserError, make_plan
+from fapm.checking.verify import verify
+from fapm.formats.checkpoint import open_checkpoint, read_config
+from fapm.formats.configuration import ties
+from fapm.formats.vocabulary import moved, token_ids
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPES = {EMBEDDING: (20, 8), "model.layers.0.up.weight": (8, 8)}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from chunks import Device
 
-from pipeline.scoring import accelerator
-from pipeline.scoring.accelerator import Accelerator
+from fapm.scoring import accelerator
+from fapm.scoring.accelerator import Accelerator
 
 
 class Runtime:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from checkpoints import gaussian, save, weights_of
 
-from pipeline.scoring import compiled
+from fapm.scoring import compiled
 
 SCRIPT = """
 import sys
 import numpy as np
-from pipeline.scoring.engine import Chunk
-from pipeline.scoring.compiled import CpuEngine
+from fapm.scoring.engine import Chunk
+from fapm.scoring.compiled import CpuEngine
 
 random = np.random.default_rng(0)
 p = random.normal(0, 1, 5000).astype(np.float32)
@@ -52,7 +52,7 @@ def test_loops_that_several_processes_compiled_do_not_mix_in_one_that_loads_them
     assert kept(tmp_path / "apart", *methods) == fresh
 
 
-PRUNE = [sys.executable, "-m", "cluster", "prune", "--base", "base", "--finetuned", "finetuned"]
+PRUNE = [sys.executable, "-m", "fapm", "prune", "--base", "base", "--finetuned", "finetuned"]
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -65,7 +65,7 @@ def on_read_only(folder: Path, out: str, *also: str) -> subprocess.CompletedProc
     mounts += [f"mount --rbind {path} {path} && mount -o remount,bind,ro {path}" for path in read_only]
     command = " && ".join([*mounts, f"cd {folder}", f'exec "$@" --out {out}'])
     environment = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR")}
-    environment |= {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"HOME": str(home)}
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", command, "sh", *PRUNE],
         env=environment, capture_output=True, text=True,
@@ -130,7 +130,7 @@ def test_a_disk_too_full_to_keep_what_was_compiled_is_no_error(pair_of_folders: 
     cache = pair_of_folders / "cache"
     cache.mkdir()
     command = f'mount -t tmpfs -o size=8k tmpfs {cache} && cd {pair_of_folders} && exec "$@" --out out'
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", command, "sh", *PRUNE],
         env=environment, capture_output=True, text=True,
@@ -141,7 +141,7 @@ def test_a_disk_too_full_to_keep_what_was_compiled_is_no_error(pair_of_folders: 
 @pytest.mark.slow
 def test_what_is_compiled_is_kept_in_the_users_cache_and_not_beside_the_sources(pair_of_folders: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
-    environment |= {"XDG_CACHE_HOME": str(pair_of_folders / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"XDG_CACHE_HOME": str(pair_of_folders / "cache")}
     before = set(REPOSITORY.glob("pipeline/**/*.nb?"))
     for out, times in (("one", 1), ("two", 0)):
         command = [*PRUNE, "--out", out]

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.formats.dtypes import upcast
-from pipeline.scoring import device
-from pipeline.scoring.compiled import BLOCK, TILE, CpuEngine
-from pipeline.scoring.device import make_engine
-from pipeline.scoring.engine import Chunk
-from pipeline.scoring.methods import METHODS, stream_of
-from pipeline.scoring.threshold import (
+from fapm.errors import UserError
+from fapm.formats.dtypes import upcast
+from fapm.scoring import device
+from fapm.scoring.compiled import BLOCK, TILE, CpuEngine
+from fapm.scoring.device import make_engine
+from fapm.scoring.engine import Chunk
+from fapm.scoring.methods import METHODS, stream_of
+from fapm.scoring.threshold import (
     HIGHEST_KEY,
     KEEP_ALL,
     KEEP_NONE,
@@ -34,7 +34,7 @@ from pipeline.scoring.threshold import (
     histograms,
     key_of,
 )
-from pipeline.shard.section import CHUNK
+from fapm.shard.section import CHUNK
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 KINDS = ["bfloat16", "float32", "float64"]

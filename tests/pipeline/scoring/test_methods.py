@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.run import prune
-from pipeline.scoring import methods as score
-from pipeline.scoring.compiled import CpuEngine
-from pipeline.scoring.methods import METHODS, Method, evaluate, stream_of, uniform
-from pipeline.scoring.threshold import KEEP_ALL, MAX_KEY, Bracket
+from fapm.run import prune
+from fapm.scoring import methods as score
+from fapm.scoring.compiled import CpuEngine
+from fapm.scoring.methods import METHODS, Method, evaluate, stream_of, uniform
+from fapm.scoring.threshold import KEEP_ALL, MAX_KEY, Bracket
 
 SCORED = [name for name, method in METHODS.items() if method.score]
 DEFINED_BY_DELTA = ["fapm", "magnitude", "relative"]
@@ -93,7 +93,7 @@ def test_numpy_torch_and_compiled_agree_bit_for_bit(p, f):
 
 
 def score_key(s: np.float32) -> int:
-    from pipeline.scoring.threshold import key_of
+    from fapm.scoring.threshold import key_of
 
     return int(key_of(np.array([s]))[0])
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.scoring import threshold
-from pipeline.scoring.threshold import (
+from fapm.scoring import threshold
+from fapm.scoring.threshold import (
     KEEP_ALL,
     KEEP_NONE,
     MAX_BINS,

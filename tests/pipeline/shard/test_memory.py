@@ -12,15 +12,15 @@ import pytest
 import torch
 from checkpoints import gaussian, save, weights_of
 
-from pipeline import Recipe, prune
-from pipeline.formats.header import build_header
-from pipeline.manifest import load_manifest
-from pipeline.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
-from pipeline.storage.local import Reader
+from fapm import Recipe, prune
+from fapm.formats.header import build_header
+from fapm.manifest import load_manifest
+from fapm.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
+from fapm.storage.local import Reader
 
 RUN = """
 import json, sys
-from pipeline import Recipe, prune
+from fapm import Recipe, prune
 prune(Recipe.of(**json.loads(sys.argv[1])))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -16,19 +16,19 @@ import torch
 from checkpoints import digests, gaussian
 from chunks import Device
 
-from pipeline import Recipe, UserError, prune
-from pipeline.choosing.candidates import candidates
-from pipeline.choosing.sweep import sweep
-from pipeline.errors import DeviceError, PassingError
-from pipeline.run import Watch
-from pipeline.scoring.device import gpus
-from pipeline.scoring.methods import BLOCK, METHODS
-from pipeline.shard import worker
-from pipeline.shard.landing import RING, WORK_BYTES, Shares, shares
-from pipeline.shard.section import Sizes, slack
-from pipeline.shard.table import from_parquet
-from pipeline.shard.task import here
-from pipeline.shard.writing import BUFFERS
+from fapm import Recipe, UserError, prune
+from fapm.choosing.candidates import candidates
+from fapm.choosing.sweep import sweep
+from fapm.errors import DeviceError, PassingError
+from fapm.run import Watch
+from fapm.scoring.device import gpus
+from fapm.scoring.methods import BLOCK, METHODS
+from fapm.shard import worker
+from fapm.shard.landing import RING, WORK_BYTES, Shares, shares
+from fapm.shard.section import Sizes, slack
+from fapm.shard.table import from_parquet
+from fapm.shard.task import here
+from fapm.shard.writing import BUFFERS
 
 SHAPES = {"model.layers.0.a": (300, 400), "model.layers.0.b": (70_001,), "model.layers.0.norm": (64,), "z": (512, 700)}
 LARGE = [name for name, shape in SHAPES.items() if np.prod(shape) > 1 << 16]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from checkpoints import Tensors, gaussian, save
 
-from pipeline import Recipe, UserError, make_plan
-from pipeline.plan import Plan
-from pipeline.scoring.device import make_engine
-from pipeline.scoring.threshold import Bracket, Threshold, histograms, key_of
-from pipeline.shard import passes
-from pipeline.shard.passes import Bench, BlockSums, Scratch, Tally
-from pipeline.shard.reading import NOTHING, Pieces, SectionReader
-from pipeline.shard.section import sections
-from pipeline.storage.local import Folder
+from fapm import Recipe, UserError, make_plan
+from fapm.plan import Plan
+from fapm.scoring.device import make_engine
+from fapm.scoring.threshold import Bracket, Threshold, histograms, key_of
+from fapm.shard import passes
+from fapm.shard.passes import Bench, BlockSums, Scratch, Tally
+from fapm.shard.reading import NOTHING, Pieces, SectionReader
+from fapm.shard.section import sections
+from fapm.storage.local import Folder
 
 SHAPES = {
     "layers.0.large": (300, 700), "layers.0.small": (40,), "layers.0.tiny": (3,), "layers.1.large": (70_001,),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from checkpoints import Tensors, gaussian
 
-from pipeline import prune
-from pipeline.plan import make_plan
-from pipeline.run import Watch
-from pipeline.shard import sample
-from pipeline.shard.sample import Sample, survey
+from fapm import prune
+from fapm.plan import make_plan
+from fapm.run import Watch
+from fapm.shard import sample
+from fapm.shard.sample import Sample, survey
 
 METHODS = ["fapm", "magnitude", "relative", "random", "dare"]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]

@@ -12,13 +12,13 @@ from checkpoints import bytes_of, raw_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import Recipe, make_plan
-from pipeline.formats.tensor import TensorInfo
-from pipeline.plan import PairedTensor
-from pipeline.shard import section
-from pipeline.shard.reading import BUFFER_BYTES, NOTHING, Pieces, SectionReader
-from pipeline.shard.section import MOST_RANGES, PIECE_BYTES, SMALL, sections
-from pipeline.storage.local import Folder
+from fapm import Recipe, make_plan
+from fapm.formats.tensor import TensorInfo
+from fapm.plan import PairedTensor
+from fapm.shard import section
+from fapm.shard.reading import BUFFER_BYTES, NOTHING, Pieces, SectionReader
+from fapm.shard.section import MOST_RANGES, PIECE_BYTES, SMALL, sections
+from fapm.storage.local import Folder
 
 WIDTHS = {"BF16": 2, "F32": 4, "F64": 8}
 

@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.shard.table import QUANTILES, change_quantiles
+from fapm.shard.table import QUANTILES, change_quantiles
 
 THREADS = """
 import os
 import sys
 import pyarrow, pyarrow.parquet
-from pipeline.shard.table import from_parquet
+from fapm.shard.table import from_parquet
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shard.task import load_arrays, pack, save_arrays, saved_read_bytes, unpack
-from pipeline.storage.local import Folder
+from fapm.shard.task import load_arrays, pack, save_arrays, saved_read_bytes, unpack
+from fapm.storage.local import Folder
 
 ARRAYS = {
     "bins": np.arange(70_000, dtype=np.uint32), "above": np.array([2**40], np.int64), "means": np.full((3, 2), np.nan),

@@ -23,10 +23,10 @@ import s3
 from http_server import make_server, running
 from pace import soon
 
-from pipeline.errors import PassingError, UserError
-from pipeline.storage import bucket, hub
-from pipeline.storage.address import input_address, open_store
-from pipeline.storage.s3 import boto3_client, settings
+from fapm.errors import PassingError, UserError
+from fapm.storage import bucket, hub
+from fapm.storage.address import input_address, open_store
+from fapm.storage.s3 import boto3_client, settings
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 EMPTY = (

@@ -12,11 +12,11 @@ import torch
 from checkpoints import gaussian
 from needs import needs
 
-from pipeline import UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.errors import PassingError
-from pipeline.storage.address import open_store
-from pipeline.storage.hold import hold
+from fapm import UserError, prune
+from fapm.checking.verify import verify
+from fapm.errors import PassingError
+from fapm.storage.address import open_store
+from fapm.storage.hold import hold
 
 pytestmark = [pytest.mark.slow, needs("Azurite", "node", "azurite-blob")]
 

@@ -16,14 +16,14 @@ import s3
 from faulty import proxy
 from pace import soon
 
-from pipeline.errors import PassingError, TakenOverError, UserError
-from pipeline.storage import bucket
-from pipeline.storage import hold as holding
-from pipeline.storage.address import inside, matching, open_store, split
-from pipeline.storage.bucket import Bucket
-from pipeline.storage.hold import hold, last_sign_of_life
-from pipeline.storage.s3 import boto3_client
-from pipeline.storage.store import Store
+from fapm.errors import PassingError, TakenOverError, UserError
+from fapm.storage import bucket
+from fapm.storage import hold as holding
+from fapm.storage.address import inside, matching, open_store, split
+from fapm.storage.bucket import Bucket
+from fapm.storage.hold import hold, last_sign_of_life
+from fapm.storage.s3 import boto3_client
+from fapm.storage.store import Store
 
 
 @pytest.fixture(scope="module")

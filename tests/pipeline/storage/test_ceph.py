@@ -17,12 +17,12 @@ from checkpoints import gaussian
 from needs import needs
 from pace import soon, wait_until
 
-from cluster.options import as_arguments
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.errors import PassingError
-from pipeline.storage.address import open_store
-from pipeline.storage.hold import hold
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.cluster.options import as_arguments
+from fapm.errors import PassingError
+from fapm.storage.address import open_store
+from fapm.storage.hold import hold
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,7 +74,7 @@ def test_the_same_bytes(client, home, runner, scope):
 
 
 def test_on_ray(client, home, runner):
-    from cluster.pool import ray_pool
+    from fapm.cluster.pool import ray_pool
 
     expected, _ = runner.prune(scope="global", shard_size="10MB")
     one = far(home, runner, scope="global", shard_size="10MB", workers=2)
@@ -86,7 +86,7 @@ def test_on_ray(client, home, runner):
 def test_killed_it_goes_on_and_leaves_no_part(client, home, runner):
     expected, _ = runner.prune(shard_size="10MB")
     one = far(home, runner, shard_size="10MB")
-    command = [sys.executable, "-m", "cluster", "prune", *as_arguments(one), "--ray", "off"]
+    command = [sys.executable, "-m", "fapm", "prune", *as_arguments(one), "--ray", "off"]
     for seconds in (0, 0.1, 0.2, 0.3, 0.4):
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = set(s3.names(client, one.out))

@@ -16,10 +16,10 @@ import torch
 from checkpoints import gaussian, weights_of
 from pace import wait_until
 
-from pipeline.errors import PassingError
-from pipeline.storage import hold as holding
-from pipeline.storage.hold import LOCKS, hold
-from pipeline.storage.local import TEMPORARY
+from fapm.errors import PassingError
+from fapm.storage import hold as holding
+from fapm.storage.hold import LOCKS, hold
+from fapm.storage.local import TEMPORARY
 
 
 @pytest.fixture(autouse=True)
@@ -164,8 +164,8 @@ def test_one_that_comes_back_changes_nothing(tmp_path, monkeypatch, change):
 
 RACE = """
 import sys, time
-from pipeline.errors import PassingError
-from pipeline.storage import hold as holding
+from fapm.errors import PassingError
+from fapm.storage import hold as holding
 holding.BEAT_SECONDS, holding.LEASE_SECONDS = 0.1, 5
 out, begin = sys.argv[1], float(sys.argv[2])
 wins = 0
@@ -200,9 +200,9 @@ def test_of_many_at_once_one_wins(tmp_path):
 
 DRIVER = """
 import json, sys
-from pipeline import Recipe, UserError, prune
-from pipeline.run import Watch
-from pipeline.storage import hold as holding
+from fapm import Recipe, UserError, prune
+from fapm.run import Watch
+from fapm.storage import hold as holding
 holding.BEAT_SECONDS, holding.LEASE_SECONDS = 0.3, 1.5
 choices = json.loads(sys.argv[1])
 try:

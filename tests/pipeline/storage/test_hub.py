@@ -16,15 +16,15 @@ from checkpoints import digests, gaussian
 from huggingface_hub import snapshot_download
 from pace import soon
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.errors import PassingError
-from pipeline.formats.checkpoint import open_checkpoint
-from pipeline.manifest import look, version
-from pipeline.publish import prune as publish
-from pipeline.run import Watch
-from pipeline.storage import bucket
-from pipeline.storage.address import input_address, open_store, repository_of, split
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.errors import PassingError
+from fapm.formats.checkpoint import open_checkpoint
+from fapm.manifest import look, version
+from fapm.publish import prune as publish
+from fapm.run import Watch
+from fapm.storage import bucket
+from fapm.storage.address import input_address, open_store, repository_of, split
 
 SHAPES = {"model.layers.0.a": (300, 400), "model.layers.0.norm": (64,), "model.layers.1.a": (512, 700)}
 
@@ -293,7 +293,7 @@ def test_from_a_bucket_in_which_it_is_put_together(logged_in, runner, monkeypatc
 def test_a_plan_for_the_hub(logged_in, runner):
     from click.testing import CliRunner
 
-    from cluster.cli import cli
+    from fapm.cluster.cli import cli
 
     shown = CliRunner().invoke(
         cli, ["plan", "--base", "org/base", "--finetuned", "org/finetuned", "--out", "hf://org/out"]

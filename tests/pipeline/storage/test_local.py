@@ -14,9 +14,9 @@ import threading
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.shard.writing import BUFFER_BYTES, Sink
-from pipeline.storage.local import TEMPORARY, Folder, Reader
+from fapm.errors import UserError
+from fapm.shard.writing import BUFFER_BYTES, Sink
+from fapm.storage.local import TEMPORARY, Folder, Reader
 
 OUTSIDE = [
     "../x", "a/../../x", "/etc/passwd", "..", ".", "", "a/..", "a//b", "a/", "./a", "a/./b", "a\0b",
@@ -243,8 +243,8 @@ def test_an_error_of_the_writing_thread_reaches_the_one_that_computes(tmp_path):
 
 FULL = """
 import resource, sys
-from pipeline.errors import UserError
-from pipeline.storage.local import Folder
+from fapm.errors import UserError
+from fapm.storage.local import Folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for action in (lambda f: f.write("a", bytes(2000)), lambda f: f.create("b", 2000)):
     try:

@@ -13,9 +13,8 @@ import pytest
 from checkpoints import save_pair, weights_of
 from faulty_files import NEEDS_FUSE, mounted
 
-from pipeline.storage import local
+from fapm.storage import local
 
-ROOT = Path(__file__).parents[3]
 SHAPES = {"model.layers.0.a.weight": (60, 40), "model.layers.1.a.weight": (60, 40), "b": (8,)}
 
 
@@ -25,9 +24,8 @@ def pair(tmp_path: Path) -> Path:
 
 
 def fapm(folder: Path, *words: str, before: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*before, sys.executable, "-m", "cluster", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [*before, sys.executable, "-m", "fapm", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

@@ -25,16 +25,16 @@ from checkpoints import gaussian, save
 from faulty import Proxy, proxy
 from safetensors.torch import save_file
 
-from pipeline import Recipe, UserError, prune
-from pipeline.checking.verify import verify
-from pipeline.choosing.candidates import candidates
-from pipeline.choosing.choice import Choice
-from pipeline.choosing.evaluation import evaluation
-from pipeline.choosing.sweep import evaluate_sweep, sweep, sweep_folder, take
-from pipeline.errors import PassingError
-from pipeline.status import status_facts
-from pipeline.storage import bucket
-from pipeline.storage import hold as holding
+from fapm import Recipe, UserError, prune
+from fapm.checking.verify import verify
+from fapm.choosing.candidates import candidates
+from fapm.choosing.choice import Choice
+from fapm.choosing.evaluation import evaluation
+from fapm.choosing.sweep import evaluate_sweep, sweep, sweep_folder, take
+from fapm.errors import PassingError
+from fapm.status import status_facts
+from fapm.storage import bucket
+from fapm.storage import hold as holding
 
 SHAPES = {
     "model.layers.0.a": (300, 400), "model.layers.0.norm": (64,), "model.layers.1.a": (512, 700), "z": (70_001,),
@@ -163,7 +163,7 @@ def test_a_sweep_into_a_bucket(client, home, runner, between, emit):
 
 
 def test_headers_are_all_that_a_plan_reads(client, home, runner, between):
-    from pipeline.manifest import look
+    from fapm.manifest import look
 
     between.reset()
     plan, _ = look(recipe(home, runner, *ALL))
@@ -215,9 +215,9 @@ def test_nothing_secret_is_left_anywhere(client, home, runner, capfd):
 
 
 def process(one: Recipe, **environment: str) -> subprocess.Popen[str]:
-    from cluster.options import as_arguments
+    from fapm.cluster.options import as_arguments
 
-    command = [sys.executable, "-m", "cluster", "prune", *as_arguments(one), "--ray", "off"]
+    command = [sys.executable, "-m", "fapm", "prune", *as_arguments(one), "--ray", "off"]
     return subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
