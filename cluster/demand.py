@@ -8,7 +8,7 @@ from typing import Any
 
 from fapm.errors import UserError
 from fapm.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
-from fapm.shard import landing
+from fapm.shard import staging
 from fapm.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 from fapm.storage.address import scheme_of
 
@@ -89,7 +89,7 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
     if slots > 1:
         options["max_concurrency"] = slots
     far = scheme_of(recipe.base) or scheme_of(recipe.finetuned)  # inputs that are worth keeping in memory
-    buffers = memory if far else OVERHEAD_BYTES + ENOUGH_BYTES + (landing.ENOUGH_BYTES if gpus else 0)
+    buffers = memory if far else OVERHEAD_BYTES + ENOUGH_BYTES + (staging.ENOUGH_BYTES if gpus else 0)
     options["memory"] = PROCESS_BYTES + (DEVICE_BYTES if gpus else 0) + slots * min(memory, buffers)
     if recipe.accelerator:
         options["accelerator_type"] = recipe.accelerator

@@ -112,7 +112,7 @@ class RayPool:
         self._do(self._queue.begin(sizes, time.monotonic(), last=step is Worker.write), step, by_index)
         while not self._queue.finished:
             for done in self._listen(step, by_index):
-                self._watch.advance(done.dealt_bytes)
+                self._watch.advance(done.progress_bytes)
                 self._metrics.done(done, wrote=step is Worker.write)
                 yield done
 

@@ -72,8 +72,8 @@ class Progress:
             given, found = getattr(plan.given, side), getattr(plan.recipe, side)
             if given != found:
                 self.say(f"{side}: {given} is {found}")
-        for oddity in plan.oddities:
-            self.say(f"note: {oddity}")
+        for warning in plan.warnings:
+            self.say(f"note: {warning}")
         if self._done:
             self.say(f"going on: {self._done} of {count} shards are finished")
         self.say(

@@ -78,8 +78,8 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
     for side in PATHS:
         if getattr(plan.recipe, side) != getattr(given, side):
             say(f"{side}: {getattr(recipe, side)} is {getattr(plan.recipe, side)}")
-    for oddity in plan.oddities:
-        say(f"note: {oddity}")
+    for warning in plan.warnings:
+        say(f"note: {warning}")
     literal = {side: fields.literal(getattr(plan.recipe, side)) for side in PATHS}
     settled = plan.recipe.model_copy(update=literal)
     return Submission(settled, _digest(given, identity(plan)), state, ray, overwrite)

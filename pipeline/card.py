@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import ModelCardData, RepoCard
 
 from fapm.errors import UserError, one_line
-from fapm.formats.beside import CARD
 from fapm.formats.checkpoint import Checkpoint, read_config
+from fapm.formats.side_files import CARD
 from fapm.plan import Plan
 from fapm.recipe import EVERYTHING, option_words
 from fapm.scoring.methods import METHODS

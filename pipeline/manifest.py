@@ -24,10 +24,10 @@ from pydantic import ValidationError
 from fapm import fields
 from fapm.card import model_card
 from fapm.errors import UserError
-from fapm.formats.beside import CARD, is_code, without_code
 from fapm.formats.configuration import followed
 from fapm.formats.delta import DELTA, FORMAT, delta_name
 from fapm.formats.sandbox import RefusedError, ask
+from fapm.formats.side_files import CARD, is_code, without_code
 from fapm.plan import Plan, Shard, index_json, is_untied, make_plan, vocabulary_of
 from fapm.recipe import PATHS, Recipe
 from fapm.schemas import ROWS, ManifestRecord, Row, RunRecord, ShardRecord, ThresholdsRecord
@@ -372,7 +372,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
         "left_out": list(plan.left_out),
         "added": list(plan.added),
         "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
-        "oddities": list(plan.oddities),
+        "oddities": list(plan.warnings),
         **facts,
     }
     out.write(MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -21,13 +21,13 @@ from typing import Literal
 from fapm import fields
 from fapm.errors import UserError, printable
 from fapm.formats.accounts import Account, account
-from fapm.formats.beside import is_code
 from fapm.formats.checkpoint import MODEL, Checkpoint, open_checkpoint, read_config
 from fapm.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
 from fapm.formats.header import build_header
 from fapm.formats.layouts import arranged_like, in_memory, reordered
 from fapm.formats.names import packed_like, renamed, renaming
 from fapm.formats.newest import newest
+from fapm.formats.side_files import is_code
 from fapm.formats.tensor import Side, TensorInfo
 from fapm.formats.unpaired import refuse_strangers, refuse_unpaired
 from fapm.formats.vocabulary import moved, tied_to, token_ids, vocabularies
@@ -95,13 +95,13 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The elements that compete for one budget. `wide` when its tensors lie in more than one shard."""
+    """The elements that compete for one budget. `cross_shard` when its tensors lie in more than one shard."""
 
     name: str
     numel: int
     k: int
     tensors: int
-    wide: bool
+    cross_shard: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Plan:
     groups: dict[str, Group]
     left_out: tuple[str, ...]
     added: tuple[str, ...]
-    oddities: tuple[str, ...]
+    warnings: tuple[str, ...]
     accounts: dict[str, Account]
     heads: tuple[str, ...] = ()
     chosen: str = ""
@@ -191,7 +191,7 @@ def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
         plans = []
         for given in recipes:
             plan = plan_pair(given.model_copy(update={"base": base, "finetuned": finetuned}), known, tuned)
-            plans.append(replace(plan, given=given, oddities=(*not_base, *not_finetuned, *plan.oddities)))
+            plans.append(replace(plan, given=given, warnings=(*not_base, *not_finetuned, *plan.warnings)))
         return plans
 
 
@@ -209,33 +209,33 @@ def without_collection() -> Iterator[None]:
 
 def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     """The plan for two opened checkpoints; pure."""
-    oddities = [*base.oddities, *finetuned.oddities]
-    base = _as_finetuned_names_it(recipe, base, finetuned, oddities)
+    warnings = [*base.warnings, *finetuned.warnings]
+    base = _as_finetuned_names_it(recipe, base, finetuned, warnings)
     left_out = tuple(sorted(base.tensors.keys() - finetuned.tensors.keys()))
     added = tuple(sorted(finetuned.tensors.keys() - base.tensors.keys()))
     if len(added) == len(finetuned.tensors):
         refuse_strangers(base.tensors, finetuned.tensors)
-    heads = _tied_heads(base, finetuned, added, oddities)
+    heads = _tied_heads(base, finetuned, added, warnings)
     if recipe.unpaired == "error":
         _refuse_unpaired(recipe, base, finetuned, heads)
-    paired = _pair_all(recipe, base, finetuned, heads, oddities)
-    _compare_vocabularies(recipe, base, finetuned, paired, oddities)
+    paired = _pair_all(recipe, base, finetuned, heads, warnings)
+    _compare_vocabularies(recipe, base, finetuned, paired, warnings)
     alone = []
     for name in left_out:
         embedding = tied_to(base.tensors[name], finetuned)
         if embedding:
-            oddities.append(f"{name} is left out: finetuned ties it to {embedding.name}")
+            warnings.append(f"{name} is left out: finetuned ties it to {embedding.name}")
         else:
             alone.append(name)
     if alone:
-        oddities.append(f"{len(alone)} tensor(s) that only base has are left out: {_first(alone)}")
+        warnings.append(f"{len(alone)} tensor(s) that only base has are left out: {_first(alone)}")
     added = tuple(name for name in added if name not in heads)
     if added:
-        oddities.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {_first(added)}")
+        warnings.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {_first(added)}")
     if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
-        oddities.append("base and finetuned are the same folder: the output will be its copy")
-    oddities += _left_behind(recipe, finetuned)
-    oddities += _ignored_settings(recipe, [t.name for t in paired])
+        warnings.append("base and finetuned are the same folder: the output will be its copy")
+    warnings += _left_behind(recipe, finetuned)
+    warnings += _ignored_settings(recipe, [t.name for t in paired])
     if recipe.emit != "checkpoint" and any(t.folder for t in paired):
         raise UserError(
             f"--emit {recipe.emit}: finetuned has weights in {next(t.folder for t in paired if t.folder)} too, and a "
@@ -243,7 +243,7 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         )
     accounts = _accounts(base, finetuned, paired, left_out)
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
-    said = tuple(map(printable, oddities))
+    said = tuple(map(printable, warnings))
     return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts, tuple(heads))
 
 
@@ -259,18 +259,18 @@ def _refuse_unpaired(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, he
     refuse_unpaired(alone, undecided(finetuned, base), numel(base), numel(finetuned))
 
 
-def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, oddities: list[str]) -> Checkpoint:
+def _as_finetuned_names_it(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, warnings: list[str]) -> Checkpoint:
     """base with its tensors named and packed as finetuned's are."""
     wanted = finetuned.tensors
     if base.tensors.keys() >= wanted.keys():
         if recipe.renames and not any(info.form for info in wanted.values()):
-            oddities.append("--rename changes nothing: base has all of finetuned's names")
+            warnings.append("--rename changes nothing: base has all of finetuned's names")
         return base
-    tensors = renamed(base.tensors, wanted, recipe.renames, oddities)
+    tensors = renamed(base.tensors, wanted, recipe.renames, warnings)
     known = _architecture(base), _architecture(finetuned)
     classes = known[0] or known[1], known[1] or known[0]
-    tensors = _in_its_layout(tensors, wanted, *classes, recipe.unpaired == "error", oddities)
-    return replace(base, tensors=packed_like(tensors, wanted, oddities))
+    tensors = _in_its_layout(tensors, wanted, *classes, recipe.unpaired == "error", warnings)
+    return replace(base, tensors=packed_like(tensors, wanted, warnings))
 
 
 def _architecture(side: Checkpoint) -> str:
@@ -285,7 +285,7 @@ def _in_its_layout(
     of_base: str,
     of_finetuned: str,
     all_of_it: bool,
-    oddities: list[str],
+    warnings: list[str],
 ) -> dict[str, TensorInfo]:
     """base's tensors, those without a partner as finetuned keeps them where it is in another layout of one model.
 
@@ -314,7 +314,7 @@ def _in_its_layout(
             "is not the same in both: save them in one layout (transformers: load each, and save_pretrained)"
         )
     called = f" of {of_finetuned}" if of_finetuned else ""
-    oddities.append(f"base is compared in finetuned's layout{called} ({len(found)} tensors)")
+    warnings.append(f"base is compared in finetuned's layout{called} ({len(found)} tensors)")
     return {name: info for name, info in base.items() if name not in used} | found
 
 
@@ -362,7 +362,7 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
 
 
 def _tied_heads(
-    base: Checkpoint, finetuned: Checkpoint, added: Iterable[str], oddities: list[str]
+    base: Checkpoint, finetuned: Checkpoint, added: Iterable[str], warnings: list[str]
 ) -> dict[str, TensorInfo]:
     """The heads that only finetuned stores, each with the embedding that base ties it to."""
     heads = {}
@@ -371,12 +371,12 @@ def _tied_heads(
         embedding = tied_to(head, base)
         if embedding and embedding.shape[:1] <= head.shape[:1]:
             heads[name] = embedding
-            oddities.append(f"{name} is compared with {embedding.name}, to which base ties it")
+            warnings.append(f"{name} is compared with {embedding.name}, to which base ties it")
     return heads
 
 
 def _compare_vocabularies(
-    recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], oddities: list[str]
+    recipe: Recipe, base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], warnings: list[str]
 ) -> None:
     """Whether a row means the same token on both sides, wherever rows of a vocabulary are compared without a rule.
 
@@ -394,14 +394,14 @@ def _compare_vocabularies(
     found = vocabularies(base, finetuned)
     if not found:
         if grown:
-            oddities.append("no tokenizer on both sides says whether the rows of the vocabulary are the same tokens")
+            warnings.append("no tokenizer on both sides says whether the rows of the vocabulary are the same tokens")
         return
     *sides, name = found
     if sides[0] == sides[1]:
         return
     ids, theirs = (token_ids(side, name) for side in sides)
     if ids is None or theirs is None:
-        oddities.append(f"{name} is not one that could say whether the rows of the vocabulary are the same tokens")
+        warnings.append(f"{name} is not one that could say whether the rows of the vocabulary are the same tokens")
         return
     elsewhere = moved(ids, theirs)
     if elsewhere:
@@ -419,7 +419,7 @@ def _pair_all(
     base: Checkpoint,
     finetuned: Checkpoint,
     heads: dict[str, TensorInfo],
-    oddities: list[str],
+    warnings: list[str],
 ) -> list[PairedTensor]:
     paired, wrong, passed, grown = [], [], [], []
     scope = recipe.scope if METHODS[recipe.method].score else "tensor"
@@ -454,11 +454,11 @@ def _pair_all(
             "decide each with --rule NAME=finetuned or --rule NAME=base"
         )
     if passed:
-        oddities.append(
+        warnings.append(
             f"{len(passed)} tensor(s) are not floating point and pass through from finetuned: {_first(passed)}"
         )
     if grown:
-        oddities.append(f"rows that only finetuned has are taken from it: {_first(grown)}")
+        warnings.append(f"rows that only finetuned has are taken from it: {_first(grown)}")
     return paired
 
 
@@ -597,7 +597,7 @@ def group(shards: Iterable[Shard]) -> dict[str, Group]:
     competing: dict[str, dict[float, int]] = {}
     tensors: dict[str, int] = {}
     first: dict[str, int] = {}
-    wide: set[str] = set()
+    cross_shard: set[str] = set()
     for shard in shards:
         for tensor in shard.tensors:
             name = tensor.group
@@ -606,9 +606,9 @@ def group(shards: Iterable[Shard]) -> dict[str, Group]:
                 numels[tensor.density] = numels.get(tensor.density, 0) + tensor.common
                 tensors[name] = tensors.get(name, 0) + 1
                 if first.setdefault(name, shard.index) != shard.index:
-                    wide.add(name)
+                    cross_shard.add(name)
     return {
-        name: Group(name, sum(numels.values()), budget(numels), tensors[name], name in wide)
+        name: Group(name, sum(numels.values()), budget(numels), tensors[name], name in cross_shard)
         for name, numels in competing.items()
     }
 

@@ -46,10 +46,10 @@ def fields_text(fields: Iterable[tuple[str, str]]) -> str:
     return layout([("", *field) for field in fields])
 
 
-def _with_oddities(heading: str, fields: list[tuple[str, str]], oddities: Sequence[str]) -> str:
-    """A heading, the fields, and everything odd, a line each."""
-    odd = [("odd" if i == 0 else "", oddity) for i, oddity in enumerate(oddities)] or [("odd", "nothing")]
-    return f"{heading}\n{fields_text([*fields, *odd])}"
+def _with_warnings(heading: str, fields: list[tuple[str, str]], warnings: Sequence[str]) -> str:
+    """A heading, the fields, and the warnings, a line each."""
+    said = [("warnings" if i == 0 else "", warning) for i, warning in enumerate(warnings)] or [("warnings", "none")]
+    return f"{heading}\n{fields_text([*fields, *said])}"
 
 
 def _names(names: Sequence[str]) -> str:
@@ -138,7 +138,7 @@ def run_text(facts: dict[str, Any]) -> str:
         *([("delta", _delta_text(totals))] if totals.get("delta_bytes") else []),
         ("time", f"{seconds_text(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
-    return _with_oddities(heading, fields, facts["oddities"])
+    return _with_warnings(heading, fields, facts["oddities"])
 
 
 def _of_all(weights: int | None, density: float | None, unpaired: int | None) -> list[tuple[str, str]]:
@@ -242,7 +242,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "shards_to_do": todo,
         "largest_shard_bytes": max(s.nbytes for s in plan.shards),
         "groups": len(plan.groups),
-        "wide_groups": sum(g.wide for g in plan.groups.values()),
+        "wide_groups": sum(g.cross_shard for g in plan.groups.values()),
         "weights": weights.numel,
         "unpaired": weights.unpaired,
         "density_of_all": (kept + weights.taken) / weights.numel if weights.numel else None,
@@ -257,7 +257,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "workers": workers,
         "workers_worth_having": len(plan.shards),
         "storage": advise(rate, elements, plan.pair_bytes, to_measure(plan), cores()) if rate else None,
-        "oddities": list(plan.oddities),
+        "oddities": list(plan.warnings),
     }
 
 
@@ -335,7 +335,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         fields.append(("GPUs", advice_text(facts["storage"])))
     if blends:
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
-    return _with_oddities(heading, fields, facts["oddities"])
+    return _with_warnings(heading, fields, facts["oddities"])
 
 
 def _to_write(facts: dict[str, Any]) -> str:
@@ -386,7 +386,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             for (name, dtype, shape), sums in patterns.items()
         ],
         "side_files": list(checkpoint.side_files),
-        "oddities": [*checkpoint.oddities, *([f"tensors without elements: {_names(hollow)}"] if hollow else [])],
+        "oddities": [*checkpoint.warnings, *([f"tensors without elements: {_names(hollow)}"] if hollow else [])],
     }
 
 
@@ -402,7 +402,7 @@ def checkpoint_text(facts: dict[str, Any]) -> str:
         ("dtypes", ", ".join(dtypes)),
         ("other files", _names(facts["side_files"]) if facts["side_files"] else "none"),
     ]
-    return layout(rows, right=(3, 4, 5, 6)) + "\n" + _with_oddities("", fields, facts["oddities"])
+    return layout(rows, right=(3, 4, 5, 6)) + "\n" + _with_warnings("", fields, facts["oddities"])
 
 
 def measure_text(measure: dict[str, Any] | None) -> str:

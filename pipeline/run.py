@@ -21,7 +21,7 @@ from fapm.shard.sample import Survey
 from fapm.shard.task import Done, Task, known_threshold, load_arrays, measure_name, sample_name
 from fapm.shard.worker import Worker
 from fapm.storage.address import open_store
-from fapm.storage.hold import hold
+from fapm.storage.lease import lease
 from fapm.storage.store import Store, overlapped
 
 
@@ -92,13 +92,13 @@ def prune(
     if state == "finished" and manifest.is_tidy(plan):
         return _nothing_to_do(plan, began)
     check_disk(plan, state)
-    with hold(plan.recipe.out, watch.say, plan.recipe.alone) as out:
+    with lease(plan.recipe.out, watch.say, plan.recipe.alone) as out:
         state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
         if state == "finished":
             manifest.tidy(plan, out)
             return _nothing_to_do(plan, began)
         manifest.begin(plan, state, out)
-        (result,) = prune_all([Begun(plan, out)], pool, watch, began)
+        (result,) = prune_all([LeasedRun(plan, out)], pool, watch, began)
         return result
 
 
@@ -108,7 +108,7 @@ def _nothing_to_do(plan: Plan, began: float) -> Result:
 
 
 @dataclass(frozen=True)
-class Begun:
+class LeasedRun:
     """A run whose output folder is held, and has begun."""
 
     plan: Plan
@@ -116,7 +116,7 @@ class Begun:
 
 
 def prune_all(
-    runs: Sequence[Begun],
+    runs: Sequence[LeasedRun],
     pool: MakePool | None = None,
     watch: Watch | None = None,
     began: float | None = None,
@@ -133,7 +133,7 @@ def prune_all(
     plan, logs = runs[0].plan, [Log(run.out) for run in runs]
     unfinished = [manifest.unfinished_shards(run.plan) for run in runs]
     todo = sorted({index for indices in unfinished for index in indices})
-    to_deal_with = max(bytes_to_deal_with(run.plan, todo) for run in runs)
+    to_go = max(bytes_to_go(run.plan, todo) for run in runs)
     resumed = [len(plan.shards) - len(indices) for indices in unfinished]
     facts: dict[str, Any] = {}
 
@@ -142,7 +142,7 @@ def prune_all(
             one.add(event, **facts)
 
     for one, count in zip(logs, resumed, strict=True):
-        one.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_deal_with, resumed=count)
+        one.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_go, resumed=count)
     also = watch.note
 
     def note(event: str, **facts: Any) -> None:
@@ -154,10 +154,10 @@ def prune_all(
     made = []
     try:
         if todo:
-            watch.begin(plan, to_deal_with)
+            watch.begin(plan, to_go)
             with closing(pool(plan, runs[0].out, watch)) as workers:
-                courses = [course(run.plan, run.out, indices) for run, indices in zip(runs, unfinished, strict=True)]
-                rounds = conduct(runs, courses, workers, watch)
+                schedules = [schedule(run.plan, run.out, left) for run, left in zip(runs, unfinished, strict=True)]
+                rounds = in_lockstep(runs, schedules, workers, watch)
                 facts |= {"workers": workers.workers, "lost_workers": workers.lost}
         facts["seconds"] = round(time.perf_counter() - began, 3)
         for run, count, looked in zip(runs, resumed, rounds, strict=True):
@@ -187,13 +187,13 @@ class Request:
     more: int = 0
 
 
-Course = Generator[Request, list[Done], int]
+Schedule = Generator[Request, list[Done], int]
 """A run from sample to write: it asks for steps, gets what is said of their tasks, and returns how often the groups
 over several shards were measured."""
 
 
-def course(plan: Plan, out: Store, todo: Iterable[int]) -> Course:
-    """The course of a run that has yet to write the shards `todo`."""
+def schedule(plan: Plan, out: Store, todo: Iterable[int]) -> Schedule:
+    """The schedule of a run that has yet to write the shards `todo`."""
     todo = list(todo)
     if not todo:
         return 0
@@ -211,15 +211,15 @@ SAMPLED, COUNTED, WRITTEN = "sampled", "counted", "shard"
 """What the log calls the end of a task of each step, in their order."""
 
 
-def conduct(runs: Sequence[Begun], courses: Sequence[Course], pool: Pool, watch: Watch) -> list[int]:
-    """Do what the courses of runs ask for, the same step of all of them in one reading; returns what they return."""
+def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: Pool, watch: Watch) -> list[int]:
+    """Do what the schedules of runs ask for, the same step of all of them in one reading; returns what they return."""
     wanted: dict[int, Request] = {}
     returned = [0] * len(runs)
 
     def go_on(i: int, said: list[Done] | None) -> None:
         wanted.pop(i, None)
         try:
-            wanted[i] = courses[i].send(said)  # type: ignore[arg-type]  # a course begins with None
+            wanted[i] = schedules[i].send(said)  # type: ignore[arg-type]  # a schedule begins with None
         except StopIteration as ended:
             returned[i] = ended.value
 
@@ -240,7 +240,7 @@ def conduct(runs: Sequence[Begun], courses: Sequence[Course], pool: Pool, watch:
     return returned
 
 
-def _merged(runs: Sequence[Begun], wanted: dict[int, Request]) -> list[Task]:
+def _merged(runs: Sequence[LeasedRun], wanted: dict[int, Request]) -> list[Task]:
     """The tasks of several runs, those for one shard as one."""
     if len(runs) == 1:
         return list(wanted[0].tasks)
@@ -267,7 +267,7 @@ def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iter
         yield done
 
 
-def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
+def bytes_to_go(plan: Plan, todo: Iterable[int]) -> int:
     """Input bytes of the steps that are left, for the progress."""
     to_write = sum(t.read_bytes for i in todo for t in plan.shards[i].tensors)
     known = manifest.load_thresholds(open_store(plan.recipe.out)) is not None
@@ -276,7 +276,7 @@ def bytes_to_deal_with(plan: Plan, todo: Iterable[int]) -> int:
 
 def to_measure(plan: Plan) -> int:
     """Input bytes of the groups that lie in several shards and whose threshold has to be found."""
-    return bytes_of(plan, (name for name, known in wide_groups(plan).items() if known is None))
+    return bytes_of(plan, (name for name, known in cross_shard_groups(plan).items() if known is None))
 
 
 def bytes_of(plan: Plan, groups: Iterable[str]) -> int:
@@ -285,10 +285,10 @@ def bytes_of(plan: Plan, groups: Iterable[str]) -> int:
     return sum(t.read_bytes for t in plan.tensors() if t.group in wanted)
 
 
-def wide_groups(plan: Plan) -> dict[str, Threshold | None]:
+def cross_shard_groups(plan: Plan) -> dict[str, Threshold | None]:
     """The groups that lie in several shards, and their thresholds where no score needs to be looked at."""
-    wide = {name: group for name, group in plan.groups.items() if group.wide}
-    return {name: known_threshold(plan.recipe, group, 0) for name, group in wide.items()}
+    cross_shard = {name: group for name, group in plan.groups.items() if group.cross_shard}
+    return {name: known_threshold(plan.recipe, group, 0) for name, group in cross_shard.items()}
 
 
 def in_process(plan: Plan, out: Store, watch: Watch) -> Threads:
@@ -335,9 +335,9 @@ def find_thresholds(
     found = manifest.load_thresholds(out)
     if found:
         return found
-    wide = wide_groups(plan)
-    thresholds = {name: known for name, known in wide.items() if known}
-    brackets = yield from first_brackets(plan, out, [name for name in wide if name not in thresholds])
+    cross_shard = cross_shard_groups(plan)
+    thresholds = {name: known for name, known in cross_shard.items() if known}
+    brackets = yield from first_brackets(plan, out, [name for name in cross_shard if name not in thresholds])
     rounds = 0
     last_round: dict[str, tuple[int, Bracket]] = {}
     while brackets:

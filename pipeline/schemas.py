@@ -184,7 +184,7 @@ class Event(Record, strict=False):  # a time is text in JSON
     shards: Count = 0
     resumed: Count = 0
     bytes: Count = 0
-    dealt_bytes: Count = 0
+    progress_bytes: Count = 0
     read_bytes: Count = 0
     tries: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     workers: Count = 0

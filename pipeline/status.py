@@ -12,7 +12,7 @@ from fapm.manifest import MANIFEST, RUN
 from fapm.recipe import format_bytes
 from fapm.report import fields_text, layout, plural, seconds_text
 from fapm.storage.address import open_store
-from fapm.storage.hold import LEASE_SECONDS, last_sign_of_life
+from fapm.storage.lease import LEASE_SECONDS, last_sign_of_life
 from fapm.storage.store import Store
 
 _STEPS = ("sampled", "counted", "shard")
@@ -41,7 +41,7 @@ def status_facts(out: str) -> dict[str, Any]:
     life = last_sign_of_life(folder)
     steps = [event for event in since if event["event"] in _STEPS]
     total = begun.get("bytes", 0) + sum(event["bytes"] for event in since if event["event"] == "expect")
-    done = sum(event.get("dealt_bytes", 0) for event in steps)
+    done = sum(event.get("progress_bytes", 0) for event in steps)
     state = _state(folder, since, life[1] if life else None)
     now = datetime.datetime.now(datetime.UTC) if state == "running" else _time(events[-1])
     rate = _rate(steps, _time(begun), max(now, _time(events[-1])))
@@ -96,7 +96,7 @@ def _rate(steps: Sequence[dict[str, Any]], begun: datetime.datetime, now: dateti
     for start in (max(begun, now - datetime.timedelta(seconds=_RECENT_SECONDS)), begun):
         recent = [event for event in steps if _time(event) > start]
         if recent and now > start:
-            dealt: float = sum(event.get("dealt_bytes", 0) for event in recent)
+            dealt: float = sum(event.get("progress_bytes", 0) for event in recent)
             return dealt / (now - start).total_seconds()
     return None
 

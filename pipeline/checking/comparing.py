@@ -21,9 +21,9 @@ from fapm.scoring.threshold import key_of, score_of
 from fapm.storage.store import Store
 
 CHUNK = 1 << 18
-"""Elements looked at at once; a multiple of BLOCK."""
+"""Elements looked at at once; a multiple of CHUNK."""
 
-BLOCK = 1 << 16
+CHUNK = 1 << 16
 """Elements whose |p| is added up in float64 before the sums are added exactly."""
 
 _SAME_MEAN = 1e-12  # relative; what the order of float64 additions inside a block may do, and far below float32
@@ -171,7 +171,7 @@ class Comparison:
         sums: list[float] = []
         for start, stop in _chunks(0, tensor.common):
             p = np.abs(upcast(values(self._elements("base", start, stop), tensor.base.dtype)))
-            sums += (float(p[i : i + BLOCK].sum(dtype=np.float64)) for i in range(0, p.size, BLOCK))
+            sums += (float(p[i : i + CHUNK].sum(dtype=np.float64)) for i in range(0, p.size, CHUNK))
         return math.fsum(sums) / tensor.common if tensor.common else 0.0
 
     def _pair(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

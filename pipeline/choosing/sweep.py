@@ -20,15 +20,15 @@ from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, i
 from fapm.choosing.skills import DEFINITIONS, Point, point_facts, points
 from fapm.choosing.sources import BASE, FINETUNED, inputs, output
 from fapm.errors import UserError
-from fapm.formats.beside import CARD
+from fapm.formats.side_files import CARD
 from fapm.plan import Plan, make_plans
 from fapm.publish import prune, staged_recipe
 from fapm.recipe import Recipe, binary
-from fapm.run import Begun, MakePool, Result, Watch
+from fapm.run import LeasedRun, MakePool, Result, Watch
 from fapm.schemas import SweepRecord
-from fapm.shard.worker import at_once
+from fapm.shard.worker import runs_at_once
 from fapm.storage.address import HUB, inside, open_store, scheme_of
-from fapm.storage.hold import hold
+from fapm.storage.lease import lease
 from fapm.storage.records import read_record
 
 SWEEP = "sweep.json"
@@ -84,13 +84,13 @@ def sweep(
         with ExitStack() as held:
             begun = []
             for _, plan, _ in batch:
-                out = held.enter_context(hold(plan.recipe.out, watch.say, plan.recipe.alone))
+                out = held.enter_context(lease(plan.recipe.out, watch.say, plan.recipe.alone))
                 state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
                 if state == "finished":
                     manifest.tidy(plan, out)
                     continue
                 manifest.begin(plan, state, out)
-                begun.append(Begun(plan, out))
+                begun.append(LeasedRun(plan, out))
             if begun:
                 run.prune_all(begun, pool, watch)
     return [
@@ -118,7 +118,7 @@ def _batches(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
         return []
     recipe = todo[0][1].recipe
     slots = recipe.cpus_per_worker or 1
-    most = at_once(recipe.model_copy(update={"memory": recipe.memory // slots}), open_store(recipe.out))
+    most = runs_at_once(recipe.model_copy(update={"memory": recipe.memory // slots}), open_store(recipe.out))
     count = -(-len(todo) // most)
     if count > 1:
         watch.say(

@@ -20,7 +20,7 @@ import torch
 from fapm.errors import UserError
 from fapm.formats.delta import BASE, WHOLE, patched, read_delta, shapes_of, stored_in
 from fapm.formats.dtypes import TORCH_NAMES
-from fapm.formats.sparse import BLOCK, Patched
+from fapm.formats.sparse import DELTA_BLOCK, Patched
 from fapm.formats.tensor import Part, Sides
 from fapm.storage.address import input_address, open_store
 
@@ -85,11 +85,11 @@ def _in_blocks(delta: str, of_base: bool = False) -> Iterator[Patch]:
                 continue
             assert isinstance(info.form, Patched)
             place = torch.int32 if info.numel < 1 << 31 else torch.int64
-            for number in range(-(-info.numel // BLOCK)):
+            for number in range(-(-info.numel // DELTA_BLOCK)):
                 places, bits = info.form.block(number, sides, of_base)
                 if places.size:
                     values = torch.from_numpy(bits.view(np.uint8).copy()).view(dtype)
-                    indices = torch.from_numpy(places + number * BLOCK).to(place)
+                    indices = torch.from_numpy(places + number * DELTA_BLOCK).to(place)
                     yield Patch(name, info.shape, dtype, values, indices)
     finally:
         folder.close()

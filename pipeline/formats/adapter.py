@@ -377,11 +377,11 @@ def _turned(
 
 def with_adapter(
     adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], renames: Sequence[str],
-    kinds: Collection[str], where: str, oddities: list[str],
+    kinds: Collection[str], where: str, warnings: list[str],
 ) -> dict[str, TensorInfo]:  # fmt: skip
     """What base becomes with an adapter, by base's names and packed as base is. The rest is as of `apply_adapter`."""
     own, made = as_in_memory(base)
-    view = renamed(own, _targets(tensors), renames, oddities)
+    view = renamed(own, _targets(tensors), renames, warnings)
     names = dict(zip(view, own, strict=True))  # in the same order
     result = {}
     for name, info in apply_adapter(adapter, tensors, view, kinds, where).items():

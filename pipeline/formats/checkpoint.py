@@ -19,7 +19,13 @@ from fapm.formats.adapter import (
     with_adapter,
     without_tied_head,
 )
-from fapm.formats.beside import (
+from fapm.formats.configuration import ties
+from fapm.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
+from fapm.formats.header import MAX_HEADER_BYTES, Header, read_header
+from fapm.formats.names import packed_like, renamed, unwrapped
+from fapm.formats.pickled import METADATA, describe, distributed_folder, torch_files
+from fapm.formats.quantized import DESCRIPTION, dequantized, described_codes
+from fapm.formats.side_files import (
     CARD,
     MAX_CONFIG_BYTES,
     MAX_SIDE_BYTES,
@@ -28,12 +34,6 @@ from fapm.formats.beside import (
     WEIGHT_SUFFIXES,
     side_files_of,
 )
-from fapm.formats.configuration import ties
-from fapm.formats.delta import DELTA, check_base, in_layer, layered, patched, read_delta, shapes_of, summary
-from fapm.formats.header import MAX_HEADER_BYTES, Header, read_header
-from fapm.formats.names import packed_like, renamed, unwrapped
-from fapm.formats.pickled import METADATA, describe, distributed_folder, torch_files
-from fapm.formats.quantized import DESCRIPTION, dequantized, described_codes
 from fapm.formats.tensor import Part, Side, TensorInfo, leaves
 from fapm.storage.address import open_store
 from fapm.storage.layers import Layers
@@ -54,7 +54,7 @@ class Checkpoint:
         identity: per file its size, time of change and a digest of its header: enough to notice that it is
             another file than it was.
         side_files: the small files that come along (configuration, tokenizer, templates).
-        oddities: sentences worth showing to the user.
+        warnings: sentences worth showing to the user.
         borrowed: where those side files lie that are not in its folder.
         gone: stored tensors that are none of its own, and why: scales, say.
         stored: every tensor in its files, by whatever name and in whatever layout.
@@ -66,7 +66,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     identity: dict[str, dict[str, Any]]
     side_files: tuple[str, ...]
-    oddities: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
     borrowed: Mapping[str, Store] = field(default_factory=dict)
     gone: Mapping[str, str] = field(default_factory=dict)
     quantized: bool = False
@@ -113,11 +113,11 @@ def open_checkpoint(
         _refuse_two_kinds(folder, top, role)
         if pickled:
             read = _described(folder, *pickled, role, allow_pickle)
-            oddities: list[str] = []
+            warnings: list[str] = []
         else:
-            read, oddities = _read_headers(folder, found, role)
+            read, warnings = _read_headers(folder, found, role)
             _add_modules(folder, found, read, role)
-        checkpoint = _opened(folder, found, read, role, oddities)
+        checkpoint = _opened(folder, found, read, role, warnings)
         if {WEIGHTS, PICKLED} & checkpoint.identity.keys():
             return _with_adapter(checkpoint, base, renames)
         return _finished(_merged(checkpoint, base), base, plain_codes)
@@ -165,13 +165,13 @@ def _merged(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
     said = read_adapter(_small(folder, CONFIG, where), where)
     kinds, side = _kinds(checkpoint), _side(checkpoint.role)
     tensors, gone = unmerged(said, checkpoint.tensors, kinds, where, side)
-    oddities = (
-        *checkpoint.oddities,
+    warnings = (
+        *checkpoint.warnings,
         f"{checkpoint.role}: an adapter inside it is added to its weights as they are read",
     )
     identity = {**checkpoint.identity, CONFIG: _identity_of(folder, CONFIG)}
     gone = _as_stored(checkpoint, gone)
-    return replace(checkpoint, tensors=tensors, gone=gone, oddities=oddities, identity=identity)
+    return replace(checkpoint, tensors=tensors, gone=gone, warnings=warnings, identity=identity)
 
 
 def _as_stored(checkpoint: Checkpoint, gone: Mapping[str, str]) -> dict[str, str]:
@@ -202,11 +202,11 @@ _Found = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
 
 def _read_headers(folder: Store, found: dict[str, FileStat], role: str) -> tuple[_Found, list[str]]:
     """What safetensors hold, and what is odd about it."""
-    oddities: list[str] = []
-    files, index = _weight_files(folder, {name for name in found if "/" not in name}, role, oddities)
+    warnings: list[str] = []
+    files, index = _weight_files(folder, {name for name in found if "/" not in name}, role, warnings)
     read = _headers_of(folder, files, found, role)
-    _compare_with_index(index, read[0], role, oddities)
-    return read, oddities
+    _compare_with_index(index, read[0], role, warnings)
+    return read, warnings
 
 
 MODULES = "modules.json"
@@ -279,8 +279,8 @@ def _of_delta(
     if role == "base":
         raise UserError(f"{where} holds a sparse task vector, which is no base; give it as --finetuned")
     read = _headers_of(folder, sorted(said["files"]), found, role)
-    oddities = [f"{role}: {summary(said, sum(found[name].size for name in said['files']))}"]
-    opened = _opened(folder, found, read, role, oddities)
+    warnings = [f"{role}: {summary(said, sum(found[name].size for name in said['files']))}"]
+    opened = _opened(folder, found, read, role, warnings)
     identity = {**opened.identity, DELTA: _identity_of(folder, DELTA)}
     wanted = shapes_of(said)
     if base is None:
@@ -304,7 +304,7 @@ def _of_layers(
     parts = [leaf.info.name for info in beaten for leaf in leaves(Part("finetuned", info)) if leaf.side == "finetuned"]
     return Checkpoint(
         role, folder, tensors, {f"{i}/{file}": of for i, one in enumerate(opened) for file, of in one.identity.items()},
-        last.side_files, tuple(oddity for one in opened for oddity in one.oddities),
+        last.side_files, tuple(warning for one in opened for warning in one.warnings),
         borrowed=dict.fromkeys(last.side_files, last.folder),
         gone=dict.fromkeys(parts, "another sparse task vector's counts"),
         stored=tuple(in_layer(info, i) for i, one in enumerate(opened) for info in one.stored),
@@ -320,7 +320,7 @@ def _stay_inside(folder: Store, names: Iterable[str], role: str) -> None:
             )
 
 
-def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, oddities: list[str]) -> Checkpoint:
+def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, warnings: list[str]) -> Checkpoint:
     tensors, identity = read
     side_files, left = side_files_of(found)
     _stay_inside(folder, (*identity, *side_files, *({CARD} & found.keys())), role)
@@ -337,13 +337,13 @@ def _opened(folder: Store, found: dict[str, FileStat], read: _Found, role: str, 
     left = [n for n in left if n not in identity and ("/" in n or not n.endswith(".safetensors"))]  # these are said
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        oddities.append(
+        warnings.append(
             f"{role}: left behind, as no part of the model: {', '.join(left[:5])}{more} (other folders, other formats, "
             "states of training, files of more than 256 MiB)"
         )
     stored = tuple(leaf.info for info in tensors.values() for leaf in leaves(Part(_side(role), info)))
-    bare = unwrapped(tensors, role, oddities)
-    return Checkpoint(role, folder, bare, identity, side_files, tuple(oddities), stored=stored)
+    bare = unwrapped(tensors, role, warnings)
+    return Checkpoint(role, folder, bare, identity, side_files, tuple(warnings), stored=stored)
 
 
 def _finished(checkpoint: Checkpoint, base: Checkpoint | None, plain_codes: bool) -> Checkpoint:
@@ -352,8 +352,8 @@ def _finished(checkpoint: Checkpoint, base: Checkpoint | None, plain_codes: bool
         borrowed = {name: base.folder for name in base.side_files if name not in checkpoint.side_files}
         side_files = tuple(sorted({*checkpoint.side_files, *borrowed}))
         said = f"{checkpoint.role} has no {MODEL_CONFIG}: base's is taken, with the files beside it"
-        oddities = (*checkpoint.oddities, said)
-        checkpoint = replace(checkpoint, side_files=side_files, borrowed=borrowed, oddities=oddities)
+        warnings = (*checkpoint.warnings, said)
+        checkpoint = replace(checkpoint, side_files=side_files, borrowed=borrowed, warnings=warnings)
     return _with_weights(checkpoint, plain_codes)
 
 
@@ -425,14 +425,14 @@ def _with_weights(checkpoint: Checkpoint, plain_codes: bool) -> Checkpoint:
     describing = [name for name in (MODEL_CONFIG, DESCRIPTION) if name in checkpoint.side_files]
     identity = {**checkpoint.identity, **{name: _identity_of(checkpoint.folder, name) for name in describing}}
     side_files = tuple(name for name in checkpoint.side_files if name != DESCRIPTION)
-    oddities = (*checkpoint.oddities, said)
+    warnings = (*checkpoint.warnings, said)
     return replace(
         checkpoint,
         tensors=tensors,
         gone={**checkpoint.gone, **_as_stored(checkpoint, gone)},
         identity=identity,
         side_files=side_files,
-        oddities=oddities,
+        warnings=warnings,
         quantized=True,
     )
 
@@ -484,21 +484,21 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
     identity = {**adapter.identity, CONFIG: _identity_of(folder, CONFIG)}
     if base is None:
         return replace(adapter, identity=identity)
-    oddities = [*adapter.oddities]
+    warnings = [*adapter.warnings]
     known, gone = adapter.tensors, dict[str, str]()
     if ties(read_config(base)):
         known, gone = without_tied_head(said, known, base.tensors, where)
-    tensors = with_adapter(said, known, base.tensors, renames, _kinds(base), where, oddities)
+    tensors = with_adapter(said, known, base.tensors, renames, _kinds(base), where, warnings)
     own = [name for name in adapter.side_files if name not in (CONFIG, "README.md") and name.startswith(TOKENIZER)]
     borrowed = {name: base.folder for name in base.side_files if name not in own}
-    oddities.append(f"{adapter.role}: an adapter; what base becomes with it is formed while it is read")
+    warnings.append(f"{adapter.role}: an adapter; what base becomes with it is formed while it is read")
     side_files = tuple(sorted({*own, *borrowed}))
     return replace(
         adapter,
         tensors=tensors,
         identity=identity,
         side_files=side_files,
-        oddities=tuple(oddities),
+        warnings=tuple(warnings),
         borrowed=borrowed,
         gone=_as_stored(adapter, gone),
         quantized=base.quantized,
@@ -506,7 +506,7 @@ def _with_adapter(adapter: Checkpoint, base: Checkpoint | None, renames: Sequenc
 
 
 def _weight_files(
-    folder: Store, top: set[str], role: str, oddities: list[str]
+    folder: Store, top: set[str], role: str, warnings: list[str]
 ) -> tuple[list[str], dict[str, str] | None]:
     """The safetensors files that make up the checkpoint, and the index's weight map if there is an index."""
     weights = sorted(name for name in top if name.endswith(".safetensors"))
@@ -523,21 +523,21 @@ def _weight_files(
                     f"{role}: {folder.address} holds two checkpoints, {MODEL} and the {len(files)} files of "
                     f"{indices[0]}; transformers would read {MODEL}: remove the one that does not count"
                 )
-            oddities.append(
+            warnings.append(
                 f"{role}: {MODEL} is read, as transformers does; {indices[0]} is of an older save, whose "
                 f"{missing[0]} is gone"
             )
-            _mention_ignored(weights, [MODEL], role, oddities)
+            _mention_ignored(weights, [MODEL], role, warnings)
             return [MODEL], None
         if missing:
             raise UserError(
                 f"{role}: {indices[0]} names {len(missing)} file(s) that {folder.address} does not have: "
                 f"{', '.join(map(repr, missing[:3]))}; fetch the checkpoint again"
             )
-        _mention_ignored(weights, files, role, oddities)
+        _mention_ignored(weights, files, role, warnings)
         return files, weight_map
     if "model.safetensors" in weights:
-        _mention_ignored(weights, ["model.safetensors"], role, oddities)
+        _mention_ignored(weights, ["model.safetensors"], role, warnings)
         return ["model.safetensors"], None
     parts = [name for name in weights if not name.startswith("consolidated")] or weights
     inside = [] if parts else sorted(n.rpartition("/")[0] for n in folder.files() if n.endswith(f"/{CONFIG}"))
@@ -557,8 +557,8 @@ def _weight_files(
         why = f"only {others[0]}, which is not read; save it as safetensors first" if others else "no safetensors"
         raise UserError(f"{role}: no checkpoint in {folder.address}: it has {why}")
     if len(parts) > 1:
-        oddities.append(f"{role}: {len(parts)} safetensors files and no index; all of them are taken")
-    _mention_ignored(weights, parts, role, oddities)
+        warnings.append(f"{role}: {len(parts)} safetensors files and no index; all of them are taken")
+    _mention_ignored(weights, parts, role, warnings)
     return parts, None
 
 
@@ -589,10 +589,10 @@ def _refuse_half(parts: Sequence[str], folder: Store, role: str) -> None:
             )
 
 
-def _mention_ignored(weights: list[str], taken: list[str], role: str, oddities: list[str]) -> None:
+def _mention_ignored(weights: list[str], taken: list[str], role: str, warnings: list[str]) -> None:
     ignored = [name for name in weights if name not in taken]
     if ignored:
-        oddities.append(f"{role}: not part of the checkpoint and ignored: {', '.join(ignored[:5])}")
+        warnings.append(f"{role}: not part of the checkpoint and ignored: {', '.join(ignored[:5])}")
 
 
 def _read_index(folder: Store, name: str, role: str) -> dict[str, str]:
@@ -608,7 +608,7 @@ def _read_index(folder: Store, name: str, role: str) -> dict[str, str]:
 
 
 def _compare_with_index(
-    index: dict[str, str] | None, tensors: dict[str, TensorInfo], role: str, oddities: list[str]
+    index: dict[str, str] | None, tensors: dict[str, TensorInfo], role: str, warnings: list[str]
 ) -> None:
     if index is None:
         return
@@ -623,7 +623,7 @@ def _compare_with_index(
         ([n for n, t in tensors.items() if index.get(n, t.file) != t.file], "is in another file than the index says"),
     ):
         if names:
-            oddities.append(f"{role}: tensor {names[0]!r}{_more(names)} {what}")
+            warnings.append(f"{role}: tensor {names[0]!r}{_more(names)} {what}")
 
 
 def _more(names: Sequence[str]) -> str:

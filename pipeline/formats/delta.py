@@ -22,7 +22,7 @@ from fapm.errors import UserError
 from fapm.formats.dtypes import BITS, is_weight, itemsize
 from fapm.formats.header import MAX_NUMEL, is_name, read_header
 from fapm.formats.lowrank import Converted
-from fapm.formats.sparse import BLOCK, COLUMNS, Layered, Patched, check_table, fits
+from fapm.formats.sparse import COLUMNS, DELTA_BLOCK, Layered, Patched, check_table, fits
 from fapm.formats.tensor import Alias, Part, TensorInfo, alias, formed
 from fapm.storage.records import Checksum, Count, Name, Record, Text, checked
 from fapm.storage.store import Store
@@ -165,7 +165,7 @@ def patched(
         if len(blocks.shape) != 2 or blocks.shape[1] != COLUMNS:
             raise UserError(f"{where}: the blocks of {name!r} are no table")
         numel = base[name].numel
-        if blocks.shape[0] != -(-numel // BLOCK):
+        if blocks.shape[0] != -(-numel // DELTA_BLOCK):
             raise UserError(f"{where}: the blocks of {name!r} are {blocks.shape[0]}, not as many as it needs")
         given = stored.get(name + BEFORE)
         table = np.frombuffer(folder.reader(blocks.file).read(blocks.offset, blocks.nbytes), "<i8")

@@ -43,7 +43,7 @@ _INSIDE = ((".block_sparse_moe.", ".mlp."),)
 """What transformers calls otherwise in memory than on disk."""
 
 
-def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str]) -> dict[str, TensorInfo]:
+def unwrapped(tensors: Mapping[str, TensorInfo], role: str, warnings: list[str]) -> dict[str, TensorInfo]:
     """The tensors by their names without what wraps them in training.
 
     Raises:
@@ -69,7 +69,7 @@ def unwrapped(tensors: Mapping[str, TensorInfo], role: str, oddities: list[str])
     changed = next((name for bare, name in seen.items() if bare != name), None)
     if changed:
         bare = next(bare for bare, name in seen.items() if name == changed)
-        oddities.append(f"{role}: names are taken without what training has added: {changed} is {bare}")
+        warnings.append(f"{role}: names are taken without what training has added: {changed} is {bare}")
     return found
 
 
@@ -91,14 +91,14 @@ def renamed(
     base: Mapping[str, TensorInfo],
     wanted: Iterable[str],
     renames: Sequence[str],
-    oddities: list[str],
+    warnings: list[str],
 ) -> dict[str, TensorInfo]:
     """base's tensors by finetuned's names. The arguments are those of `renaming`."""
-    moves = renaming(base, wanted, renames, oddities)
+    moves = renaming(base, wanted, renames, warnings)
     return {new: base[name] if base[name].name == new else replace(base[name], name=new) for name, new in moves.items()}
 
 
-def renaming(base: Iterable[str], wanted: Iterable[str], renames: Sequence[str], oddities: list[str]) -> dict[str, str]:
+def renaming(base: Iterable[str], wanted: Iterable[str], renames: Sequence[str], warnings: list[str]) -> dict[str, str]:
     """Every name of base, and finetuned's for it, in base's order.
 
     Args:
@@ -120,7 +120,7 @@ def renaming(base: Iterable[str], wanted: Iterable[str], renames: Sequence[str],
         if moves:
             found |= {old: str(new) for old, new in moves.items()}
             before, _, after = (part if "*" in part else f"{part}*" for part in text.partition("="))
-            oddities.append(f"base's {before} is compared with finetuned's {after} ({len(moves)} tensors)")
+            warnings.append(f"base's {before} is compared with finetuned's {after} ({len(moves)} tensors)")
         elif text in renames:
             raise UserError(f"--rename {text}: base has no tensor that would then be one of finetuned's")
     return found
@@ -208,7 +208,7 @@ class Concatenated:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Subrange:
     """Elements of a tensor from `first` on."""
 
     of: Part
@@ -224,7 +224,7 @@ class Cut:
 
 
 def packed_like(
-    base: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], oddities: list[str], side: Side = "base"
+    base: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], warnings: list[str], side: Side = "base"
 ) -> dict[str, TensorInfo]:
     """base's tensors, its experts packed as finetuned has them, stacked or one by one, where no layout is known.
 
@@ -248,11 +248,11 @@ def packed_like(
             for member in stack.members:
                 first = (member.expert * stack.shape[1] + member.row) * stack.shape[2]
                 shape = (member.rows, member.columns)
-                found[member.name] = formed(member.name, whole.dtype, shape, Cut(Part(side, whole), first))
+                found[member.name] = formed(member.name, whole.dtype, shape, Subrange(Part(side, whole), first))
             how["one by one"] += len(stack.members)
     for layout, count in how.items():
         if count:
-            oddities.append(f"base's experts are compared as finetuned keeps them, {layout} ({count} matrices)")
+            warnings.append(f"base's experts are compared as finetuned keeps them, {layout} ({count} matrices)")
     return found
 
 

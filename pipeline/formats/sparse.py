@@ -1,6 +1,6 @@
 """The sparse task vector of one tensor: where it differs from base, and what is there.
 
-A tensor is cut into blocks of BLOCK elements. Of each there are, one after the other in streams of bytes,
+A tensor is cut into blocks of DELTA_BLOCK elements. Of each there are, one after the other in streams of bytes,
 
 - the places: the gaps between them, a byte each (255 means that the next byte adds to it), or one bit an element, the
   lowest bit first, whichever is shorter;
@@ -24,7 +24,7 @@ from fapm.errors import UserError
 from fapm.formats.dtypes import convert, is_weight, itemsize
 from fapm.formats.tensor import Part, Sides, TensorInfo
 
-BLOCK = 1 << 20
+DELTA_BLOCK = 1 << 20
 """Elements."""
 
 COLUMNS = 6
@@ -70,7 +70,7 @@ def encode(
     """A block: its row of the table, its places, its values, and if it is `reversible` base's.
 
     Args:
-        base, out: bits of the elements in the output's dtype, of one unsigned type, at most BLOCK.
+        base, out: bits of the elements in the output's dtype, of one unsigned type, at most DELTA_BLOCK.
     """
     from fapm.formats.loops import changed
 
@@ -108,10 +108,10 @@ def check_table(
     Raises:
         UserError: it lies.
     """
-    blocks = -(-numel // BLOCK)
+    blocks = -(-numel // DELTA_BLOCK)
     if table.shape != (blocks, COLUMNS):
         raise UserError(f"{where}: the blocks of {tensor!r} are {table.shape[0]}, and it should have {blocks}")
-    sizes = np.minimum(BLOCK, numel - BLOCK * np.arange(blocks))
+    sizes = np.minimum(DELTA_BLOCK, numel - DELTA_BLOCK * np.arange(blocks))
     kept, how, plain, packed, valued, given = table.T if blocks else np.zeros((COLUMNS, 0), np.int64)
     in_bits = (how & BITS) > 0
     all_of = kept * width
@@ -189,7 +189,7 @@ class Patched:
         return places, np.ascontiguousarray(values.T).view(f"u{width}").reshape(kept)
 
     def _size(self, number: int) -> int:
-        return min(BLOCK, self.over.info.numel - number * BLOCK)
+        return min(DELTA_BLOCK, self.over.info.numel - number * DELTA_BLOCK)
 
     def _stored(self, number: int, sides: Sides, of_base: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A block's places as they are written, its values by their bytes (width, kept), whether a bit each element."""
@@ -239,9 +239,9 @@ def write_over(
         sides.copy_into(patched.over, start * before, stop * before, bits.view(np.uint8))
     else:
         bits[:] = in_dtype(sides.take(patched.over, start * before, stop * before), info.dtype, patched.dtype)
-    for number in range(start // BLOCK, -(-stop // BLOCK)):
-        first = number * BLOCK
-        begin, end = max(start, first), min(stop, first + BLOCK)
+    for number in range(start // DELTA_BLOCK, -(-stop // DELTA_BLOCK)):
+        first = number * DELTA_BLOCK
+        begin, end = max(start, first), min(stop, first + DELTA_BLOCK)
         write(number, begin - first, bits[begin - start : end - start], sides)
     if not aligned:
         out[:] = bits.view(np.uint8)

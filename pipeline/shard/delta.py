@@ -21,7 +21,7 @@ from fapm.formats import sparse
 from fapm.formats.delta import BASE, BEFORE, BLOCKS, PLACES, SPARSE, VALUES, WHOLE, delta_name
 from fapm.formats.dtypes import is_weight, itemsize
 from fapm.formats.header import build_header
-from fapm.formats.sparse import BLOCK, COLUMNS, Patched
+from fapm.formats.sparse import COLUMNS, DELTA_BLOCK, Patched
 from fapm.formats.tensor import Alias, Part, Sides
 from fapm.plan import PairedTensor, Shard
 from fapm.storage.local import plain_errors
@@ -120,7 +120,7 @@ class DeltaWriter:
         first: DeltaWriter | None = None,
     ):
         self._shard, self._sides, self._out, self._also = shard, sides, out, also
-        self._how, self._scratch = (compress, reversible), sparse.Scratch()
+        self._how, self._histograms = (compress, reversible), sparse.Scratch()
         self._parts = Parts(shard)
         self._places, self._values, self._before = _Nameless(out), _Nameless(out), _Nameless(out)
         self._entries: list[tuple[str, str, tuple[int, ...], int, _Nameless | bytes, int]] = []
@@ -155,7 +155,7 @@ class DeltaWriter:
 
     def _compare(self, tensor: PairedTensor, taken: np.ndarray, is_last: bool) -> None:
         width = itemsize(tensor.dtype)
-        size = BLOCK * width
+        size = DELTA_BLOCK * width
         if self._pending.size:  # fill up the block that was begun
             more = size - self._pending.size
             self._pending, taken = np.concatenate([self._pending, taken[:more]]), taken[more:]
@@ -174,7 +174,7 @@ class DeltaWriter:
         if self._first is None:
             self._of_base.update(stored.data)
         base = sparse.in_dtype(stored, tensor.base.dtype, tensor.dtype)
-        row, places, values, before = sparse.encode(base, out, *self._how, self._scratch)
+        row, places, values, before = sparse.encode(base, out, *self._how, self._histograms)
         self._table.append(row)
         self._places.write(places)
         self._values.write(values)
@@ -189,7 +189,7 @@ class DeltaWriter:
             found = there[(start - first) * width : (stop - first) * width]
             if found.ctypes.data % width == 0:
                 return found
-        stored = self._scratch.take("base", (stop - start) * width)
+        stored = self._histograms.take("base", (stop - start) * width)
         self._sides.read_into(Part("base", tensor.base), start * width, stop * width, stored)
         return stored
 

@@ -1,8 +1,8 @@
 """The passes over one section: means, counts, search, apply. Each reads its pieces once (search: once a count).
 
-They share a *bench*: the section, the tools, and what the passes before have found, as arrays over the section's
-tensors (t) and over their groups (g). Of candidates made from one reading each has its own, over the same pieces, and
-a pass goes over all of them at once.
+They share the *section state*: the section, the tools, and what the passes before have found, as arrays over the
+section's tensors (t) and over their groups (g). Of candidates made from one reading each has its own, over the same
+pieces, and a pass goes over all of them at once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BlockSums:
         return sums
 
 
-class Scratch:
+class HistogramMemory:
     """Memory for histograms that is used again and again: fresh pages cost more than the zeros."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Scratch:
         return self._bins[:size]
 
 
-class Taken:
+class SampleCache:
     """Samples and their scores that several runs look at, a few at a time."""
 
     _MOST = 64
@@ -96,13 +96,13 @@ class Taken:
 
 
 @dataclass
-class Bench:
-    """One section on a worker's bench.
+class SectionState:
+    """What is known of one section during its passes.
 
     Attributes:
         groups: every group of its tensors, by name.
         tensors: the section's, as this recipe's plan has them.
-        taken: what the benches of a section share of their samples, if there are several.
+        taken: what the states of a section share of their samples, if there are several.
         names: the groups in the order of the arrays.
         group_of: (t,) int64, each tensor's group; −1 where it is not pruned.
         mean, base_squares: (t,) float64, mean|p| and Σp².
@@ -115,9 +115,9 @@ class Bench:
     pieces: Pieces
     groups: dict[str, Group]
     check: Check = lambda: None
-    scratch: Scratch = field(default_factory=Scratch)
+    memory: HistogramMemory = field(default_factory=HistogramMemory)
     tensors: tuple[PairedTensor, ...] = ()
-    taken: Taken | None = None
+    taken: SampleCache | None = None
 
     def __post_init__(self) -> None:
         self.tensors = self.tensors or self.pieces.section.tensors
@@ -135,7 +135,7 @@ class Bench:
     def common(self) -> np.ndarray:
         return np.array([t.common for t in self.tensors], np.int64)
 
-    def slices(self) -> Iterator[sample.Part]:
+    def slices(self) -> Iterator[sample.HeldSlice]:
         """Every slice of the section, with what is held of it."""
         for loaded in self.pieces:
             self.check()
@@ -147,7 +147,7 @@ class Bench:
 
     @property
     def _is_only(self) -> bool:
-        """Whether the section was cut for this bench."""
+        """Whether the section was cut for this state."""
         return self.tensors is self.pieces.section.tensors
 
     def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
@@ -200,52 +200,52 @@ Take = Callable[[slice, AnyChunk], None]
 """What is done with a chunk that holds the tensors at these places."""
 
 
-def each_chunk(wanted: Sequence[tuple[Bench, np.ndarray, Take]]) -> None:
-    """One pass over the chunks that hold any tensor that a bench wants ((t,) bool)."""
+def each_chunk(wanted: Sequence[tuple[SectionState, np.ndarray, Take]]) -> None:
+    """One pass over the chunks that hold any tensor that a state wants ((t,) bool)."""
     for part, held in wanted[0][0].slices() if wanted else ():
         here = places(part)
-        for bench, tensors, take in wanted:
+        for state, tensors, take in wanted:
             if not part.raw and tensors[here].any():
-                take(here, bench.chunk(bench.own(part), held))
+                take(here, state.chunk(state.own(part), held))
 
 
-def find_means(bench: Bench, known: np.ndarray | None = None) -> None:
+def find_means(state: SectionState, known: np.ndarray | None = None) -> None:
     """mean|p| and Σp² of the tensors that are pruned, but for those that are `known`: (t, 2), NaN where not.
 
     Raises:
         UserError: weights of base are not finite.
     """
     if known is not None:
-        bench.mean, bench.base_squares = known.T.copy()
-    wanted = (bench.group_of >= 0) & np.isnan(bench.mean)
+        state.mean, state.base_squares = known.T.copy()
+    wanted = (state.group_of >= 0) & np.isnan(state.mean)
     if not wanted.any():
         return
     sums, squares = BlockSums(wanted.size), BlockSums(wanted.size)
-    passed, added = bench.engine.sums(), []
+    passed, added = state.engine.sums(), []
 
     def take(here: slice, chunk: AnyChunk) -> None:
         passed.add(chunk)
         added.append((here.start, chunk.runs))
 
-    each_chunk([(bench, wanted, take)])
+    each_chunk([(state, wanted, take)])
     for (at, runs), (one, two) in zip(added, passed.result(), strict=True):
         sums.add(at, runs, one)
         squares.add(at, runs, two)
-    bench.mean[wanted] = sums.sums()[wanted] / bench.common[wanted]
-    bench.base_squares[wanted] = squares.sums()[wanted]
-    if not np.isfinite(bench.mean[wanted]).all():
-        refuse_nonfinite(bench)
+    state.mean[wanted] = sums.sums()[wanted] / state.common[wanted]
+    state.base_squares[wanted] = squares.sums()[wanted]
+    if not np.isfinite(state.mean[wanted]).all():
+        refuse_nonfinite(state)
 
 
 @dataclass
 class Tally:
-    """Scores of some groups of a bench, to be counted.
+    """Scores of some groups of a state, to be counted.
 
     Attributes:
-        counted: histograms of benches of one method; `first`: of them, the one of the first of `names`.
+        counted: histograms of states of one method; `first`: of them, the one of the first of `names`.
     """
 
-    bench: Bench
+    state: SectionState
     names: Sequence[str]
     counted: Histograms
     first: int
@@ -265,30 +265,33 @@ class Tally:
 
 
 Wanted = tuple[Sequence[Bracket], Sequence[int] | None]
-"""The brackets in which the scores of some groups of a bench are counted, and how many bins each may have."""
+"""The brackets in which the scores of some groups of a state are counted, and how many bins each may have."""
 
 
 def tallies(
-    benches: Sequence[Bench], names: Sequence[Sequence[str]], wanted: Sequence[Wanted], scratch: Scratch | None = None
+    states: Sequence[SectionState],
+    names: Sequence[Sequence[str]],
+    wanted: Sequence[Wanted],
+    memory: HistogramMemory | None = None,
 ) -> list[Tally]:
-    """Empty histograms for some groups of each bench; benches of one method have theirs together.
+    """Empty histograms for some groups of each state; states of one method have theirs together.
 
     Args:
-        scratch: where the memory of the histograms comes from, if there is only one such method.
+        memory: where the memory of the histograms comes from, if there is only one such method.
     """
     by_method: dict[str, list[int]] = {}
-    for i, bench in enumerate(benches):
-        by_method.setdefault(bench.recipe.method, []).append(i)
-    zeros: dict[str, Any] = {"zeros": scratch.zeros} if scratch and len(by_method) == 1 else {}
+    for i, state in enumerate(states):
+        by_method.setdefault(state.recipe.method, []).append(i)
+    zeros: dict[str, Any] = {"zeros": memory.zeros} if memory and len(by_method) == 1 else {}
     found: dict[int, Tally] = {}
     for members in by_method.values():
         brackets = [bracket for i in members for bracket in wanted[i][0]]
         limits = [limit for i in members for limit in wanted[i][1] or [MAX_BINS] * len(wanted[i][0])]
         counted, first = histograms(brackets, limits, **zeros), 0
         for i in members:
-            found[i] = Tally(benches[i], names[i], counted, first)
+            found[i] = Tally(states[i], names[i], counted, first)
             first += len(names[i])
-    return [found[i] for i in range(len(benches))]
+    return [found[i] for i in range(len(states))]
 
 
 def count(tallies: Sequence[Tally]) -> None:
@@ -308,7 +311,7 @@ def count(tallies: Sequence[Tally]) -> None:
         for of, (_, passed) in zip(together, passes, strict=True):
             found = passed.result()
             if not all(one.finite for one in found):
-                refuse_nonfinite(of[0].bench)
+                refuse_nonfinite(of[0].state)
             if not all(one.complete for one in found):
                 incomplete.append(of)
         if not incomplete:
@@ -316,78 +319,80 @@ def count(tallies: Sequence[Tally]) -> None:
         together = incomplete
 
 
-def _counting(of: Sequence[Tally], thorough: bool) -> tuple[tuple[Bench, np.ndarray, Take], Pass[..., Counted]]:
+def _counting(of: Sequence[Tally], thorough: bool) -> tuple[tuple[SectionState, np.ndarray, Take], Pass[..., Counted]]:
     columns = []
     for tally in of:
         place = {name: tally.first + i for i, name in enumerate(tally.names)}
-        by_group = np.array([place.get(name, -1) for name in tally.bench.names] + [-1], np.int64)
-        columns.append(by_group[tally.bench.group_of])  # the last, for −1
+        by_group = np.array([place.get(name, -1) for name in tally.state.names] + [-1], np.int64)
+        columns.append(by_group[tally.state.group_of])  # the last, for −1
     into = np.stack(columns, 1)
-    bench = of[0].bench
-    means = bench.mean.astype(np.float32)
-    passed = bench.engine.counting(of[0].counted, thorough)
+    state = of[0].state
+    means = state.mean.astype(np.float32)
+    passed = state.engine.counting(of[0].counted, thorough)
 
     def take(here: slice, chunk: AnyChunk) -> None:
         if not thorough or isinstance(chunk, StoredChunk):
             passed.add(chunk, means[here], into[here])
 
-    return (bench, np.any(into >= 0, axis=1), take), passed
+    return (state, np.any(into >= 0, axis=1), take), passed
 
 
 _ALL = 1 << 62  # elements
 
 
-def search(benches: Sequence[Bench], found: Sequence[dict[str, Threshold]], left: Sequence[dict[str, int]]) -> None:
+def search(
+    states: Sequence[SectionState], found: Sequence[dict[str, Threshold]], left: Sequence[dict[str, int]]
+) -> None:
     """The thresholds of the section's groups: those over several shards are `found`, the others lie in it.
 
     Args:
         left: what the sections before have left of the tie quotas of those that are found.
     """
-    begun = [_begin_search(*of) for of in zip(benches, found, left, strict=True)]
-    _select([(bench, singles) for bench, (singles, _) in zip(benches, begun, strict=True) if singles.size])
-    searches: list[tuple[Bench, dict[str, Bracket], dict[str, int]]] = []
-    for bench, (_, members) in zip(benches, begun, strict=True):
+    begun = [_begin_search(*of) for of in zip(states, found, left, strict=True)]
+    _select([(state, singles) for state, (singles, _) in zip(states, begun, strict=True) if singles.size])
+    searches: list[tuple[SectionState, dict[str, Bracket], dict[str, int]]] = []
+    for state, (_, members) in zip(states, begun, strict=True):
         limits = {
-            name: min(16 * bench.looks, MAX_BINS, 1 << max(8, (bench.groups[name].numel // 8).bit_length()))
+            name: min(16 * state.looks, MAX_BINS, 1 << max(8, (state.groups[name].numel // 8).bit_length()))
             for name in members
         }
         brackets = {
-            name: _first_bracket(bench, tensors, bench.groups[name], limits[name]) for name, tensors in members.items()
+            name: _first_bracket(state, tensors, state.groups[name], limits[name]) for name, tensors in members.items()
         }
-        searches.append((bench, brackets, limits))
+        searches.append((state, brackets, limits))
     while searches := [search for search in searches if search[1]]:
         counted = tallies(
-            [bench for bench, _, _ in searches],
+            [state for state, _, _ in searches],
             [list(brackets) for _, brackets, _ in searches],
             [(list(brackets.values()), [limits[name] for name in brackets]) for _, brackets, limits in searches],
-            searches[0][0].scratch,
+            searches[0][0].memory,
         )
         count(counted)
-        for tally, (bench, brackets, _) in zip(counted, searches, strict=True):
+        for tally, (state, brackets, _) in zip(counted, searches, strict=True):
             for i, name in enumerate(tally.names):
-                result = tally.narrow(i, bench.groups[name].k)
+                result = tally.narrow(i, state.groups[name].k)
                 if isinstance(result, Threshold):
-                    g = bench.names.index(name)
-                    bench.keys[g], bench.quotas[g], bench.ties[g] = result.key, result.ties, result.ties
+                    g = state.names.index(name)
+                    state.keys[g], state.quotas[g], state.ties[g] = result.key, result.ties, result.ties
                     del brackets[name]
                 else:
                     brackets[name] = result
 
 
 def _begin_search(
-    bench: Bench, found: dict[str, Threshold], left: dict[str, int]
+    state: SectionState, found: dict[str, Threshold], left: dict[str, int]
 ) -> tuple[np.ndarray, dict[str, list[PairedTensor]]]:
     """Note what is known; returns the groups of one small tensor (int64), and the members of the others."""
     members: dict[str, list[PairedTensor]] = {}
     singles = []
-    for tensor, g in zip(bench.tensors, bench.group_of.tolist(), strict=True):
+    for tensor, g in zip(state.tensors, state.group_of.tolist(), strict=True):
         if g < 0:
             continue
-        group = bench.groups[tensor.group]
-        known = found[group.name] if group.wide else known_threshold(bench.recipe, group, tensor.density)
+        group = state.groups[tensor.group]
+        known = found[group.name] if group.cross_shard else known_threshold(state.recipe, group, tensor.density)
         if known:
-            bench.keys[g], bench.quotas[g] = known.key, known.ties
-            bench.ties[g] = _ALL if known == KEEP_ALL else left.get(group.name, known.ties)
+            state.keys[g], state.quotas[g] = known.key, known.ties
+            state.ties[g] = _ALL if known == KEEP_ALL else left.get(group.name, known.ties)
         elif group.tensors == 1 and tensor.common <= SMALL and tensor.common == tensor.numel:
             singles.append(g)
         else:
@@ -395,20 +400,22 @@ def _begin_search(
     return np.array(singles, np.int64), members
 
 
-def _select(wanted: Sequence[tuple[Bench, np.ndarray]]) -> None:
+def _select(wanted: Sequence[tuple[SectionState, np.ndarray]]) -> None:
     """The thresholds of groups of one small tensor, many of them in one chunk."""
-    passes = [_selection(bench, singles) for bench, singles in wanted]
+    passes = [_selection(state, singles) for state, singles in wanted]
     each_chunk([one for one, _ in passes])
     for _, keep in passes:
         keep()
 
 
-def _selection(bench: Bench, singles: np.ndarray) -> tuple[tuple[Bench, np.ndarray, Take], Callable[[], None]]:
-    k = np.zeros(len(bench.names) + 1, np.int64)
-    k[singles] = [bench.groups[bench.names[g]].k for g in singles]
-    per_tensor = k[bench.group_of]
-    means = bench.mean.astype(np.float32)
-    passed, added = bench.engine.selection(), []
+def _selection(
+    state: SectionState, singles: np.ndarray
+) -> tuple[tuple[SectionState, np.ndarray, Take], Callable[[], None]]:
+    k = np.zeros(len(state.names) + 1, np.int64)
+    k[singles] = [state.groups[state.names[g]].k for g in singles]
+    per_tensor = k[state.group_of]
+    means = state.mean.astype(np.float32)
+    passed, added = state.engine.selection(), []
 
     def take(here: slice, chunk: AnyChunk) -> None:
         passed.add(chunk, means[here], per_tensor[here])
@@ -417,38 +424,38 @@ def _selection(bench: Bench, singles: np.ndarray) -> tuple[tuple[Bench, np.ndarr
     def keep() -> None:
         for here, (keys, ties) in zip(added, passed.result(), strict=True):
             chosen = per_tensor[here] > 0
-            where = bench.group_of[here][chosen]
-            bench.keys[where], bench.quotas[where], bench.ties[where] = keys[chosen], ties[chosen], ties[chosen]
+            where = state.group_of[here][chosen]
+            state.keys[where], state.quotas[where], state.ties[where] = keys[chosen], ties[chosen], ties[chosen]
 
-    return (bench, per_tensor > 0, take), keep
+    return (state, per_tensor > 0, take), keep
 
 
-def _first_bracket(bench: Bench, members: list[PairedTensor], group: Group, max_bins: int) -> Bracket:
-    looks = bench.looks
+def _first_bracket(state: SectionState, members: list[PairedTensor], group: Group, max_bins: int) -> Bracket:
+    looks = state.looks
     if group.numel < 2 * looks:
         return Bracket()
-    means = {t.name: np.float32(m) for t, m in zip(bench.tensors, bench.mean, strict=True) if t.group == group.name}
+    means = {t.name: np.float32(m) for t, m in zip(state.tensors, state.mean, strict=True) if t.group == group.name}
     if len(members) > 1:
-        return sample.survey(members, group, looks, bench.look, bench.recipe, means).bracket(group, max_bins)
+        return sample.survey(members, group, looks, state.look, state.recipe, means).bracket(group, max_bins)
     (tensor,) = members
-    taken = bench.look(tensor, looks / group.numel)
-    return bracket_from_scores(bench.scores(taken, tensor, means[tensor.name]), group.k / group.numel)
+    taken = state.look(tensor, looks / group.numel)
+    return bracket_from_scores(state.scores(taken, tensor, means[tensor.name]), group.k / group.numel)
 
 
 def apply(
-    benches: Sequence[Bench],
+    states: Sequence[SectionState],
     sinks: Sequence[AnySink],
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[np.ndarray]:
-    """Write the section's bytes in order, and return what was measured of its tensors: (t,) MEASURED, of each bench.
+    """Write the section's bytes in order, and return what was measured of its tensors: (t,) MEASURED, of each state.
 
-    Uses up the benches' `ties`.
+    Uses up the states' `ties`.
 
     Raises:
         UserError: weights are not finite, or became infinite in the output's dtype.
     """
-    applications = [_Applying(bench, sink) for bench, sink in zip(benches, sinks, strict=True)]
-    for part, held in benches[0].slices():
+    applications = [_Applying(state, sink) for state, sink in zip(states, sinks, strict=True)]
+    for part, held in states[0].slices():
         for application in applications:
             application.take(part, held)
         progress(part.nbytes)
@@ -456,42 +463,42 @@ def apply(
 
 
 class _Applying:
-    """The application of one bench's thresholds, slice by slice."""
+    """The application of one state's thresholds, slice by slice."""
 
-    def __init__(self, bench: Bench, sink: AnySink):
-        self._bench, self._sink = bench, sink
-        rows = self._rows = np.zeros(len(bench.tensors), MEASURED)
+    def __init__(self, state: SectionState, sink: AnySink):
+        self._state, self._sink = state, sink
+        rows = self._rows = np.zeros(len(state.tensors), MEASURED)
         rows["before"] = rows["after"] = np.nan
-        pruned = bench.group_of >= 0
-        rows["threshold_key"][pruned] = bench.keys[bench.group_of[pruned]]
-        rows["ties"][pruned] = bench.quotas[bench.group_of[pruned]]
+        pruned = state.group_of >= 0
+        rows["threshold_key"][pruned] = state.keys[state.group_of[pruned]]
+        rows["ties"][pruned] = state.quotas[state.group_of[pruned]]
         self._thresholds = float_thresholds(rows["threshold_key"])
-        self._means = bench.mean.astype(np.float32)
+        self._means = state.mean.astype(np.float32)
         self._described, self._overflowed = ~pruned, np.zeros(rows.size, np.int64)
-        self._passed = bench.engine.application(bench.ties)
+        self._passed = state.engine.application(state.ties)
         self._added: list[tuple[slice, int]] = []
 
     def take(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> None:
-        bench, here = self._bench, places(part)
-        part = bench.own(part)
+        state, here = self._state, places(part)
+        part = state.own(part)
         if part.raw:
             assert isinstance(held, list)
             _pass_through(part, held[0], self._sink)
             return
-        chunk, width, thresholds = bench.chunk(part, held), itemsize(part.tensors[0].dtype), self._thresholds[here]
+        chunk, width, thresholds = state.chunk(part, held), itemsize(part.tensors[0].dtype), self._thresholds[here]
         out = self._sink.reserve(chunk.numel * width, width).view(f"u{width}")
-        self._passed.add(chunk, self._means[here], thresholds, bench.group_of[here], out)
+        self._passed.add(chunk, self._means[here], thresholds, state.group_of[here], out)
         self._added.append((here, chunk.runs))
         if chunk.rounded and isinstance(chunk, Chunk):
             self._overflowed[here] += _overflows(part, chunk, out)
         if chunk.runs > 1:
-            _describe_many(bench, here, chunk, thresholds, self._rows)
+            _describe_many(state, here, chunk, thresholds, self._rows)
             self._described[here] = True
         elif isinstance(held, list):
             self._sink.filled_from(part.tensors[0].name, part.start, held[0])
 
     def measured(self) -> np.ndarray:
-        bench, rows, overflowed = self._bench, self._rows, self._overflowed
+        state, rows, overflowed = self._state, self._rows, self._overflowed
         squares, kept_squares = BlockSums(rows.size), BlockSums(rows.size)
         for (here, runs), done in zip(self._added, self._passed.result(), strict=True):
             overflowed[here] += done.overflowed
@@ -502,37 +509,37 @@ class _Applying:
             kept_squares.add(here.start, runs, done.kept_squares)
         one, two = squares.sums(), kept_squares.sums()
         if not np.isfinite(one).all():
-            refuse_nonfinite(bench)
+            refuse_nonfinite(state)
         for i in np.flatnonzero(overflowed).tolist():
-            refuse_overflow(int(overflowed[i]), bench.tensors[i].dtype, bench.tensors[i].name)
+            refuse_overflow(int(overflowed[i]), state.tensors[i].dtype, state.tensors[i].name)
         for i in np.flatnonzero(~self._described).tolist():
-            _describe(bench, i, self._thresholds[i], rows)
+            _describe(state, i, self._thresholds[i], rows)
         with np.errstate(all="ignore"):
             rows["norm_delta"], rows["kept_share"] = finite(np.sqrt(one)), finite(two / one)
-            rows["norm_base"], rows["mean_abs_base"] = finite(np.sqrt(bench.base_squares)), finite(bench.mean)
+            rows["norm_base"], rows["mean_abs_base"] = finite(np.sqrt(state.base_squares)), finite(state.mean)
         return rows
 
 
-def _describe_many(bench: Bench, here: slice, chunk: Chunk, thresholds: np.ndarray, rows: np.ndarray) -> None:
+def _describe_many(state: SectionState, here: slice, chunk: Chunk, thresholds: np.ndarray, rows: np.ndarray) -> None:
     """The quantiles of small tensors that are in memory anyway: of all their elements."""
     p, f = upcast(chunk.p), upcast(chunk.f)
     runs = np.diff(chunk.starts)
-    method = METHODS[bench.recipe.method]
+    method = METHODS[state.recipe.method]
     scores = np.zeros(p.size, np.float32)
     if method.score:
         positions = np.arange(p.size) - np.repeat(chunk.starts[:-1], runs)
-        means = np.repeat(bench.mean[here].astype(np.float32), runs)
+        means = np.repeat(state.mean[here].astype(np.float32), runs)
         scores = evaluate(method, p, f, means, np.repeat(chunk.streams, runs), positions)
     rows["before"][here], rows["after"][here] = change_quantiles(p, f, scores, thresholds, chunk.starts)
 
 
-def _describe(bench: Bench, i: int, threshold: np.float32, rows: np.ndarray) -> None:
+def _describe(state: SectionState, i: int, threshold: np.float32, rows: np.ndarray) -> None:
     """The quantiles of one tensor, from a sample."""
-    tensor = bench.tensors[i]
-    taken = bench.sample(tensor, sample.REPORTED / tensor.common)
+    tensor = state.tensors[i]
+    taken = state.sample(tensor, sample.REPORTED / tensor.common)
     scores = np.zeros(taken.p.size, np.float32)
-    if METHODS[bench.recipe.method].score:
-        scores = bench.scores(taken, tensor, np.float32(bench.mean[i]))
+    if METHODS[state.recipe.method].score:
+        scores = state.scores(taken, tensor, np.float32(state.mean[i]))
     before, after = change_quantiles(taken.p, taken.f, scores, np.array([threshold]), np.array([0, taken.p.size]))
     rows["before"][i], rows["after"][i] = before[0], after[0]
 
@@ -554,18 +561,18 @@ def _overflows(part: Slice, chunk: Chunk, out: np.ndarray) -> list[int]:
     return [sum(count_nonfinite(out[begin:end].view(np.uint8), part.tensors[0].dtype)) for begin, end in ends]
 
 
-def refuse_nonfinite(bench: Bench) -> None:
+def refuse_nonfinite(state: SectionState) -> None:
     """Count what is not finite, and raise if there is any: d may have overflowed between finite weights.
 
     Raises:
         UserError: with the names of the tensors.
     """
     found: dict[tuple[str, str], list[int]] = {}
-    for part, views in bench.pieces.bytes():
+    for part, views in state.pieces.bytes():
         if part.raw:
             continue
         for role, side, stored in zip(("base", "finetuned"), part.sources, views, strict=True):
-            if role == "finetuned" and bench.recipe.nonfinite == "base":
+            if role == "finetuned" and state.recipe.nonfinite == "base":
                 continue
             width, begin = itemsize(side[0].dtype), 0
             for tensor in part.tensors:

@@ -2,7 +2,7 @@
 
 A section that fits the budget is resident: each piece is read once, and every pass over it finds it in memory. One that
 does not is streamed: every pass reads the pieces again, two at a time. The arithmetic cannot tell. What a device takes
-goes through `landing`.
+goes through `staging`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fapm.formats.tensor import Part, Range, Side, Sides
 from fapm.plan import PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import DeviceEngine, StoredChunk
-from fapm.shard.landing import Landed, Landing, Shares
 from fapm.shard.section import ALIGN, ALIGN_SMALL, LARGE, PIECE_BYTES, Piece, Section, Slice, sections, slack
+from fapm.shard.staging import Shares, Staged, Staging
 from fapm.storage.store import Store
 
 BUFFER_BYTES = PIECE_BYTES + slack(PIECE_BYTES)
@@ -87,7 +87,7 @@ class Loaded:
         return zip(self.piece.slices, self.held, strict=True)
 
 
-class Load(NamedTuple):
+class Loading(NamedTuple):
     """A piece on its way into memory. `counted`: it was kept by a step before, to which its bytes count."""
 
     future: Future[Loaded]
@@ -98,8 +98,8 @@ class Load(NamedTuple):
 class Held(NamedTuple):
     """What stays in memory of a section while it is worked on, or is on its way there. None: what is streamed."""
 
-    host: list[Load] | None
-    device: list[Future[Landed]] | None
+    host: list[Loading] | None
+    device: list[Future[Staged]] | None
 
 
 NOTHING = Held(None, None)
@@ -122,8 +122,8 @@ class SectionReader:
         self._budget = budget
         self.memory = Memory(self._most(budget))
         self._threads = ThreadPoolExecutor(self._at_once, thread_name_prefix="read")
-        self._landing: Landing | None = None
-        self._kept: dict[_Key, Load] = {}
+        self._staging: Staging | None = None
+        self._kept: dict[_Key, Loading] = {}
         self.bytes_read = 0
         self.seconds = 0.0
 
@@ -134,23 +134,23 @@ class SectionReader:
         """Have so much less than the whole budget from now on."""
         self.memory.limit(self._most(self._budget - nbytes))
 
-    def land_on(self, device: DeviceEngine, recipe: Recipe, shares: Shares) -> None:
+    def stage_on(self, device: DeviceEngine, recipe: Recipe, shares: Shares) -> None:
         """From now on pieces for a device go there."""
 
         def load(piece: Piece, buffer: np.ndarray) -> tuple[list[list[np.ndarray]], float]:
             loaded = self._load(piece, buffer)
             return loaded.held, loaded.seconds
 
-        self._landing = Landing(device, recipe, shares, load)
+        self._staging = Staging(device, recipe, shares, load)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-        if self._landing:
-            self._landing.close()
+        if self._staging:
+            self._staging.close()
 
     def fits(self, section: Section) -> bool:
         """Whether there is room for a whole section now."""
-        return self._has_room(section) and (self._landing is None or self._landing.fits(section))
+        return self._has_room(section) and (self._staging is None or self._staging.fits(section))
 
     def _has_room(self, section: Section) -> bool:
         keys = {_key(piece) for piece in section.on_host}
@@ -171,12 +171,12 @@ class SectionReader:
             pairs = zip(known, section.on_host, strict=True)
             host = [load or self._submit(piece) for load, piece in pairs]
         if device is None:
-            device = self._landing.start(section) if self._landing else []
+            device = self._staging.start(section) if self._staging else []
         return Held(host, device)
 
-    def _submit(self, piece: Piece) -> Load:
+    def _submit(self, piece: Piece) -> Loading:
         buffer = self.memory.take()
-        return Load(self._threads.submit(self._load, piece, buffer), buffer)
+        return Loading(self._threads.submit(self._load, piece, buffer), buffer)
 
     def release(self, held: Held, section: Section, keep: bool = False) -> None:
         """Forget a section, once nothing writes to its buffers any more.
@@ -193,13 +193,13 @@ class SectionReader:
                 self._kept[_key(loaded.piece)] = load._replace(counted=True)
             else:
                 self._give_back([load])
-        if self._landing and held.device:
-            self._landing.release(held.device, section, keep)
-            for landing in held.device:
-                if not landing.exception():
-                    self._count(landing.result().read_bytes, landing.result().seconds)
+        if self._staging and held.device:
+            self._staging.release(held.device, section, keep)
+            for staging in held.device:
+                if not staging.exception():
+                    self._count(staging.result().read_bytes, staging.result().seconds)
 
-    def _give_back(self, loads: Sequence[Load]) -> None:
+    def _give_back(self, loads: Sequence[Loading]) -> None:
         wait([load.future for load in loads])
         for load in loads:
             self.memory.give(load.buffer)
@@ -213,7 +213,7 @@ class SectionReader:
 
     def stream(self, pieces: Sequence[Piece]) -> Iterator[Loaded]:
         """One pass over pieces that do not all fit: the next is read while one is used."""
-        ahead: list[Load] = []
+        ahead: list[Loading] = []
         waiting = list(reversed(pieces))
         try:
             while waiting or ahead:
@@ -227,11 +227,11 @@ class SectionReader:
     def _may_read_on(self, ahead: int) -> bool:
         return ahead < 2 * self._at_once and self.memory.room > _FEWEST and self.is_far
 
-    def stream_to_device(self, pieces: Sequence[Piece]) -> Iterator[Landed]:
+    def stream_to_device(self, pieces: Sequence[Piece]) -> Iterator[Staged]:
         """The same of pieces for the device."""
-        for landed in self._landing.stream(pieces) if self._landing else ():
-            self._count(landed.read_bytes, landed.seconds)
-            yield landed
+        for staged in self._staging.stream(pieces) if self._staging else ():
+            self._count(staged.read_bytes, staged.seconds)
+            yield staged
 
     def _load(self, piece: Piece, buffer: mmap.mmap | np.ndarray) -> Loaded:
         """Read a piece, neighbouring bytes of a file in one go."""
@@ -332,7 +332,7 @@ class Pieces:
         """Whether what a device takes of the section is there."""
         return self._held.device is not None or not self.section.on_device
 
-    def __iter__(self) -> Iterator[Loaded | Landed]:
+    def __iter__(self) -> Iterator[Loaded | Staged]:
         with closing(self._of_host()) as host, closing(self._of_device()) as device:
             for piece in self.section.pieces:
                 yield next(device) if piece.on_device else next(host)
@@ -343,11 +343,11 @@ class Pieces:
         else:
             yield from (load.future.result() for load in self._held.host)
 
-    def _of_device(self) -> Generator[Landed]:
+    def _of_device(self) -> Generator[Staged]:
         if self._held.device is None:
             yield from self.reader.stream_to_device(self.section.on_device)
         else:
-            yield from (landing.result() for landing in self._held.device)
+            yield from (staging.result() for staging in self._held.device)
 
     def bytes(self) -> Iterator[tuple[Slice, list[np.ndarray]]]:
         """Every slice with the bytes of its sides in host memory; what is not there is read again, in other slices."""

@@ -30,7 +30,7 @@ LOCAL = 1 << 17
 ON_DEVICE = 1 << 14
 """The same where all of a group is on a device."""
 
-WIDE = 1 << 20
+CROSS_SHARD = 1 << 20
 """The same for a group over several shards, where a wrong guess costs another read of everything; of a small group
 a sixteenth is enough."""
 
@@ -59,12 +59,12 @@ class Sample:
         return evaluate(METHODS[recipe.method], self.p, self.f, m, streams([tensor], recipe)[0], self.positions)
 
 
-Part = tuple[Slice, list[np.ndarray] | StoredChunk]
+HeldSlice = tuple[Slice, list[np.ndarray] | StoredChunk]
 """A slice in memory: the bytes of its sides, or what an engine has on its device."""
 
 
 def near(
-    parts: Iterable[Part],
+    parts: Iterable[HeldSlice],
     tensor: PairedTensor,
     share: float,
     recipe: Recipe,
@@ -135,9 +135,9 @@ class Survey:
         return bracket_from_coarse(self.weights, group.k / group.numel, sigma, max_bins)
 
 
-def wide_size(group: Group) -> int:
+def cross_shard_size(group: Group) -> int:
     """How many elements of a group over several shards to look at."""
-    return min(WIDE, max(LOCAL, group.numel // 16))
+    return min(CROSS_SHARD, max(LOCAL, group.numel // 16))
 
 
 def survey(

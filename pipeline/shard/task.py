@@ -46,9 +46,9 @@ class Task:
         """This one, and those beside it."""
         return self, *self.beside
 
-    def wide(self) -> list[PairedTensor]:
+    def cross_shard(self) -> list[PairedTensor]:
         """The shard's tensors whose groups lie in other shards too."""
-        return [t for t in self.shard.tensors if t.group and t.common and self.groups[t.group].wide]
+        return [t for t in self.shard.tensors if t.group and t.common and self.groups[t.group].cross_shard]
 
 
 def here() -> str:
@@ -61,7 +61,7 @@ class Done:
     """What a worker says of a finished task.
 
     Attributes:
-        dealt_bytes: input bytes that the step was about; the progress of the run.
+        progress_bytes: input bytes that the step was about; the progress of the run.
         read_bytes: input bytes that it read; `written_bytes` of the output; `seconds` of the wall.
         reading: seconds of the threads that read, while they did; `writing`: the same, and hashing and making durable;
             `computing`: CPU seconds of the thread that computes. They pass at the same time.
@@ -71,7 +71,7 @@ class Done:
     """
 
     shard: int
-    dealt_bytes: int
+    progress_bytes: int
     read_bytes: int
     written_bytes: int
     seconds: float

@@ -33,11 +33,11 @@ from fapm.scoring.device import has_failed, is_full, make_engine
 from fapm.scoring.engine import DeviceEngine, Engine
 from fapm.shard import passes
 from fapm.shard.delta import Checked, DeltaWriter, promised
-from fapm.shard.landing import shares
-from fapm.shard.passes import Bench, Scratch, Taken, Tally, tallies
+from fapm.shard.passes import HistogramMemory, SampleCache, SectionState, Tally, tallies
 from fapm.shard.reading import NOTHING, OVERHEAD_BYTES, Held, Pieces, SectionReader
-from fapm.shard.sample import LONG_RUN, RUN, Sample, far, survey, wide_size
+from fapm.shard.sample import LONG_RUN, RUN, Sample, cross_shard_size, far, survey
 from fapm.shard.section import Section, sections
+from fapm.shard.staging import shares
 from fapm.shard.table import MEASURED
 from fapm.shard.task import (
     Done,
@@ -126,7 +126,7 @@ class Worker:
         self._recipe = recipe
         self._out = out
         self._inputs = open_store(recipe.base), open_store(recipe.finetuned)
-        self._scratch = Scratch()
+        self._histograms = HistogramMemory()
         self._lent = 0
         self._ahead: _Ahead | None = None
         self.tell = _Progress(progress or (lambda nbytes: None))
@@ -149,7 +149,7 @@ class Worker:
             return
         self._shares = shares(memory, self._device_memory, use is Use.STREAMED)
         self._lent, self._reader = 0, SectionReader(*self._inputs, self._shares.host)
-        self._reader.land_on(device, self._recipe, self._shares)
+        self._reader.stage_on(device, self._recipe, self._shares)
 
     def use_less(self) -> str:
         """Take less of the device's memory, or none; says what that means."""
@@ -179,15 +179,15 @@ class Worker:
         meter = _Meter(self._reader)
         self._forget_ahead()
         runs = self._runs(task)
-        wide = {t.name for of in task.each for t in of.wide()}
+        wide = {t.name for of in task.each for t in of.cross_shard()}
         dealt = 0
         for section in self._cut(*_cut_for(task, wide)):
             if not self._reader.fits(section):
-                benches = self._benches(runs, Pieces(self._reader, section))
-                self._find_means(runs, benches)
+                states = self._states(runs, Pieces(self._reader, section))
+                self._find_means(runs, states)
                 dealt += _half(section)
                 self.tell(_half(section))
-        taken = Taken() if len(runs) > 1 else None
+        taken = SampleCache() if len(runs) > 1 else None
 
         def take(tensor: PairedTensor, share: float) -> Sample:
             longest = LONG_RUN if self._reader.is_far else RUN
@@ -196,14 +196,14 @@ class Worker:
 
         for run in runs:
             members: dict[str, list[PairedTensor]] = {}
-            for tensor in run.task.wide():
+            for tensor in run.task.cross_shard():
                 members.setdefault(tensor.group, []).append(tensor)
             known = {
                 name: np.float32(run.means[i, 0]) for name, i in run.place.items() if not np.isnan(run.means[i, 0])
             }
             groups = run.task.groups
             surveys = [
-                survey(tensors, groups[name], wide_size(groups[name]), take, run.recipe, known)
+                survey(tensors, groups[name], cross_shard_size(groups[name]), take, run.recipe, known)
                 for name, tensors in members.items()
             ]
             save_arrays(
@@ -227,13 +227,13 @@ class Worker:
         for pieces in self._sections(self._cut_to_measure, task, following, keep=True):
             place = [runs[0].place[t.name] for t in pieces.section.tensors]
             half_done = first and not np.isnan(runs[0].means[place]).any()  # by `sample`
-            benches = self._benches(runs, pieces)
-            self._find_means(runs, benches)
+            states = self._states(runs, pieces)
+            self._find_means(runs, states)
             if not counted:
                 brackets = [run.task.brackets for run in runs]
                 wanted = [(list(of.values()), None) for of in brackets]
-                counted = tallies(benches, [list(of) for of in brackets], wanted, self._scratch)
-            counted = [replace(tally, bench=bench) for tally, bench in zip(counted, benches, strict=True)]
+                counted = tallies(states, [list(of) for of in brackets], wanted, self._histograms)
+            counted = [replace(tally, state=state) for tally, state in zip(counted, states, strict=True)]
             passes.count(counted)
             nbytes = pieces.section.nbytes - (_half(pieces.section) if half_done else 0)
             dealt += nbytes
@@ -260,15 +260,13 @@ class Worker:
             for pieces in self._sections(_to_write, task, following):
                 started = time.perf_counter()
                 here = slice(first, first + len(pieces.section.tensors))
-                benches = self._benches(runs, pieces)
-                self._find_means(runs, benches)
-                passes.search(benches, [run.task.thresholds for run in runs], [of.ties for of in writings])
+                states = self._states(runs, pieces)
+                self._find_means(runs, states)
+                passes.search(states, [run.task.thresholds for run in runs], [of.ties for of in writings])
                 nbytes = np.array([t.nbytes for t in pieces.section.tensors])
-                for writing, bench, rows in zip(
-                    writings, benches, passes.apply(benches, sinks, self.tell), strict=True
-                ):
+                for writing, state, rows in zip(writings, states, passes.apply(states, sinks, self.tell), strict=True):
                     writing.rows[here] = rows
-                    writing.ties |= zip(bench.names, bench.ties.tolist(), strict=True)
+                    writing.ties |= zip(state.names, state.ties.tolist(), strict=True)
                     writing.rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
                 first = here.stop
             checksums = [sink.finish() for sink in sinks]
@@ -336,26 +334,26 @@ class Worker:
         _share([run.means for run in runs])
         return runs
 
-    def _benches(self, runs: Sequence[_Run], pieces: Pieces) -> list[Bench]:
+    def _states(self, runs: Sequence[_Run], pieces: Pieces) -> list[SectionState]:
         """One for each run, over the same pieces."""
         tensors = pieces.section.tensors
-        benches: list[Bench] = []
-        taken = Taken() if len(runs) > 1 else None
+        states: list[SectionState] = []
+        taken = SampleCache() if len(runs) > 1 else None
         for run in runs:
             if len(runs) > 1:
                 tensors = tuple(run.tensors[t.name] for t in pieces.section.tensors)
             engine = self._engine_for(run.recipe.method)
-            given = run.recipe, engine, pieces, run.task.groups, self._check, self._scratch
-            benches.append(Bench(*given, tensors, taken))
-        return benches
+            given = run.recipe, engine, pieces, run.task.groups, self._check, self._histograms
+            states.append(SectionState(*given, tensors, taken))
+        return states
 
-    def _find_means(self, runs: Sequence[_Run], benches: Sequence[Bench]) -> None:
+    def _find_means(self, runs: Sequence[_Run], states: Sequence[SectionState]) -> None:
         """Once for all runs: which tensors are pruned, and their means, are the same in all."""
-        here = [runs[0].place[t.name] for t in benches[0].tensors]
-        passes.find_means(benches[0], runs[0].means[here])
-        for run, bench in zip(runs, benches, strict=True):
-            bench.mean, bench.base_squares = benches[0].mean, benches[0].base_squares
-            run.means[here] = np.stack([bench.mean, bench.base_squares], 1)
+        here = [runs[0].place[t.name] for t in states[0].tensors]
+        passes.find_means(states[0], runs[0].means[here])
+        for run, state in zip(runs, states, strict=True):
+            state.mean, state.base_squares = states[0].mean, states[0].base_squares
+            run.means[here] = np.stack([state.mean, state.base_squares], 1)
 
     def _engine_for(self, method: str) -> Engine:
         if method not in self._engines:
@@ -371,7 +369,7 @@ class Worker:
         whole = self._reader.can_keep(sum(t.read_bytes for t in task.shard.tensors))
         return _to_write(task) if whole else _to_measure(task)
 
-    def _sections(self, cut: Cut, task: Task, following: Task | None, keep: bool = False) -> Iterator[Pieces]:
+    def _sections(self, cut: TensorChoice, task: Task, following: Task | None, keep: bool = False) -> Iterator[Pieces]:
         """What a step works through, the next section read ahead, and after the last one the following task's first.
 
         Args:
@@ -410,7 +408,7 @@ class Worker:
     def _cut(self, tensors: Sequence[PairedTensor], together: Sequence[str] = ()) -> list[Section]:
         return sections(tensors, together, None if self.use is Use.NONE else self._shares.cut)
 
-    def _read_ahead(self, cut: Cut, task: Task) -> None:
+    def _read_ahead(self, cut: TensorChoice, task: Task) -> None:
         """Begin with the task that will probably be next, if there is room for its first section."""
         found = self._cut(*cut(task))
         if found and self._reader.fits(found[0]):
@@ -444,7 +442,7 @@ def candidate_bytes(recipe: Recipe, out: Store, buffer: int = BUFFER_BYTES) -> i
 _COUNTS_BYTES = 8 << 20
 
 
-def at_once(recipe: Recipe, out: Store) -> int:
+def runs_at_once(recipe: Recipe, out: Store) -> int:
     """How many runs a worker's memory allows in one reading."""
     left = recipe.memory - OVERHEAD_BYTES - out.writing_bytes - LEAST_MEMORY // 4
     return 1 + max(0, left // candidate_bytes(recipe, out))
@@ -502,14 +500,14 @@ class _Meter:
         return Done(task.shard.index, dealt, self.read_bytes, written, self.seconds, reading, computing, writing)
 
 
-Cut = Callable[[Task], tuple[list[PairedTensor], list[str]]]
+TensorChoice = Callable[[Task], tuple[list[PairedTensor], list[str]]]
 """The tensors that a step works on, and the groups that have to be together."""
 
 
 class _Ahead(NamedTuple):
     """A task that has not been given yet: what it will work through, and its first section on its way into memory."""
 
-    cut: Cut
+    cut: TensorChoice
     shard: int
     round: int
     sections: list[Section]
@@ -517,7 +515,7 @@ class _Ahead(NamedTuple):
 
 
 def _to_measure(task: Task) -> tuple[list[PairedTensor], list[str]]:
-    return _cut_for(task, {t.name for of in task.each for t in of.wide() if t.group in of.brackets})
+    return _cut_for(task, {t.name for of in task.each for t in of.cross_shard() if t.group in of.brackets})
 
 
 def _to_write(task: Task) -> tuple[list[PairedTensor], list[str]]:
@@ -532,7 +530,7 @@ def _cut_for(task: Task, names: set[str]) -> tuple[list[PairedTensor], list[str]
     """
 
     def together(of: Task) -> list[str]:
-        return [name for name, group in of.groups.items() if not group.wide and group.tensors > 1]
+        return [name for name, group in of.groups.items() if not group.cross_shard and group.tensors > 1]
 
     widest = max(task.each, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
     tensors = [t for t in widest.shard.tensors if t.name in names]

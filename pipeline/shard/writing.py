@@ -35,7 +35,7 @@ class Sink:
         writer: Writer,
         size: int,
         buffers: Sequence[np.ndarray] = (),
-        filled: Callable[[], Callable[[], None]] = lambda: at_once,
+        filled: Callable[[], Callable[[], None]] = lambda: already_done,
     ):
         self._writer = writer
         self._size = size
@@ -173,5 +173,5 @@ class Direct:
 AnySink = Sink | Direct
 
 
-def at_once() -> None:
+def already_done() -> None:
     """Nothing to wait for."""

@@ -37,7 +37,7 @@ def open_store(address: str, token: str = "") -> Store:
     """The folder at an address. Nothing is asked of it yet.
 
     Args:
-        token: of the hold under which it is changed (`storage.hold`); without one nobody else may change it.
+        token: of the lease under which it is changed (`storage.lease`); without one nobody else may change it.
 
     Raises:
         UserError: there are no such addresses.

@@ -2,7 +2,7 @@
 
 obstore moves the bytes; boto3, where it is installed, finds S3's credentials as every other tool does, and ends uploads
 that nobody will complete. There is no rename: an object appears when its upload is completed, whole or not at all. Who
-writes under a hold asks before each change whether its lock is still the newest, and its own by the token in it. What
+writes under a lease asks before each change whether its lock is still the newest, and its own by the token in it. What
 is uploaded in parts has begun before that, and a successor ends all uploads that are under way; what is small is put in
 one request, on the condition that nobody has written it since. So nothing that a predecessor began appears after, or
 over, what its successor wrote (`tests/pipeline/storage/test_protocol.py` looks at every order).
@@ -205,7 +205,7 @@ class Bucket:
 
     Args:
         address: like s3://bucket/folder.
-        token: of the hold under which it is changed, and `number`: of that hold's lock.
+        token: of the lease under which it is changed, and `number`: of that lease's lock.
     """
 
     reads_at_once = 16
@@ -450,10 +450,10 @@ class Bucket:
     def free_bytes(self) -> None:
         return None
 
-    # Under a hold.
+    # Under a lease.
 
     def under(self, token: str, number: int) -> Bucket:
-        """The folder, to be changed under a hold."""
+        """The folder, to be changed under a lease."""
         return Bucket(self.address, token, number)
 
     def locks(self) -> list[int]:
@@ -462,7 +462,7 @@ class Bucket:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def check(self) -> None:
-        """Whether the hold is still the newest, and its lock this run's own.
+        """Whether the lease is still the newest, and its lock this run's own.
 
         Raises:
             TakenOverError: another run has taken the folder over.
@@ -482,7 +482,7 @@ class Bucket:
         return found is not None and self.token.encode() in found
 
     def _check_now_and_then(self) -> None:
-        """For what is small: a hold is only lost by one that stands still for much longer."""
+        """For what is small: a lease is only lost by one that stands still for much longer."""
         if time.monotonic() - self._checked > CHECK_SECONDS:
             self.check()
             self._checked = time.monotonic()

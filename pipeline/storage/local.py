@@ -239,7 +239,7 @@ class Folder:
     Nothing outside the folder is reachable through a name.
 
     Args:
-        token: of the hold under which it is changed (`storage.hold`); without one nobody else may change it.
+        token: of the lease under which it is changed (`storage.lease`); without one nobody else may change it.
     """
 
     reads_at_once = 2
@@ -260,7 +260,7 @@ class Folder:
         return Folder(self.path.absolute(), self._token)
 
     def new_temporary(self) -> str:
-        """A new name for what is not, or no more, in its place. The hold's own folder is never made again here."""
+        """A new name for what is not, or no more, in its place. The lease's own folder is never made again here."""
         if not self._token:
             with plain_errors(self.path):
                 self.make_folder(TEMPORARY)
@@ -512,7 +512,7 @@ class Folder:
                     self.rename(name, away)
                 except FileNotFoundError:
                     if self.is_there(name) or not self.is_there(f"{TEMPORARY}/{self._token}"):
-                        raise  # it was there, but the hold's folder is not
+                        raise  # it was there, but the lease's folder is not
                     return
         with plain_errors(path), contextlib.suppress(FileNotFoundError), _opened(self.path, away) as (handle, last):
             if self._is_folder(away):

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 LOCKS = "fapm/lock"
-"""In an output folder, the locks of the runs that want it (`storage.hold`)."""
+"""In an output folder, the locks of the runs that want it (`storage.lease`)."""
 
 
 @dataclass(frozen=True, slots=True)

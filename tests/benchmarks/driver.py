@@ -104,7 +104,7 @@ class Faked:
             yield done
 
     def _sample(self, task: Any) -> Done:
-        groups = list({t.group: None for t in task.wide()})
+        groups = list({t.group: None for t in task.cross_shard()})
         weights = np.stack([self._coarse] * len(groups))
         means = np.full((len(task.shard.tensors), 2), np.nan)
         save_arrays(
@@ -118,7 +118,7 @@ class Faked:
         brackets = list(task.brackets.values())
         counted = histograms(brackets)
         for i, (name, bracket) in enumerate(task.brackets.items()):
-            share = sum(t.common for t in task.wide() if t.group == name) / self._scores.size
+            share = sum(t.common for t in task.cross_shard() if t.group == name) / self._scores.size
             if bracket not in self._counts:
                 keys = key_of(self._scores).astype(np.int64)
                 inside = keys[(keys >= bracket.lo) & (keys <= bracket.hi)]
@@ -194,7 +194,7 @@ def on_ray(folder: Path, shards: int, workers: int) -> None:
     from fapm.cluster.pool import RayPool
     from fapm.run import Watch, groups_of
     from fapm.shard.task import Task
-    from fapm.storage.hold import hold
+    from fapm.storage.lease import lease
 
     size = 2 * SIDE * SIDE * 100_000 // shards
     choices = {"shard_size": size, "device": "cpu", "workers": workers}
@@ -202,7 +202,7 @@ def on_ray(folder: Path, shards: int, workers: int) -> None:
         base=str(folder / "base"), finetuned=str(folder / "finetuned"), out=str(folder / "out"), **choices
     )
     plan = make_plan(recipe)
-    with hold(recipe.out) as out:
+    with lease(recipe.out) as out:
         manifest.begin(plan, "new", out)
         pool = RayPool(plan, out, Watch(), "local")
         pool.wait_until_ready()

@@ -18,7 +18,7 @@ from conftest import Runner
 from nodes import CHOICES, SCOPES, Driver, actors, add_node, head_alone, thirty_shards, undisturbed_runs
 from pace import wait_until
 
-from fapm.storage.hold import hold
+from fapm.storage.lease import lease
 
 pytest.importorskip("ray")
 
@@ -88,7 +88,7 @@ def test_killed_at_random(model, undisturbed, cluster, seed):
 
 def test_a_second_driver_is_told_who_is_at_work(model, undisturbed, cluster):
     recipe = model.recipe(**CHOICES)
-    with hold(recipe.out):
+    with lease(recipe.out):
         second = Driver(recipe, cluster.address)
         assert second.wait() == 75
     who = rf"is being written by process {os.getpid()} on {socket.gethostname()} since \d{{4}}-"

@@ -33,8 +33,8 @@ def test_a_recipe_prunes(path: Path, runner: Runner) -> None:
     sides = {side: str(runner.folder / side) for side in ("base", "finetuned", "out")}
     result = prune(Recipe.load(path, **sides, workers=1))
     pruned = load(runner.folder / "out")
-    assert result.plan.oddities == tuple(
-        o for o in result.plan.oddities if "router" in o
+    assert result.plan.warnings == tuple(
+        o for o in result.plan.warnings if "router" in o
     )  # of Llama 4; not in this one
     for name, weights in pruned.items():
         action = result.plan.recipe.action(name)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
 from fapm.delta import apply_, as_shira, patches, revert_
-from fapm.formats.sparse import BLOCK, COLUMNS, check_table, encode
+from fapm.formats.sparse import COLUMNS, DELTA_BLOCK, check_table, encode
 from fapm.shard.delta import DeltaWriter
 from fapm.storage.address import layered
 
@@ -305,7 +305,7 @@ def test_any_block_comes_back(pair, compress):
 
 def test_gaps_longer_than_a_byte():
     for gap in (253, 254, 255, 256, 509, 510, 511, 100_000):
-        base = np.zeros(BLOCK, np.uint8)
+        base = np.zeros(DELTA_BLOCK, np.uint8)
         out = base.copy()
         out[gap] = out[2 * gap + 1] = 1
         row, places, *_ = encode(base, out, False)

@@ -193,7 +193,7 @@ def test_a_checkpoint_that_is_still_being_written_is_passed_over_and_named(runs)
     (runs.folder / "other/model.safetensors").rename(without_index / "model-00002-of-00002.safetensors")
     result = runs.prune()
     assert result.plan.recipe.finetuned == "runs/checkpoint-1"
-    passed = [o for o in result.plan.oddities if "passed over" in o]
+    passed = [o for o in result.plan.warnings if "passed over" in o]
     assert [p.split()[0] for p in passed] == ["runs/checkpoint-3", "runs/checkpoint-2"]
     assert "2 files and no index yet" in passed[0]
 

@@ -149,7 +149,7 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 
 LOCK = {"host": "there", "process": 1, "since": "now", "machine": "", "started": "", "token": "t"}
-EVENT = {"time": "2026-01-01T00:00:00.000+00:00", "event": "shard", "where": "w", "read_bytes": 1, "dealt_bytes": 2,
+EVENT = {"time": "2026-01-01T00:00:00.000+00:00", "event": "shard", "where": "w", "read_bytes": 1, "progress_bytes": 2,
          "seconds": 1.0, "tries": 1, "reading": 0.1}  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_groups_and_their_budgets(sizes, density, scope):
         assert g.k == int(g.numel * density)
     for name, g in plan.groups.items():
         shards = {s.index for s in plan.shards for t in s.tensors if t.group == name}
-        assert g.wide == (len(shards) > 1)
+        assert g.cross_shard == (len(shards) > 1)
         assert g.tensors == sum(t.group == name for t in plan.tensors())
 
 
@@ -175,7 +175,7 @@ def test_rows_added_to_a_vocabulary_matrix_are_taken_from_finetuned(name):
     assert t.shape == (13, *width)
     assert t.common == 10 * math.prod(width)
     assert plan.groups[name].k == t.common // 2
-    assert any("10 → 13 rows" in line for line in plan.oddities)
+    assert any("10 → 13 rows" in line for line in plan.warnings)
 
 
 @pytest.mark.parametrize("name", VOCABULARY)
@@ -209,8 +209,8 @@ def test_two_models_without_a_name_in_common():
 
 def test_a_rule_that_matches_nothing_is_mentioned():
     plan = plan_of({"a": (3,)}, rules=["*.bias=base", "a=base"])
-    assert any("'*.bias=base' matches no tensor" in line for line in plan.oddities)
-    assert not any("'a=base'" in line for line in plan.oddities)
+    assert any("'*.bias=base' matches no tensor" in line for line in plan.warnings)
+    assert not any("'a=base'" in line for line in plan.warnings)
 
 
 def test_the_bytes_that_will_be_read_and_written():

@@ -48,7 +48,7 @@ def test_the_table_of_a_run_has_its_numbers(runner):
     kept, effective = 0.5, 11 * 64 / (12 * 128)
     assert field(text, "density") == f"0.5 asked, {kept:g} kept, {effective:.4g} effective (kept and changed)"
     assert field(text, "written") == f"{(out / 'model.safetensors').stat().st_size / 1000:.3g} kB"
-    assert field(text, "odd") == "nothing"
+    assert field(text, "warnings") == "none"
     assert "1 worker" in field(text, "time")
 
 

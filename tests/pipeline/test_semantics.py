@@ -274,7 +274,7 @@ def test_integers_and_bools_pass_through_from_finetuned(runner):
     for scope in SCOPES:
         check(runner, base, finetuned, scope=scope, shard_size=SMALL)
     _, result = runner.prune(dtype="bfloat16")
-    assert any(f"{len(kinds)} tensor(s) are not floating point" in line for line in result.plan.oddities)
+    assert any(f"{len(kinds)} tensor(s) are not floating point" in line for line in result.plan.warnings)
 
 
 def test_a_tensor_that_is_an_integer_on_one_side_only_passes_through(runner):
@@ -297,7 +297,7 @@ def test_tensors_on_one_side_are_taken_or_left_out_and_listed(runner):
     assert result.plan.left_out == ("gone.weight",)
     assert result.plan.added == ("new.weight",)
     assert load_manifest(str(out))["left_out"] == ["gone.weight"]
-    text = " ".join(result.plan.oddities)
+    text = " ".join(result.plan.warnings)
     assert "gone.weight" in text
     assert "new.weight" in text
 
@@ -630,4 +630,4 @@ def test_the_same_folder_twice_gives_its_copy(runner):
     recipe = runner.recipe("out").model_copy(update={"finetuned": str(runner.folder / "base")})
     result = prune(recipe)
     assert all(same_bits(t, base[name]) for name, t in load(runner.folder / "out").items())
-    assert any("same folder" in line for line in result.plan.oddities)
+    assert any("same folder" in line for line in result.plan.warnings)

@@ -20,7 +20,7 @@ from conftest import Runner
 from fapm import UserError, prune
 from fapm.run import Watch
 from fapm.status import status_facts, status_text
-from fapm.storage.hold import hold
+from fapm.storage.lease import lease
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ class Told:
             log.write(json.dumps({"time": time.isoformat(), "event": event, **facts}) + "\n")
 
     def shard(self, seconds_ago: float, nbytes: int, where: str = "a:1", tries: int = 1) -> None:
-        self.tell("shard", seconds_ago, shard="m", dealt_bytes=nbytes, read_bytes=nbytes, where=where, tries=tries)
+        self.tell("shard", seconds_ago, shard="m", progress_bytes=nbytes, read_bytes=nbytes, where=where, tries=tries)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_the_rate_is_that_of_the_last_two_minutes(told):
     told.shard(900, 50_000)
     told.shard(90, 1000)
     told.shard(30, 1400)
-    with hold(str(told.folder)):
+    with lease(str(told.folder)):
         status = status_facts(str(told.folder))
     assert status["bytes_per_second"] == pytest.approx(2400 / 120, rel=0.01)
     assert status["seconds_left"] == pytest.approx((100_000 - 52_400) / 20, rel=0.01)
@@ -148,7 +148,7 @@ def test_the_rate_is_that_of_the_last_two_minutes(told):
 def test_where_nothing_was_finished_lately_it_is_that_of_all_the_time(told):
     told.tell("begun", 1000, shards=9, resumed=0, bytes=100_000)
     told.shard(900, 50_000)
-    with hold(str(told.folder)):
+    with lease(str(told.folder)):
         assert status_facts(str(told.folder))["bytes_per_second"] == pytest.approx(50, rel=0.01)
 
 

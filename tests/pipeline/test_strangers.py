@@ -176,11 +176,11 @@ def test_a_link_in_a_sweeps_output_is_refused(place, name):
 def test_a_link_that_comes_while_a_run_is_at_work_is_not_followed(place, late):
     """Between the look and the writing."""
     from fapm import manifest
-    from fapm.storage.hold import hold
+    from fapm.storage.lease import lease
 
     elsewhere = place.parent / "elsewhere"
     before = everything(elsewhere)
-    with hold("out") as out:
+    with lease("out") as out:
         out.write("fapm/a", b"1")
         (place / "out" / late).rename(place / "away")
         link(place / "out" / late, str(elsewhere))

@@ -328,7 +328,7 @@ def test_a_file_beside_an_index_of_an_older_save(llama):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(llama / "finetuned", dtype=torch.bfloat16).state_dict()
     found = pruned(llama, density=1.0)
     assert all(torch.equal(found[name], theirs[name]) for name in found)
-    assert "model.safetensors is read, as transformers does" in " ".join(make_plan(recipe(llama, "o")).oddities)
+    assert "model.safetensors is read, as transformers does" in " ".join(make_plan(recipe(llama, "o")).warnings)
 
 
 def test_two_whole_checkpoints_in_one_folder_are_refused(llama):

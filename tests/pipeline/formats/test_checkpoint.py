@@ -38,7 +38,7 @@ def test_one_file_or_many(tmp_path, shards):
     }  # fmt: skip
     assert found.nbytes == 60
     assert len(found.identity) == shards
-    assert found.oddities == ()
+    assert found.warnings == ()
     for tensor in found.tensors.values():
         data = (tmp_path / "c" / tensor.file).read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
         assert data == TENSORS[tensor.name].numpy().tobytes()
@@ -149,7 +149,7 @@ def test_the_headers_are_the_truth_where_the_index_does_not_agree(tmp_path):
     found = open_checkpoint(str(tmp_path), "base")
     assert found.tensors.keys() == TENSORS.keys()
     assert found.tensors["a"].file == files[0]
-    text = " ".join(found.oddities)
+    text = " ".join(found.warnings)
     assert "'c' is in a file and not in the index" in text
     assert "'a' (and 1 more) is in another file than the index says" in text
     index_of(tmp_path, {"a": files[0], "b": files[1], "c": files[1], "gone": files[0]})
@@ -168,7 +168,7 @@ def test_shards_without_an_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     found = open_checkpoint(str(tmp_path), "base")
     assert found.tensors.keys() == TENSORS.keys()
-    assert "no index" in found.oddities[0]
+    assert "no index" in found.warnings[0]
 
 
 def test_consolidated_weights_beside_others_are_ignored_and_said(tmp_path):
@@ -179,7 +179,7 @@ def test_consolidated_weights_beside_others_are_ignored_and_said(tmp_path):
             (tmp_path / "model.safetensors.index.json").unlink()
         found = open_checkpoint(str(tmp_path), "base")
         assert found.tensors.keys() == TENSORS.keys()
-        assert any("consolidated.safetensors" in line and "ignored" in line for line in found.oddities)
+        assert any("consolidated.safetensors" in line and "ignored" in line for line in found.warnings)
 
 
 def test_a_hub_cache_is_made_of_links(tmp_path):
@@ -250,7 +250,7 @@ def test_a_file_too_large_to_come_along_is_said_and_a_tokenizer_refused(tmp_path
             file.truncate(257 << 20)
         if name == "notes.md":
             opened = open_checkpoint(str(tmp_path / "c"), "finetuned")
-            assert "notes.md" in opened.oddities[-1] and "256 MiB" in opened.oddities[-1]
+            assert "notes.md" in opened.warnings[-1] and "256 MiB" in opened.warnings[-1]
         else:
             with pytest.raises(UserError, match=r"tokenizer\.json has 269484032 bytes, more than any tokenizer"):
                 open_checkpoint(str(tmp_path / "c"), "finetuned")

@@ -190,7 +190,7 @@ def test_code_is_left_behind_unless_it_is_allowed(tmp_path):
         assert ("auto_map" in (out / "tokenizer_config.json").read_text()) is allowed
         assert (out / "generation_config.json").read_text() == '{"a":   1}'
         said = "code of finetuned is left behind: modeling_x.py, config.json's auto_map; --allow-code copies it"
-        assert (said in result.plan.oddities) is not allowed
+        assert (said in result.plan.warnings) is not allowed
         assert prune(Recipe.of(**sides, out=str(out), device="cpu", workers=1, allow_code=allowed)).nothing_to_do
 
 

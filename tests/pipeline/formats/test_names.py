@@ -51,7 +51,7 @@ def test_what_training_adds_to_names_is_taken_off(pair, wrapper, side):
     found, result = pruned(pair, sides["base"], sides["finetuned"])
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert any("names are taken without what training has added" in oddity for oddity in result.plan.oddities)
+    assert any("names are taken without what training has added" in warning for warning in result.plan.warnings)
 
 
 def test_in_the_middle_of_a_name_too(pair):
@@ -84,7 +84,7 @@ def test_a_text_model_and_the_same_inside_another(pair, prefix):
     assert found.keys() == load(pair / other).keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name.replace("model.", prefix, 1)], tensor)
-    assert f"base's model.* is compared with finetuned's {prefix}* (2 tensors)" in result.plan.oddities
+    assert f"base's model.* is compared with finetuned's {prefix}* (2 tensors)" in result.plan.warnings
     back, _ = pruned(pair, renamed(pair, "base", model_=prefix), "finetuned")
     assert all(torch.equal(back[name], expected[name]) for name in expected)
 
@@ -144,12 +144,12 @@ def test_experts_one_by_one_and_stacked(tmp_path, config, scope):
     found, result = pruned(tmp_path, "base", "finetuned-stacked", scope=scope)
     assert found.keys() == both.keys()
     assert all(torch.equal(found[name], both[name]) for name in both)
-    assert any("compared in finetuned's layout" in oddity for oddity in result.plan.oddities)
+    assert any("compared in finetuned's layout" in warning for warning in result.plan.warnings)
     both, _ = pruned(tmp_path, "base", "finetuned", scope=scope)
     found, result = pruned(tmp_path, "base-stacked", "finetuned", scope=scope)
     assert found.keys() == both.keys()
     assert all(torch.equal(found[name], both[name]) for name in both)
-    assert any("compared in finetuned's layout" in oddity for oddity in result.plan.oddities)
+    assert any("compared in finetuned's layout" in warning for warning in result.plan.warnings)
 
 
 def test_square_experts_are_stacked_only_where_the_model_is_known(tmp_path):

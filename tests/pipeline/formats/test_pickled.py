@@ -113,7 +113,7 @@ def test_a_distributed_checkpoint(pair, key, inside):
     assert found == pruned(pair, "finetuned")[0]
     assert (pair / "of-dcp" / "config.json").read_bytes() == (pair / "base" / "config.json").read_bytes()
     assert (pair / "of-dcp" / "generation_config.json").exists()
-    assert "finetuned has no config.json: base's is taken, with the files beside it" in result.plan.oddities
+    assert "finetuned has no config.json: base's is taken, with the files beside it" in result.plan.warnings
 
 
 def sharded(rank: int, world: int, folder: Path, columns: bool) -> None:

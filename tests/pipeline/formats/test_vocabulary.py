@@ -37,7 +37,7 @@ def test_a_head_that_only_finetuned_stores_is_compared_with_the_embedding_it_was
         runner.folder, base, finetuned, CAUSAL | {"tie_word_embeddings": True}, CAUSAL | {"tie_word_embeddings": False}
     )
     out, result = runner.prune(density=0.25)
-    said = [line for line in result.plan.oddities if HEAD in line]
+    said = [line for line in result.plan.warnings if HEAD in line]
     assert said == [f"{HEAD} is compared with {EMBEDDING}, to which base ties it"]
     head = load(out)[HEAD]
     kept = head != base[EMBEDDING]
@@ -72,7 +72,7 @@ def test_a_head_that_finetuned_ties_is_left_out_and_said_once(runner):
     write(runner.folder, with_head(base, 1), finetuned, CAUSAL, CAUSAL | {"tie_word_embeddings": True})
     out, result = runner.prune()
     assert HEAD not in load(out)
-    said = [line for line in result.plan.oddities if HEAD in line]
+    said = [line for line in result.plan.warnings if HEAD in line]
     assert said == [f"{HEAD} is left out: finetuned ties it to {EMBEDDING}"]
 
 
@@ -160,14 +160,14 @@ def test_other_kinds_of_vocabulary_files(runner):
 @pytest.mark.parametrize("broken", ["", "[]", "{", '{"model": 3}', '{"model": {"vocab": {"a": "x"}}}', '"\\ud800'])
 def test_a_tokenizer_that_is_none_is_said_and_no_error(runner, broken):
     with_tokenizers(runner.folder, tokenizer(TOKENS), broken)
-    assert any("tokenizer.json is not one" in line for line in make_plan(runner.recipe()).oddities)
+    assert any("tokenizer.json is not one" in line for line in make_plan(runner.recipe()).warnings)
 
 
 def test_grown_without_a_tokenizer_is_said(runner):
     one, _ = gaussian(SHAPES)
     _, other = gaussian({**SHAPES, EMBEDDING: (22, 8)})
     write(runner.folder, one, other)
-    assert any("no tokenizer on both sides" in line for line in make_plan(runner.recipe()).oddities)
+    assert any("no tokenizer on both sides" in line for line in make_plan(runner.recipe()).warnings)
 
 
 def test_reading_token_ids():

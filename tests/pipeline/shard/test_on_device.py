@@ -24,8 +24,8 @@ from fapm.run import Watch
 from fapm.scoring.device import gpus
 from fapm.scoring.methods import BLOCK, METHODS
 from fapm.shard import worker
-from fapm.shard.landing import RING, WORK_BYTES, Shares, shares
 from fapm.shard.section import Sizes, slack
+from fapm.shard.staging import RING, WORK_BYTES, Shares, shares
 from fapm.shard.table import from_parquet
 from fapm.shard.task import here
 from fapm.shard.writing import BUFFERS

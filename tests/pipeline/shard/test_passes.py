@@ -17,7 +17,7 @@ from fapm.plan import Plan
 from fapm.scoring.device import make_engine
 from fapm.scoring.threshold import Bracket, Threshold, histograms, key_of
 from fapm.shard import passes
-from fapm.shard.passes import Bench, BlockSums, Scratch, Tally
+from fapm.shard.passes import BlockSums, HistogramMemory, SectionState, Tally
 from fapm.shard.reading import NOTHING, Pieces, SectionReader
 from fapm.shard.section import sections
 from fapm.storage.local import Folder
@@ -48,7 +48,7 @@ class Written:
 
 
 class Setting:
-    """A pair on disk, and a bench for the one section of its one shard."""
+    """A pair on disk, and a state for the one section of its one shard."""
 
     def __init__(self, folder: Path, resident: bool):
         self.folder, self.resident = folder, resident
@@ -59,7 +59,7 @@ class Setting:
         save(self.folder / "base", base)
         save(self.folder / "finetuned", finetuned)
 
-    def bench(self, **choices: object) -> Bench:
+    def state(self, **choices: object) -> SectionState:
         sides = {side: str(self.folder / side) for side in ("base", "finetuned", "out")}
         self.recipe = Recipe.of(**sides, **choices)
         self.plan: Plan = make_plan(self.recipe)
@@ -67,7 +67,7 @@ class Setting:
         reader = SectionReader(Folder(sides["base"]), Folder(sides["finetuned"]), 1 << 28)
         loads = reader.start(self.section) if self.resident else NOTHING
         pieces = Pieces(reader, self.section, loads)
-        return Bench(self.recipe, make_engine(self.recipe.method, "cpu"), pieces, self.plan.groups)
+        return SectionState(self.recipe, make_engine(self.recipe.method, "cpu"), pieces, self.plan.groups)
 
     def sides(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         return oracle.real(self.base[name]), oracle.real(self.finetuned[name])
@@ -83,28 +83,28 @@ def setting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]
 
 
 def test_means(setting):
-    bench = setting.bench()
-    passes.find_means(bench)
-    for i, tensor in enumerate(bench.tensors):
+    state = setting.state()
+    passes.find_means(state)
+    for i, tensor in enumerate(state.tensors):
         p, _ = setting.sides(tensor.name)
-        assert np.float32(bench.mean[i]) == oracle.mean_of(p)
-        assert math.isclose(bench.base_squares[i], math.fsum(p.astype(float) ** 2), rel_tol=1e-12)
+        assert np.float32(state.mean[i]) == oracle.mean_of(p)
+        assert math.isclose(state.base_squares[i], math.fsum(p.astype(float) ** 2), rel_tol=1e-12)
 
 
 def test_known_means_are_not_looked_for(setting):
-    bench = setting.bench()
-    known = np.full((len(bench.tensors), 2), 7.0)
+    state = setting.state()
+    known = np.full((len(state.tensors), 2), 7.0)
     known[0] = np.nan
-    passes.find_means(bench, known)
-    assert (bench.mean[1:] == 7).all()
-    assert bench.mean[0] == pytest.approx(np.abs(setting.sides(bench.tensors[0].name)[0]).mean(), rel=1e-6)
+    passes.find_means(state, known)
+    assert (state.mean[1:] == 7).all()
+    assert state.mean[0] == pytest.approx(np.abs(setting.sides(state.tensors[0].name)[0]).mean(), rel=1e-6)
 
 
 def test_counts(setting):
-    bench = setting.bench(scope="layer")
-    passes.find_means(bench)
+    state = setting.state(scope="layer")
+    passes.find_means(state)
     counted = histograms([Bracket(1 << 31, (1 << 31) + (1 << 30)), Bracket()], [1 << 12, 1 << 12])
-    passes.count([Tally(bench, ["layers.1", "layers.0"], counted, 0)])
+    passes.count([Tally(state, ["layers.1", "layers.0"], counted, 0)])
     for i, group in enumerate(("layers.1", "layers.0")):
         keys = key_of(setting.scores(group, "layer")).astype(np.int64)
         bracket, shift = counted.layouts[i].bracket, counted.layouts[i].shift
@@ -116,36 +116,36 @@ def test_counts(setting):
 @pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
 @pytest.mark.parametrize("density", [0, 0.1, 0.5, 1])
 def test_search(setting, scope, density):
-    bench = setting.bench(scope=scope, density=density)
-    passes.find_means(bench)
-    passes.search([bench], [{}], [{}])
-    for g, name in enumerate(bench.names):
-        scores, k = setting.scores("everything" if scope == "global" else name, scope), bench.groups[name].k
+    state = setting.state(scope=scope, density=density)
+    passes.find_means(state)
+    passes.search([state], [{}], [{}])
+    for g, name in enumerate(state.names):
+        scores, k = setting.scores("everything" if scope == "global" else name, scope), state.groups[name].k
         if not 0 < k < scores.size:
             continue
         kth = np.sort(scores)[::-1][k - 1]
-        assert bench.keys[g] == key_of(kth.reshape(1))[0]
-        assert bench.ties[g] == bench.quotas[g] == k - (scores > kth).sum()
+        assert state.keys[g] == key_of(kth.reshape(1))[0]
+        assert state.ties[g] == state.quotas[g] == k - (scores > kth).sum()
 
 
 def test_search_takes_what_was_found_before_and_what_is_left_of_its_ties(setting):
-    bench = setting.bench(scope="global")
-    bench.groups = {name: type(g)(g.name, g.numel, g.k, g.tensors, True) for name, g in bench.groups.items()}
-    passes.search([bench], [{"all": Threshold(123, 45)}], [{"all": 6}])
-    assert (bench.keys[0], bench.quotas[0], bench.ties[0]) == (123, 45, 6)
+    state = setting.state(scope="global")
+    state.groups = {name: type(g)(g.name, g.numel, g.k, g.tensors, True) for name, g in state.groups.items()}
+    passes.search([state], [{"all": Threshold(123, 45)}], [{"all": 6}])
+    assert (state.keys[0], state.quotas[0], state.ties[0]) == (123, 45, 6)
 
 
 @pytest.mark.parametrize("scope", ["tensor", "layer"])
 def test_apply(setting, scope):
-    bench, sink = setting.bench(scope=scope), Written()
-    passes.find_means(bench)
-    passes.search([bench], [{}], [{}])
-    (rows,) = passes.apply([bench], [sink])
+    state, sink = setting.state(scope=scope), Written()
+    passes.find_means(state)
+    passes.search([state], [{}], [{}])
+    (rows,) = passes.apply([state], [sink])
     expected = oracle.prune(setting.base, setting.finetuned, scope=scope)
-    data = b"".join(expected[t.name].view(torch.int16).numpy().tobytes() for t in bench.tensors)
+    data = b"".join(expected[t.name].view(torch.int16).numpy().tobytes() for t in state.tensors)
     assert sink.bytes() == data
-    assert not bench.ties.any()
-    for row, tensor in zip(rows, bench.tensors, strict=True):
+    assert not state.ties.any()
+    for row, tensor in zip(rows, state.tensors, strict=True):
         p, f = setting.sides(tensor.name)
         d = np.abs(f - p).astype(float)
         kept = oracle.real(expected[tensor.name]) == f
@@ -159,11 +159,11 @@ def test_weights_that_are_not_finite_are_named(setting):
     broken = {name: t.clone() for name, t in setting.finetuned.items()}
     broken["layers.1.z"].view(-1)[3] = math.nan
     setting.write(setting.base, broken)
-    bench = setting.bench()
-    passes.find_means(bench)
-    passes.search([bench], [{}], [{}])
+    state = setting.state()
+    passes.find_means(state)
+    passes.search([state], [{}], [{}])
     with pytest.raises(UserError, match=r"finetuned 'layers\.1\.z' has 1 NaN and 0 Inf"):
-        passes.apply([bench], [Written()])
+        passes.apply([state], [Written()])
 
 
 def test_sums_of_blocks_are_exact_in_whatever_chunks_they_come():
@@ -178,7 +178,7 @@ def test_sums_of_blocks_are_exact_in_whatever_chunks_they_come():
 
 
 def test_scratch_is_zero_each_time_and_grows():
-    scratch = Scratch()
+    scratch = HistogramMemory()
     for size in (5, 3, 900):
         zeros = scratch.zeros(size)
         assert zeros.size == size

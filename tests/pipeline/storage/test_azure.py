@@ -16,7 +16,7 @@ from fapm import UserError, prune
 from fapm.checking.verify import verify
 from fapm.errors import PassingError
 from fapm.storage.address import open_store
-from fapm.storage.hold import hold
+from fapm.storage.lease import lease
 
 pytestmark = [pytest.mark.slow, needs("Azurite", "node", "azurite-blob")]
 
@@ -68,9 +68,9 @@ def test_the_same_bytes(home, runner, scope):
 
 
 def test_one_at_a_time(home):
-    with hold(f"{home}/out") as out:
+    with lease(f"{home}/out") as out:
         with pytest.raises(PassingError, match="is being written by process"):
-            hold(f"{home}/out").__enter__()
+            lease(f"{home}/out").__enter__()
         out.write("x", b"1")
     assert list(open_store(f"{home}/out").files()) == ["x"]
 

@@ -18,10 +18,10 @@ from pace import soon
 
 from fapm.errors import PassingError, TakenOverError, UserError
 from fapm.storage import bucket
-from fapm.storage import hold as holding
+from fapm.storage import lease as holding
 from fapm.storage.address import inside, matching, open_store, split
 from fapm.storage.bucket import Bucket
-from fapm.storage.hold import hold, last_sign_of_life
+from fapm.storage.lease import last_sign_of_life, lease
 from fapm.storage.s3 import boto3_client
 from fapm.storage.store import Store
 
@@ -268,7 +268,7 @@ def quick(monkeypatch):
 
 
 def test_nothing_of_a_hold_is_left(name, client, quick):
-    with hold(f"s3://{name}/out") as out:
+    with lease(f"s3://{name}/out") as out:
         out.write("a", b"1")
         assert last_sign_of_life(open_store(f"s3://{name}/out"))[0].startswith("process")
     assert list(s3.download(client, f"s3://{name}/out")) == ["a"]
@@ -276,11 +276,11 @@ def test_nothing_of_a_hold_is_left(name, client, quick):
 
 
 def test_a_second_run_is_told_who_holds_it(name, client, quick):
-    with hold(f"s3://{name}/out") as out:
+    with lease(f"s3://{name}/out") as out:
         with pytest.raises(PassingError, match="is being written by process"):
-            hold(f"s3://{name}/out").__enter__()
+            lease(f"s3://{name}/out").__enter__()
         out.write("a", b"1")
-    with hold(f"s3://{name}/out"):
+    with lease(f"s3://{name}/out"):
         pass
 
 
@@ -297,13 +297,13 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_that_comes_back_changes_nothing(name, client, quick, monkeypatch, change):
     monkeypatch.setattr(holding, "_beat", lambda *_: None)  # paused from the beginning
-    first = hold(f"s3://{name}/out")
+    first = lease(f"s3://{name}/out")
     out = first.__enter__()
     begun = out.create("theirs", 20 << 20)
     begun.write(0, bytes(20 << 20))
     assert s3.uploads(client, name) == ["out/theirs"]
     time.sleep(bucket.CHECK_SECONDS)
-    with hold(f"s3://{name}/out") as successor:
+    with lease(f"s3://{name}/out") as successor:
         assert s3.uploads(client, name) == []
         successor.write("theirs", b"n")
         successor.write("folder/theirs", b"n")
@@ -319,7 +319,7 @@ def test_one_that_comes_back_changes_nothing(name, client, quick, monkeypatch, c
 
 def test_an_upload_that_was_ended_cannot_be_completed_however_late(name, client, quick):
     """The check before it was made in time, and the pause came then."""
-    with hold(f"s3://{name}/out") as out:
+    with lease(f"s3://{name}/out") as out:
         begun = out.create("theirs", 20 << 20)
         begun.write(0, bytes(20 << 20))
         out.end_uploads()
@@ -335,7 +335,7 @@ def test_of_many_at_once_one_wins(name, client, quick):
     def run() -> None:
         ready.wait()
         try:
-            with hold(f"s3://{name}/out"):
+            with lease(f"s3://{name}/out"):
                 won.append(1)
                 time.sleep(3)
         except PassingError:
@@ -365,12 +365,12 @@ def forgetful(endpoint: str, client: Any, monkeypatch: pytest.MonkeyPatch) -> It
 
 def test_where_a_lock_can_be_made_twice_nothing_is_written(forgetful):
     with pytest.raises(UserError, match=r"accepts a file that may only be made once .* a second time.*--alone"):
-        hold(forgetful).__enter__()
+        lease(forgetful).__enter__()
     assert open_store(forgetful).files() == {}
 
 
 def test_who_is_alone_may_write_there(forgetful):
-    with hold(forgetful, alone=True) as out:
+    with lease(forgetful, alone=True) as out:
         out.write("a", b"1")
         out.write("a", b"2")
     assert open_store(forgetful).files().keys() == {"a"} and open_store(forgetful).read("a") == b"2"
@@ -379,7 +379,7 @@ def test_who_is_alone_may_write_there(forgetful):
 def test_another_s_lock_under_the_same_number_is_noticed(forgetful, monkeypatch):
     """As where both were told that they are alone."""
     monkeypatch.setattr(bucket, "CHECK_SECONDS", 0.0)
-    with hold(forgetful, alone=True) as out:
+    with lease(forgetful, alone=True) as out:
         writer = out.create("b", 20 << 20)
         writer.write(0, bytes(20 << 20))
         open_store(forgetful).write("fapm/lock/000001", b'{"token": "another"}')
@@ -402,7 +402,7 @@ def test_a_late_request_does_not_write_over_a_successor_s(name, monkeypatch):
             open_store(address).write("a", b"the successor's")
         return put(store, path, data, **how)
 
-    with hold(address) as out:
+    with lease(address) as out:
         monkeypatch.setattr(bucket.obstore, "put", slow)
         monkeypatch.setattr(bucket, "CHECK_SECONDS", 0.0)
         looked = out.check
@@ -425,6 +425,6 @@ def test_a_folder_s_marker_is_an_empty_folder(client, name, marker):
     client.put_object(Bucket=name, Key=marker, Body=b"")
     folder = open_store(f"s3://{name}/some/out")
     assert folder.is_empty() and folder.files() == {} and not folder.is_file()
-    with hold(folder.address) as out:
+    with lease(folder.address) as out:
         out.write("a", b"1")
     assert folder.files().keys() == {"a"}

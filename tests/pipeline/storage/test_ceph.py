@@ -22,7 +22,7 @@ from fapm.checking.verify import verify
 from fapm.cluster.options import as_arguments
 from fapm.errors import PassingError
 from fapm.storage.address import open_store
-from fapm.storage.hold import hold
+from fapm.storage.lease import lease
 
 pytestmark = [
     pytest.mark.slow,
@@ -101,9 +101,9 @@ def test_killed_it_goes_on_and_leaves_no_part(client, home, runner):
 
 
 def test_one_at_a_time(client, home):
-    with hold(f"{home}/out") as out:
+    with lease(f"{home}/out") as out:
         with pytest.raises(PassingError, match="is being written by process"):
-            hold(f"{home}/out").__enter__()
+            lease(f"{home}/out").__enter__()
         begun = out.create("a", 20 << 20)
         begun.write(0, bytes(20 << 20))
         out.end_uploads()

@@ -1,7 +1,7 @@
 """pytest tests/pipeline/storage/test_protocol.py: the protocol of the hold as a model, in every order of its steps.
 
 Two runs with different recipes want one folder; each has a worker that writes one object of it. Every step of
-`storage.hold` and `storage.bucket` that others can see is one of the model's. Between any two steps a run may be
+`storage.lease` and `storage.bucket` that others can see is one of the model's. Between any two steps a run may be
 paused for long, go on, or die, and so may its worker. All states that can be reached are looked at, and in each:
 
 - what is written by a run that another has taken the folder over from does not appear, where it is moved into place or
@@ -119,7 +119,7 @@ def looked(world: World, me: int) -> Iterator[World]:
 
 
 def local(world: World, me: int, without: str) -> Iterator[World]:
-    """`storage.hold` in a folder: what is not in its place lies in a folder of the run's own."""
+    """`storage.lease` in a folder: what is not in its place lies in a folder of the run's own."""
     run = world.runs[me]
     yield from looked(world, me)
     if run.at == "means":
@@ -162,7 +162,7 @@ def moving(world: World, me: int, without: str) -> Iterator[World]:
 
 
 def bucket(world: World, me: int, without: str) -> Iterator[World]:
-    """`storage.hold` in a store. Uploads under way take the place of the run's own folder."""
+    """`storage.lease` in a store. Uploads under way take the place of the run's own folder."""
     run = world.runs[me]
     yield from looked(world, me)
     ignores = without == "conditions"

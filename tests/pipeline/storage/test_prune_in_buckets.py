@@ -34,7 +34,7 @@ from fapm.choosing.sweep import evaluate_sweep, sweep, sweep_folder, take
 from fapm.errors import PassingError
 from fapm.status import status_facts
 from fapm.storage import bucket
-from fapm.storage import hold as holding
+from fapm.storage import lease as holding
 
 SHAPES = {
     "model.layers.0.a": (300, 400), "model.layers.0.norm": (64,), "model.layers.1.a": (512, 700), "z": (70_001,),

@@ -17,8 +17,8 @@ from checkpoints import gaussian, weights_of
 from pace import wait_until
 
 from fapm.errors import PassingError
-from fapm.storage import hold as holding
-from fapm.storage.hold import LOCKS, hold
+from fapm.storage import lease as holding
+from fapm.storage.lease import LOCKS, lease
 from fapm.storage.local import TEMPORARY
 
 
@@ -39,7 +39,7 @@ def someone_else(folder: Path, number: int = 1, **known) -> Path:
 
 
 def test_nothing_of_a_hold_is_left(tmp_path):
-    with hold(str(tmp_path / "out")) as out:
+    with lease(str(tmp_path / "out")) as out:
         out.write("a", b"1")
         out.write("sub/b", b"2")
         out.remove("a")
@@ -48,11 +48,11 @@ def test_nothing_of_a_hold_is_left(tmp_path):
 
 
 def test_a_second_run_is_told_who_holds_it(tmp_path):
-    with hold(str(tmp_path)) as out:
+    with lease(str(tmp_path)) as out:
         with pytest.raises(PassingError, match=rf"is being written by process {os.getpid()} on \S+ since 20"):
-            hold(str(tmp_path)).__enter__()
+            lease(str(tmp_path)).__enter__()
         out.write("a", b"1")
-    with hold(str(tmp_path)):
+    with lease(str(tmp_path)):
         pass
 
 
@@ -68,7 +68,7 @@ def test_a_run_on_another_machine_that_beats_is_left_alone(tmp_path):
     beating.start()
     try:
         with pytest.raises(PassingError, match=r"process 7 on elsewhere since 2026-01-01"):
-            hold(str(tmp_path)).__enter__()
+            lease(str(tmp_path)).__enter__()
     finally:
         ended.set()
         beating.join()
@@ -80,7 +80,7 @@ def test_one_that_is_silent_is_waited_for_and_taken_over(tmp_path):
     someone_else(tmp_path)
     (tmp_path / TEMPORARY / "theirs" / "half a shard").write_bytes(bytes(100))
     began, said = time.monotonic(), []
-    with hold(str(tmp_path), said.append):
+    with lease(str(tmp_path), said.append):
         assert time.monotonic() - began >= 2.0
         assert not (tmp_path / TEMPORARY / "theirs").exists()
         assert [p.name for p in (tmp_path / LOCKS).iterdir()] == ["000002"]
@@ -101,7 +101,7 @@ def test_one_that_began_between_the_look_and_the_taking_is_no_predecessor(tmp_pa
 
     monkeypatch.setattr(holding, "_make", make_after_another)
     said: list[str] = []
-    with hold(str(tmp_path), said.append):
+    with lease(str(tmp_path), said.append):
         pass
     taken_over = [line.split(" on ")[0] for line in said if "taken over" in line]
     assert [line.rpartition("process ")[2] for line in taken_over] == ["7", "8"]
@@ -111,7 +111,7 @@ def test_one_whose_process_is_gone_from_this_machine_is_taken_over_at_once(tmp_p
     monkeypatch.setattr(holding, "LEASE_SECONDS", 600)
     someone_else(tmp_path, process=os.getpid(), machine=holding._machine(), started="1")  # the number is used again
     said: list[str] = []
-    with hold(str(tmp_path), said.append):
+    with lease(str(tmp_path), said.append):
         pass
     assert len(said) == 1
     assert "gone" in said[0]
@@ -120,7 +120,7 @@ def test_one_whose_process_is_gone_from_this_machine_is_taken_over_at_once(tmp_p
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}'])
 def test_a_lock_that_cannot_be_read_does_not_block_for_ever(tmp_path, content):
     someone_else(tmp_path).write_text(content)
-    with hold(str(tmp_path)) as out:
+    with lease(str(tmp_path)) as out:
         out.write("a", b"1")
 
 
@@ -129,9 +129,9 @@ def test_without_hard_links_too(tmp_path, monkeypatch):
         raise OSError(95, "not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    with hold(str(tmp_path)), pytest.raises(PassingError, match="is being written by process"):
-        hold(str(tmp_path)).__enter__()
-    with hold(str(tmp_path)):
+    with lease(str(tmp_path)), pytest.raises(PassingError, match="is being written by process"):
+        lease(str(tmp_path)).__enter__()
+    with lease(str(tmp_path)):
         pass
 
 
@@ -147,11 +147,11 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_that_comes_back_changes_nothing(tmp_path, monkeypatch, change):
     monkeypatch.setattr(holding, "_beat", lambda *_: None)  # paused from the beginning
-    first = hold(str(tmp_path))
+    first = lease(str(tmp_path))
     out = first.__enter__()
     begun = out.create("theirs", 1)
     begun.write(0, b"o")
-    with hold(str(tmp_path)) as successor:
+    with lease(str(tmp_path)) as successor:
         successor.write("theirs", b"n")
         successor.write("folder/theirs", b"n")
         with pytest.raises(PassingError, match="was taken over by another run or removed"):
@@ -165,14 +165,14 @@ def test_one_that_comes_back_changes_nothing(tmp_path, monkeypatch, change):
 RACE = """
 import sys, time
 from fapm.errors import PassingError
-from fapm.storage import hold as holding
+from fapm.storage import lease as holding
 holding.BEAT_SECONDS, holding.LEASE_SECONDS = 0.1, 5
 out, begin = sys.argv[1], float(sys.argv[2])
 wins = 0
 for i in range(15):
     time.sleep(max(0, begin + 0.2 * i - time.time()))
     try:
-        with holding.hold(out) as folder:
+        with holding.lease(out) as folder:
             folder.write("winner", str(wins).encode())
             began = folder.read("winner")
             time.sleep(0.01)
@@ -202,7 +202,7 @@ DRIVER = """
 import json, sys
 from fapm import Recipe, UserError, prune
 from fapm.run import Watch
-from fapm.storage import hold as holding
+from fapm.storage import lease as holding
 holding.BEAT_SECONDS, holding.LEASE_SECONDS = 0.3, 1.5
 choices = json.loads(sys.argv[1])
 try:

@@ -20,7 +20,7 @@ from fapm.scoring.engine import DeviceEngine, StoredChunk
 from fapm.scoring.methods import BLOCK
 from fapm.shard.chunk import stored_chunk
 from fapm.shard.section import Piece, Section, Sizes, Slice, slack
-from fapm.shard.writing import BUFFERS, at_once
+from fapm.shard.writing import BUFFERS, already_done
 
 RING = 4
 """Buffers between storage and device, and reads under way at once."""
@@ -76,7 +76,7 @@ def _power_of_two(n: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
+class Staged:
     """A piece on the device; how many bytes of it were read now, and the seconds that this took."""
 
     piece: Piece
@@ -88,7 +88,7 @@ class Landed:
         return zip(self.piece.slices, self.held, strict=True)
 
 
-Load = Callable[[Piece, np.ndarray], tuple[list[list[np.ndarray]], float]]
+ReadPiece = Callable[[Piece, np.ndarray], tuple[list[list[np.ndarray]], float]]
 """Reads a piece into a buffer; returns the bytes of the sides of each slice, and the seconds that it took."""
 
 
@@ -100,15 +100,15 @@ class _Kept(NamedTuple):
     nbytes: int
 
 
-class Landing:
-    """A worker's device. All but the landing itself is for the thread that computes."""
+class Staging:
+    """A worker's device. All but the staging itself is for the thread that computes."""
 
-    def __init__(self, device: DeviceEngine, recipe: Recipe, shares: Shares, load: Load):
+    def __init__(self, device: DeviceEngine, recipe: Recipe, shares: Shares, load: ReadPiece):
         self._device, self._recipe, self._load = device, recipe, load
-        self._threads = ThreadPoolExecutor(RING, thread_name_prefix="land")
+        self._threads = ThreadPoolExecutor(RING, thread_name_prefix="stage")
         self._ring: queue.SimpleQueue[tuple[np.ndarray, Callable[[], None]]] = queue.SimpleQueue()
         for _ in range(RING):
-            self._ring.put((device.host(shares.ring), at_once))
+            self._ring.put((device.host(shares.ring), already_done))
         self._room = shares.resident
         self._spare = shares.resident // 2  # stays free of what is only kept
         self._kept: dict[_Key, _Kept] = {}
@@ -123,7 +123,7 @@ class Landing:
         missing = sum(part.nbytes for key, part in parts.items() if key not in self._kept)
         return missing <= self._room + sum(kept.nbytes for key, kept in self._kept.items() if key not in parts)
 
-    def start(self, section: Section) -> list[Future[Landed]] | None:
+    def start(self, section: Section) -> list[Future[Staged]] | None:
         """Begin to bring a section's pairs, or say None if there is no room for them now."""
         if not self.fits(section):
             return None
@@ -134,24 +134,24 @@ class Landing:
             self._room += self._kept.pop(next(iter(self._kept))).nbytes
         return [self._submit(piece, [known[_key(part)] for part in piece.slices]) for piece in section.on_device]
 
-    def _submit(self, piece: Piece, known: Sequence[_Kept | None]) -> Future[Landed]:
-        return self._threads.submit(self._land, piece, [kept and kept.chunk for kept in known])
+    def _submit(self, piece: Piece, known: Sequence[_Kept | None]) -> Future[Staged]:
+        return self._threads.submit(self._stage, piece, [kept and kept.chunk for kept in known])
 
-    def release(self, landings: Sequence[Future[Landed]], section: Section, keep: bool) -> None:
+    def release(self, stagings: Sequence[Future[Staged]], section: Section, keep: bool) -> None:
         """Forget a section's pairs, or keep them for the step after this one while there is room."""
-        wait(landings)
-        for piece, landing in zip(section.on_device, landings, strict=True):
+        wait(stagings)
+        for piece, staging in zip(section.on_device, stagings, strict=True):
             self._room += piece.nbytes
-            if landing.exception() or not keep:
+            if staging.exception() or not keep:
                 continue
-            for part, chunk in zip(piece.slices, landing.result().held, strict=True):
+            for part, chunk in zip(piece.slices, staging.result().held, strict=True):
                 if self._room - part.nbytes >= self._spare:
                     self._room -= part.nbytes
                     self._kept[_key(part)] = _Kept(chunk, part.nbytes)
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[Landed]:
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[Staged]:
         """One pass over pieces that do not stay: the next is on its way while one is used."""
-        ahead: list[Future[Landed]] = []
+        ahead: list[Future[Staged]] = []
         waiting = list(reversed(pieces))
         try:
             while waiting or ahead:
@@ -162,10 +162,10 @@ class Landing:
         finally:
             wait(ahead)
 
-    def _land(self, piece: Piece, known: Sequence[StoredChunk | None]) -> Landed:
+    def _stage(self, piece: Piece, known: Sequence[StoredChunk | None]) -> Staged:
         missing = [part for part, chunk in zip(piece.slices, known, strict=True) if chunk is None]
         if not missing:
-            return Landed(piece, [chunk for chunk in known if chunk], 0, 0.0)
+            return Staged(piece, [chunk for chunk in known if chunk], 0, 0.0)
         buffer, sent = self._ring.get()
         try:
             sent()
@@ -175,10 +175,10 @@ class Landing:
             made = iter([stored_chunk(part, self._device.put(*sides), self._recipe) for part, sides in puts])
             sent = self._device.sent()
         except BaseException:
-            self._ring.put((buffer, at_once))  # whatever is on its way from it will not be used
+            self._ring.put((buffer, already_done))  # whatever is on its way from it will not be used
             raise
         self._ring.put((buffer, sent))
-        return Landed(piece, [chunk or next(made) for chunk in known], nbytes, seconds)
+        return Staged(piece, [chunk or next(made) for chunk in known], nbytes, seconds)
 
 
 def _key(part: Slice) -> _Key:

@@ -53,7 +53,7 @@ class Holder:
     Attributes:
         machine: what its process number belongs to, empty where that cannot be known.
         started: when its process began, in the machine's own ticks: a number may be used again.
-        token: of this hold alone.
+        token: of this lease alone.
     """
 
     host: str
@@ -84,7 +84,7 @@ class _Lock(Record, extra="forbid"):
 
 
 @contextlib.contextmanager
-def hold(address: str, say: Callable[[str], None] = lambda line: None, alone: bool = False) -> Iterator[Store]:
+def lease(address: str, say: Callable[[str], None] = lambda line: None, alone: bool = False) -> Iterator[Store]:
     """Hold the folder at `address`, which is made if it is not there.
 
     Args:
@@ -106,12 +106,12 @@ def hold(address: str, say: Callable[[str], None] = lambda line: None, alone: bo
         token=uuid.uuid4().hex,
     )
     there = open_store(address)
-    with _hold(there, me, say) if isinstance(there, Folder) else _hold_bucket(there, me, say, alone) as held:
+    with _lease_folder(there, me, say) if isinstance(there, Folder) else _lease_bucket(there, me, say, alone) as held:
         yield held
 
 
 @contextlib.contextmanager
-def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Folder]:
+def _lease_folder(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Folder]:
     held = Folder(there.path, me.token)
     try:
         number = _take(there, functools.partial(_make, there, me), say)
@@ -130,7 +130,7 @@ def _hold(there: Folder, me: Holder, say: Callable[[str], None]) -> Iterator[Fol
 
 
 @contextlib.contextmanager
-def _hold_bucket(there: Any, me: Holder, say: Callable[[str], None], alone: bool) -> Iterator[Any]:
+def _lease_bucket(there: Any, me: Holder, say: Callable[[str], None], alone: bool) -> Iterator[Any]:
     number = _take(there, functools.partial(_make_object, there, me, alone), say)
     held = there.under(me.token, number)
     beats = itertools.count()
@@ -326,7 +326,7 @@ def last_sign_of_life(folder: Store) -> tuple[str, float] | None:
 def _beating(touch: Callable[[], None]) -> Iterator[None]:
     """Touch a lock meanwhile, on a thread."""
     ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(touch, ended), name="hold", daemon=True)
+    thread = threading.Thread(target=_beat, args=(touch, ended), name="lease", daemon=True)
     thread.start()
     try:
         yield
@@ -356,7 +356,7 @@ def _sweep(held: Folder, me: Holder, number: int) -> None:
 
 
 def _leave(folder: Folder, me: Holder) -> None:
-    """Remove what only the hold needed."""
+    """Remove what only the lease needed."""
     with contextlib.suppress(OSError, UserError):
         folder.remove_folder(f"{TEMPORARY}/{me.token}")
     for name in (TEMPORARY, LOCKS, "fapm"):
