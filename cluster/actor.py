@@ -22,7 +22,7 @@ from fapm.storage.store import Store
 
 @dataclass(frozen=True)
 class Sight:
-    """What every node has to see as the driver does.
+    """Inputs and output as the driver sees them, and as every node has to.
 
     Attributes:
         files: names and sizes of the files of each input, by its address.

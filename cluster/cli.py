@@ -686,7 +686,7 @@ def demo(folder: str) -> None:
 
 
 def _terminated(*_: object) -> None:
-    """What ends a node or a job gently says so by SIGTERM: the run lets go of its folder and of its workers."""
+    """End gently on SIGTERM, which ends nodes and jobs: the run lets go of its folder and of its workers."""
     raise KeyboardInterrupt(signal.SIGTERM)
 
 

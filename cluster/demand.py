@@ -1,4 +1,4 @@
-"""What is asked of the cluster: how many workers, and the resources of each."""
+"""Demand on the cluster: how many workers, and the resources of each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fapm.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 from fapm.storage.address import scheme_of
 
 PROCESS_BYTES = 384 << 20
-"""What an actor holds beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB
+"""Memory of an actor beside the budgets of its slots: the interpreter, Ray, what numba compiled. Its peak was 297 MB
 in all under `--memory 64MiB`, and 545 MB under 1GiB, in global scope of a pair of 4.4 GB."""
 
 DEVICE_BYTES = 1 << 30
-"""What one with a GPU holds more: torch's libraries, and the driver's part. Assumed, not measured: none was lent."""
+"""More of one with a GPU: torch's libraries, and the driver's part. Assumed, not measured: none was lent."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Demand:
 
 
 def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
-    """What a run needs.
+    """Workers that a run asks for.
 
     Args:
         shards: how many there are; more workers than those are of no use.

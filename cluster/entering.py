@@ -108,7 +108,7 @@ def knock(address: str, seconds: float) -> None:
 
 
 def _meant(address: str) -> str:
-    """What `--ray` names, nothing of `local`; of `auto` the environment's cluster, or the one started here last."""
+    """Address that `--ray` names, empty of `local`; of `auto` the environment's cluster, or the last started here."""
     if address != "auto":
         return "" if address == "local" else address
     found = os.environ.get("RAY_ADDRESS", "")
@@ -174,6 +174,6 @@ def _where(error: Exception) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says in its last line; its name, if it says nothing."""
+    """Last line of an error; its name, if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

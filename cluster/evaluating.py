@@ -15,7 +15,7 @@ from fapm.recipe import Recipe
 
 
 def on_ray(address: str, recipe: Recipe, say: Callable[[str], None]) -> Evaluate:
-    """What evaluates on the cluster at `address`; `local` starts one on this machine for the time that it takes."""
+    """Evaluator on the cluster at `address`; `local` starts one on this machine for the time that it takes."""
 
     def do(asked: Evaluation, sources: Sequence[Source]) -> Iterator[Said]:
         with connected(address, recipe, say):

@@ -66,7 +66,7 @@ def _staged() -> Iterator[str]:
 
 
 def requirements() -> list[str]:
-    """What fapm needs beside Ray, for pip; also for buckets in S3."""
+    """Requirements of fapm beside Ray, for pip; also for buckets in S3."""
     wanted = (text.partition("; extra ==") for text in importlib.metadata.requires(NAME) or [])
     return [name for name, _, extra in wanted if extra.strip(" \"'") in ("", "s3")]
 
@@ -125,7 +125,7 @@ class RayJobs:
             self._client = _Client(address)
 
     def jobs(self) -> list[Job]:
-        """What the cluster knows, the newest first."""
+        """Jobs that the cluster knows, the newest first."""
         with self._plain_errors():
             known = self._client.list_jobs()
         ours = [_job(details) for details in known if NAME in (details.metadata or {}) and details.submission_id]
@@ -245,7 +245,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    """What an error says in its last line; of what requests wraps, only what the system said."""
+    """Last line of an error; of what requests wraps, only what the system said."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     of_the_system = re.search(r"\[Errno -?\d+\] ([^'\")]+)", lines[-1])
     return of_the_system[1] if of_the_system else lines[-1].strip()[:300]

@@ -138,7 +138,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
 
 
 def _job(found: dict[str, Any]) -> Job:
-    """What a RayJob says of itself. Of the exit code only Ray's sentence about it gets there; without one the cluster
+    """A RayJob's state as a job. Of the exit code only Ray's sentence about it gets there; without one the cluster
     was in trouble, not the run."""
     status = found.get("status") or {}
     stage, of_ray, message = (status.get(key, "") for key in ("jobDeploymentStatus", "jobStatus", "message"))

@@ -1,4 +1,4 @@
-"""What a run tells Ray's metrics, which Prometheus collects; `configs/grafana.json` shows it.
+"""Metrics of a run for Ray, which Prometheus collects; `configs/grafana.json` shows them.
 
 Prometheus knows a gauge as `ray_NAME` and a counter as `ray_NAME_total`. They come from the driver alone, which hears
 of everything that a worker has done. Every one has the label `out`, the output's folder.
@@ -65,7 +65,7 @@ class Metrics:
         self._add("fapm_writing_seconds", done.writing)
 
     def workers(self, queue: Queue) -> None:
-        """What is known of workers now. To be called often: Ray forgets a gauge that is not set again."""
+        """Set the gauges of workers. To be called often: Ray forgets a gauge that is not set again."""
         self._gauges["fapm_shards"].set(self._shards)
         self._gauges["fapm_workers_ready"].set(queue.ready_workers)
         self._gauges["fapm_workers_pending"].set(queue.pending_workers)

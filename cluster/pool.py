@@ -51,7 +51,7 @@ _LOST = {
 
 
 def ray_pool(address: str) -> MakePool:
-    """What makes a pool on the cluster at `address`; `local` starts one on this machine for the time of the run."""
+    """Maker of a pool on the cluster at `address`; `local` starts one on this machine for the time of the run."""
     return lambda plan, out, watch: RayPool(plan, out, watch, address)
 
 
@@ -130,7 +130,7 @@ class RayPool:
         return found
 
     def _heard(self, call: Any, worker: int, task: int | None) -> tuple[list[Action], Done | None]:
-        """What the queue says to the outcome of a call, and the result if it is one."""
+        """Actions of the dispatcher upon the outcome of a call, and the result if it is one."""
         now = time.monotonic()
         try:
             outcome = ray.get(call)
@@ -157,7 +157,7 @@ class RayPool:
         return self._queue.done(worker, task, now), outcome
 
     def _lost(self, worker: int, how: Loss, error: str, now: float, why: str | None = None) -> list[Action]:
-        """What the queue says to the loss of a worker.
+        """Actions of the dispatcher upon the loss of a worker.
 
         Args:
             why: said beside it, `error` by default.
@@ -208,7 +208,7 @@ class RayPool:
         return {how.value: count for how, count in self._queue.losses.items() if count}
 
     def _do(self, actions: Sequence[Action], step: Step, by_index: dict[int, Task]) -> list[Accept]:
-        """What the queue says; returns the results that count."""
+        """Do what the dispatcher says; returns the results that count."""
         accepted = []
         for action in actions:
             match action:

@@ -55,7 +55,7 @@ class Progress:
         return self._bar is not None
 
     def watch(self) -> Watch:
-        """What a run tells its progress to."""
+        """Watch through which a run tells its progress."""
         from fapm.run import Watch
 
         return Watch(begin=self.begin, expect=self.expect, advance=self.advance, say=self.say)
@@ -127,7 +127,7 @@ class Progress:
             self._stream.flush()
 
     def describe(self, label: str) -> None:
-        """What stands before the bar."""
+        """Label before the bar."""
         if self._bar is not None:
             self._bar.set_description_str(label, refresh=False)
 

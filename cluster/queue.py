@@ -83,7 +83,7 @@ Action = Ask | Start | Release | Accept | Stop
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is too often, and what is too long.
+    """Limits: what is too often, and what is too long.
 
     Attributes:
         failures: of one task, on different workers where there are several.

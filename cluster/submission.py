@@ -1,4 +1,4 @@
-"""What is sent to a cluster to be pruned there: a recipe whose paths are settled, under an id of its own.
+"""Submissions: recipes whose paths are settled, sent to a cluster under an id of their own.
 
 The id is made of the recipe and the identity of its inputs, and ends with the number of the try: a schedule that fires
 again over the same inputs finds the job of last time.
@@ -103,7 +103,7 @@ def _digest(given: Recipe, inputs: dict[str, Any] | None) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What a cluster knows of a prune.
+    """A prune as a cluster knows it.
 
     Attributes:
         state: pending, running, stopped, succeeded or failed.
@@ -131,13 +131,13 @@ class Job:
 
 
 def exit_code(returned: int) -> int:
-    """What a shell would say of a process: 128 + N where signal N has ended it, which others write as -N."""
+    """Exit code as a shell gives it: 128 + N where signal N has ended the process, which others write as -N."""
     return 128 - returned if returned < 0 else returned
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of a submission: `nothing to do`, `already running`, or `submitted`; and the job, if there is one."""
+    """Fate of a submission: `nothing to do`, `already running`, or `submitted`; and the job, if there is one."""
 
     how: str
     id: str | None
@@ -180,7 +180,7 @@ def send(submission: Submission, place: Place) -> Sent:
 
 
 def decide(earlier: Sequence[Job], state: State | None) -> Sent | None:
-    """What to do instead of submitting, if anything.
+    """Alternative to submitting, if there is one.
 
     Args:
         earlier: the jobs of the same submission.

@@ -21,7 +21,7 @@ read twice, of which that is the smaller part."""
 
 
 def advise(rate: float, elements: int, pair_bytes: int, twice_bytes: int, cores_here: int) -> dict[str, Any]:
-    """What keeps up with a storage, and whether GPUs are worth asking for.
+    """Advice on hardware: how many workers keep up with a storage, and whether GPUs are worth asking for.
 
     Args:
         rate: bytes a second that it gives.

@@ -89,7 +89,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _repositories(side: Checkpoint, otherwise: list[str]) -> list[str]:
-    """What a checkpoint is called on the Hub: its address, what is said of it, or what its configuration remembers."""
+    """Name of a checkpoint on the Hub: its address, what is said of it, or what its configuration remembers."""
     named = repository_of(side.folder.address)
     remembered = read_config(side).get("_name_or_path")
     for names in ([named], otherwise, [remembered]):

@@ -57,7 +57,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the prune did, and a sentence that says what was checked."""
+    """Result of the demo's prune, and a sentence that says what was checked."""
 
     result: Result
     checked: str

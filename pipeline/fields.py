@@ -14,7 +14,7 @@ CHOICES = ("base", "finetuned", "method", "scope", "density")
 
 
 def times() -> dict[str, str]:
-    """What `TIMES` stand for now."""
+    """Values of `TIMES` now."""
     now = datetime.datetime.now(datetime.UTC)
     return {"date": f"{now:%Y-%m-%d}", "time": f"{now:%H%M%S}"}
 

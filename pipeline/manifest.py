@@ -111,7 +111,7 @@ def version() -> str:
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What makes a run this one and no other: its choices and its inputs."""
+    """Identity of a run: its choices and its inputs."""
     return {
         "format": 1,
         "recipe": plan.recipe.decides(),
@@ -173,7 +173,7 @@ def _read(folder: Store, name: str, model: type[Record]) -> dict[str, Any]:
 
 
 def begun(out: Store) -> dict[str, Any]:
-    """What makes the run this one that was begun in a folder.
+    """Identity of the run that was begun in a folder.
 
     Raises:
         UserError: it is damaged.
@@ -182,7 +182,7 @@ def begun(out: Store) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What another recipe or other inputs have that these have not, as sentences."""
+    """Differences between two identities, as sentences."""
     found = []
     if before.get("format") != now["format"]:
         found.append("it was made by another version of fapm")
@@ -249,7 +249,7 @@ def unfinished_shards(plan: Plan) -> list[int]:
 
 
 def shard_files(recipe: Recipe, shard: str) -> list[str]:
-    """What is left of a shard: itself, its sparse task vector, or both."""
+    """Files of a shard: itself, its sparse task vector, or both."""
     return [*([shard] if recipe.emit != "delta" else []), *([delta_name(shard)] if recipe.emit != "checkpoint" else [])]
 
 
@@ -381,7 +381,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
 
 
 def _measured(out: Store, shard: Shard) -> np.ndarray:
-    """What was measured of a shard's tensors, (t,) MEASURED."""
+    """Measured rows of a shard's tensors, (t,) MEASURED."""
     name, nbytes = rows_name(shard.index), len(shard.tensors) * MEASURED.itemsize
     if out.size(name) != nbytes:
         raise UserError(f"{out.at(name)} is damaged; start again with --overwrite")
@@ -410,7 +410,7 @@ def _paths(recipe: Recipe) -> dict[str, str]:
 
 
 def _beside(plan: Plan, rows: Callable[[], list[dict[str, Any]]]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """What makes shards a checkpoint, in the order in which it appears: the index and the configuration last.
+    """Files that make shards a checkpoint, in the order in which they appear: the index and the configuration last.
 
     Args:
         rows: those of the run's table.

@@ -68,7 +68,7 @@ class PairedTensor:
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
-        """What has to be read for it."""
+        """Stored tensors that have to be read for it."""
         if self.action == "prune":
             assert self.base is not None
             assert self.finetuned is not None
@@ -338,7 +338,7 @@ def _accounts(
 
 
 def _left_behind(recipe: Recipe, finetuned: Checkpoint) -> list[str]:
-    """What of finetuned would be run by who loads the output, and is therefore not copied."""
+    """Warnings about code of finetuned that whoever loads the output would run, and which is therefore not copied."""
     code = [name for name in finetuned.side_files if is_code(name)]
     code += ["config.json's auto_map"] if "auto_map" in read_config(finetuned) else []
     if not code or recipe.allow_code:

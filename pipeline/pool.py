@@ -19,7 +19,7 @@ from fapm.shard.worker import Worker
 from fapm.storage.store import Store
 
 Step = Callable[[Worker, Task, Task | None], Done]
-"""What a worker does with a task; the second one will probably follow."""
+"""A worker's function of a task; the second one will probably follow."""
 
 
 class Pool(Protocol):

@@ -108,7 +108,7 @@ def _own_staging(recipe: Recipe) -> str:
 
 
 def _to_publish(store: Store, made: dict[str, Any], recipe: Recipe, out: str) -> dict[str, bytes]:
-    """What stands beside the shards, with no path of this machine in it."""
+    """Files beside the shards, with no path of this machine in them."""
     paths = {role: repository_of(path, pinned=True) or split(path)[1] for role, path in made["paths"].items()}
     paths["out"] = out
     public = recipe.model_copy(update={**{side: paths[side] for side in PATHS}, "staging": None})

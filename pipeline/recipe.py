@@ -40,7 +40,7 @@ Action = Literal["prune", "base", "finetuned"]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of the tensors whose name matches `pattern`; `density` is None where it is the recipe's."""
+    """Treatment of the tensors whose name matches `pattern`; `density` is None where it is the recipe's."""
 
     pattern: str
     action: Action
@@ -130,7 +130,7 @@ ON_RAY_ONLY = ("cpus_per_worker", "gpus_per_worker", "accelerator", "labels")
 
 
 class Recipe(BaseModel):
-    """What to prune, how, and with what means.
+    """Everything a user can choose: what to prune, how, and with what means.
 
     Raises:
         UserError: from `Recipe.of` and `Recipe.load`, a value that cannot be, with the field's name.
@@ -247,7 +247,7 @@ class Recipe(BaseModel):
         return next((rule for rule in self.parsed_rules if fnmatchcase(name, rule.pattern)), None)
 
     def action(self, name: str) -> Action | None:
-        """What the first rule that matches a tensor's name says of it, or None."""
+        """Action of the first rule that matches a tensor's name, or None."""
         rule = self.rule_of(name)
         return rule.action if rule else None
 
@@ -279,7 +279,7 @@ def option_words(field: str, value: Any) -> list[str]:
 
 
 def bounds(field: str) -> str:
-    """What is allowed for a number, as people write it: `at least 64MiB`; empty where nothing is said."""
+    """Limits of a number, as people write them: `at least 64MiB`; empty where nothing is said."""
     sized = {"memory", "device_memory", "shard_size"}
     found = {}
     for limit in _limits(Recipe.model_fields[field]):
@@ -310,7 +310,7 @@ def binary(nbytes: int) -> str:
 
 
 def option_of(field: str) -> str:
-    """What the command line calls a field."""
+    """Option of the command line for a field."""
     return "--" + {"rules": "rule", "renames": "rename", "labels": "label"}.get(field, field.replace("_", "-"))
 
 

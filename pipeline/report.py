@@ -1,4 +1,4 @@
-"""What is told to a person or a program: facts of a plan, a checkpoint or a run, and the same facts as a short table.
+"""Facts of a plan, a checkpoint or a run, for a person or a program, and the same facts as a short table.
 
 `…_facts` give what `--json` prints: plain dictionaries, sizes in bytes, times in seconds, shares from 0 to 1.
 `…_text` lay such facts out for a terminal.
@@ -77,7 +77,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
-    """What a finished run has done, from its manifest."""
+    """Facts of a finished run, from its manifest."""
     recipe = manifest["recipe"]
     return {
         "out": out,
@@ -99,7 +99,7 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
 
 
 def prune_facts(result: Result) -> dict[str, Any]:
-    """What a prune has just done. `run_seconds` are those of the run that finished, `seconds` those of this command.
+    """Facts of a prune that has just ended. `run_seconds` are of the run that finished, `seconds` of this command.
 
     `read_bytes_per_second` is None where shards of an earlier try are among the bytes.
     """
@@ -142,7 +142,7 @@ def run_text(facts: dict[str, Any]) -> str:
 
 
 def _of_all(weights: int | None, density: float | None, unpaired: int | None) -> list[tuple[str, str]]:
-    """What of all weights is fine-tuned, where some have no partner."""
+    """Share of all weights that is fine-tuned, where some have no partner."""
     if not weights or not unpaired or density is None:
         return []
     said = f"{density:.4g} of {weights:,} are fine-tuned, of which {unpaired:,} have no partner in base"
@@ -155,7 +155,7 @@ def _delta_text(totals: dict[str, Any]) -> str:
 
 
 def _accounts(sides: dict[str, Any]) -> list[tuple[str, str]]:
-    """What becomes of each side's stored tensors, unless it is the same for all of them."""
+    """Fate of each side's stored tensors, unless it is the same for all of them."""
     found = []
     for side, account in sides.items():
         reasons: dict[str, list[str]] = {}
@@ -212,7 +212,7 @@ def extremes_text(facts: dict[str, Any]) -> str:
 
 
 def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | None = None) -> dict[str, Any]:
-    """What a prune would do.
+    """Facts of a prune that has not begun.
 
     Args:
         state: of the output folder: `new`, `unfinished` or `finished`.
@@ -356,7 +356,7 @@ def _where_text(where: dict[str, Any]) -> str:
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint holds. Tensors of one dtype and shape whose names differ in numbers only are one pattern."""
+    """Facts of a checkpoint. Tensors of one dtype and shape whose names differ in numbers only are one pattern."""
     patterns: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
     dtypes: dict[str, dict[str, int]] = {}
     layers: dict[str, set[str]] = {}
@@ -428,7 +428,7 @@ def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, st
 
 
 def kept_text(facts: dict[str, Any]) -> str:
-    """What of the elements a candidate keeps, or of Δ where its method mixes."""
+    """Density of a candidate, or its share of Δ where its method mixes."""
     if not facts.get("pruned_numel"):
         return ""
     if METHODS[facts["method"]].score is None:

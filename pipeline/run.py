@@ -27,7 +27,7 @@ from fapm.storage.store import Store, overlapped
 
 @dataclass(frozen=True)
 class Result:
-    """What a prune has done.
+    """Result of a prune.
 
     Attributes:
         manifest: what `fapm/manifest.json` holds.
@@ -173,7 +173,7 @@ def prune_all(
 
 @dataclass(frozen=True)
 class Request:
-    """What a run wants to be done next.
+    """Next step that a run asks for.
 
     Attributes:
         step: `Worker.sample`, `Worker.measure` or `Worker.write`.
@@ -208,7 +208,7 @@ def schedule(plan: Plan, out: Store, todo: Iterable[int]) -> Schedule:
 
 
 SAMPLED, COUNTED, WRITTEN = "sampled", "counted", "shard"
-"""What the log calls the end of a task of each step, in their order."""
+"""Names in the log of the end of a task of each step, in their order."""
 
 
 def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: Pool, watch: Watch) -> list[int]:

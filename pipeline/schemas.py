@@ -1,4 +1,4 @@
-"""What the files of an output folder hold, as models that they are checked against before they are used."""
+"""Models of the files of an output folder, against which they are checked before they are used."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class FileRecord(Record):
 
 
 class ShardRecord(FileRecord):
-    """What a worker has written; `delta` is its sparse task vector, where there is a shard beside it."""
+    """Record of a written shard; `delta` is its sparse task vector, where there is a shard beside it."""
 
     read_bytes: Count
     seconds: _Seconds
@@ -122,7 +122,7 @@ class MeasureRecord(Record):
 
 
 class PointRecord(Record):
-    """What was said of a checkpoint."""
+    """Answer of an evaluation about a checkpoint."""
 
     new: MeasureRecord | None = None
     old: MeasureRecord | None = None

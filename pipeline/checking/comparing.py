@@ -33,7 +33,7 @@ Progress = Callable[[int], None]
 
 @dataclass(slots=True)
 class Budget:
-    """What a group may keep, used up as its tensors are read in the order of their names.
+    """Budget of a group, used up as its tensors are read in the order of their names.
 
     `above` counts the keys above `key`. `ties_left` is None where the group's threshold or one of its tensors is
     missing, so that there is no mask to check.

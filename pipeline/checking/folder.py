@@ -25,7 +25,7 @@ _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shar
 
 
 def check_folder(folder: Store, tensors: Mapping[str, TensorInfo], base: Collection[str]) -> list[str]:
-    """What of an output does not fit together, a sentence each.
+    """Contradictions inside an output, a sentence each.
 
     Args:
         tensors: those of the output's files, by name. base: the names of base's, which are the model's own.
@@ -104,7 +104,7 @@ def _object(folder: Store, name: str) -> dict[str, Any] | None:
 
 
 def refused_by_transformers(folder: Store) -> list[str]:
-    """What transformers says of an output when it builds the model that its configuration names, without weights.
+    """Complaints of transformers when it builds the model that an output's configuration names, without weights.
 
     Raises:
         UserError: it cannot be asked: the library is missing, the output is not on this machine, or names no class.

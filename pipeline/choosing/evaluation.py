@@ -42,7 +42,7 @@ _IN_CODE = re.compile(r"[\s;&|<>$`'\"\\(){}*?#!~]")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of every checkpoint.
+    """Questions that are asked of every checkpoint.
 
     Attributes:
         commands: words with `{checkpoint}` in them, or `package.module:function`; they say JSON.
@@ -63,7 +63,7 @@ class Evaluation:
         return not (self.commands or self.tasks or self.texts)
 
     def key(self) -> str:
-        """What distinguishes what is asked; of texts and task files what is in them counts."""
+        """Digest of what is asked; of texts and task files what is in them counts."""
         files = {**self.texts, **{name: name for names in self.tasks.values() for name in names if _is_file(name)}}
         digests = {name: hashlib.blake2b(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
         asked = [self.commands, {k: list(v) for k, v in self.tasks.items()}, dict(self.texts), digests]
@@ -87,7 +87,7 @@ class Evaluation:
 def evaluation(
     commands: Sequence[str], tasks: Sequence[str], texts: Sequence[str], seconds: float | None = None
 ) -> Evaluation:
-    """What a user asks for, checked before anything is made.
+    """Evaluation as a user asks for it, checked before anything is made.
 
     Args:
         tasks, texts: like `old=mmlu,hellaswag new=gsm8k`.
@@ -169,7 +169,7 @@ def _is_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Said:
-    """What an evaluation has said of a checkpoint: its skills, or why there are none.
+    """Answer of an evaluation about a checkpoint: its skills, or why there are none.
 
     Attributes:
         last: the last line that it printed when it failed, which is shown and not kept.
@@ -301,7 +301,7 @@ def evaluate_all(
     do: Evaluate = in_turn,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Said]:
-    """What is said of checkpoints, by name, in their order: what is kept from before, and what is asked now.
+    """Answers about checkpoints, by name, in their order: those kept from before, and those asked for now.
 
     Args:
         kept: the folder in which it is kept. What failed is asked again.

@@ -1,4 +1,4 @@
-"""What the field measures of a pruned model: how much of the new skill is retained, how much of the old is forgotten.
+"""Measures of a pruned model, the field's: how much of the new skill is retained, how much of the old forgotten.
 
 retained   = new skill of the candidate / new skill of finetuned
 forgetting = (old skill of base − of the candidate) / old skill of base, the CF of arXiv 2509.08255
@@ -19,7 +19,7 @@ from fapm.errors import UserError
 
 SKILLS = ("new", "old")
 AXES = (*SKILLS, "retained", "forgetting")
-"""What is said of a checkpoint."""
+"""Answers about a checkpoint, by skill."""
 
 DEFINITIONS = (
     "retained: new skill / finetuned's; forgetting: (base's old skill − this) / base's. ± is one standard error."
@@ -112,7 +112,7 @@ class Point:
 
 
 def point_facts(point: Point | None) -> dict[str, Any]:
-    """What is said of a checkpoint, as JSON; of one that was not evaluated, that nothing is."""
+    """Answers about a checkpoint, as JSON; of one that was not evaluated, that there are none."""
     measures = {axis: getattr(point, axis, None) for axis in AXES}
     return {axis: asdict(measure) if measure else None for axis, measure in measures.items()}
 

@@ -261,7 +261,7 @@ def write_sweep(swept: Swept) -> dict[str, Any]:
 
 
 def read_sweep(folder: str) -> dict[str, Any] | None:
-    """What the last sweep in this folder has come to; None if there was none."""
+    """Record of the last sweep in this folder; None if there was none."""
     store = open_store(folder)
     if not store.has(SWEEP):
         return None

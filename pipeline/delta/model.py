@@ -28,7 +28,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Patch(NamedTuple):
-    """What is written over one tensor. It can be given to vLLM as it is: `load_checkpoint_weight_patches` takes these
+    """Patch of one tensor. It can be given to vLLM as it is: `load_checkpoint_weight_patches` takes these
     names (vllm.model_executor.model_loader.checkpoint_weight_patch, 0.33), in one call either those with indices or
     those without.
 
@@ -47,7 +47,7 @@ class Patch(NamedTuple):
 
 
 def patches(delta: str, of_base: bool = False) -> Iterator[Patch]:
-    """What a sparse task vector writes over base, a tensor after the other.
+    """Patches that a sparse task vector makes to base, a tensor after the other.
 
     Args:
         delta: the folder, in any store.

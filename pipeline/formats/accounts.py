@@ -1,4 +1,4 @@
-"""What becomes of every tensor that a checkpoint stores: none is lost in silence."""
+"""Accounts of every tensor that a checkpoint stores: none is lost in silence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Account:
 def account(
     checkpoint: Checkpoint, side: Side, used: Iterable[tuple[str, TensorInfo]], left_out: Mapping[str, str]
 ) -> Account:
-    """What becomes of the tensors of one side.
+    """Account of the tensors of one side.
 
     Args:
         used: what becomes of a tensor, and it.

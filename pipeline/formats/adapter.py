@@ -41,7 +41,7 @@ _SAYS_NOTHING = (
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "base_model_class",
     "parent_library", "unsloth_fixed", "unsloth_version", "qat_scheme",
 )  # fmt: skip
-"""What changes how an adapter is trained or served, and not what base becomes with it."""
+"""Settings that change how an adapter is trained or served, and not what base becomes with it."""
 _MOST_CHARACTERS = 300  # of a module's name, to be matched with patterns
 
 TRANSPOSED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
@@ -106,7 +106,7 @@ def _re2_options() -> Any:
 
 
 def read_adapter(data: bytes, where: str) -> Adapter:
-    """What adapter_config.json says.
+    """Contents of adapter_config.json.
 
     Raises:
         UserError: it is none, or of a kind that base cannot be given exactly.
@@ -379,7 +379,7 @@ def with_adapter(
     adapter: Adapter, tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo], renames: Sequence[str],
     kinds: Collection[str], where: str, warnings: list[str],
 ) -> dict[str, TensorInfo]:  # fmt: skip
-    """What base becomes with an adapter, by base's names and packed as base is. The rest is as of `apply_adapter`."""
+    """Base with an adapter applied, by base's names and packed as base is. The rest is as of `apply_adapter`."""
     own, made = as_in_memory(base)
     view = renamed(own, _targets(tensors), renames, warnings)
     names = dict(zip(view, own, strict=True))  # in the same order
@@ -408,7 +408,7 @@ def _targets(tensors: Mapping[str, TensorInfo]) -> set[str]:
 
 
 def _replaced(name: str, info: TensorInfo, base: TensorInfo | None) -> TensorInfo:
-    """What the adapter holds whole, in base's dtype."""
+    """Tensors that the adapter holds whole, in base's dtype."""
     if base and base.dtype != info.dtype and is_weight(base.dtype) and is_weight(info.dtype):
         return formed(name, base.dtype, info.shape, Converted(Part("finetuned", info), base.dtype))
     return replace(info, name=name)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and where its bytes lie, read from headers alone."""
+"""Checkpoints: the tensors they hold and where their bytes lie, read from headers alone."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ _Found = tuple[dict[str, TensorInfo], dict[str, dict[str, Any]]]
 
 
 def _read_headers(folder: Store, found: dict[str, FileStat], role: str) -> tuple[_Found, list[str]]:
-    """What safetensors hold, and what is odd about it."""
+    """Tensors of safetensors files, and warnings about them."""
     warnings: list[str] = []
     files, index = _weight_files(folder, {name for name in found if "/" not in name}, role, warnings)
     read = _headers_of(folder, files, found, role)
@@ -270,7 +270,7 @@ def _headers_of(folder: Store, files: Sequence[str], found: dict[str, FileStat],
 def _of_delta(
     folder: Store, found: dict[str, FileStat], role: str, base: Checkpoint | None, renames: Sequence[str]
 ) -> Checkpoint:
-    """What base becomes with a sparse task vector; without base, what it holds."""
+    """Base with a sparse task vector applied; without base, the vector's own tensors."""
     where = f"{role}: {folder.address}"
     said = read_delta(folder, where)
     missing = [name for name in said["files"] if name not in found]
@@ -293,7 +293,7 @@ def _of_delta(
 def _of_layers(
     folder: Layers, role: str, base: Checkpoint | None, renames: Sequence[str], on_conflict: str
 ) -> Checkpoint:
-    """What base becomes with several sparse task vectors, with the last one's side files."""
+    """Base with several sparse task vectors applied, with the last one's side files."""
     opened = [open_checkpoint(part.address, role, base, renames) for part in folder.parts]
     for one in opened:
         if DELTA not in one.identity:
@@ -443,7 +443,7 @@ def _side(role: str) -> Side:
 
 
 def _identity_of(folder: Store, name: str) -> dict[str, Any]:
-    """What tells a small file that decides what weights mean from another."""
+    """Identity of a small file that decides what weights mean."""
     stat = folder.files()[name]
     return {"size": stat.size, **stat.version, "header": _digest(folder.read(name))}
 

@@ -106,14 +106,14 @@ class _Delta(_Version):
 
 
 def shapes_of(said: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """What each tensor is like; where it lies is not said."""
+    """Dtype and shape of each tensor; where it lies is not said."""
     return {
         name: TensorInfo(name, of["dtype"], tuple(of["shape"]), DELTA, 0, 0) for name, of in said["tensors"].items()
     }
 
 
 def stored_in(folder: Store, said: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """What the files hold."""
+    """Sum of what the files hold."""
     return {info.name: info for file in said["files"] for info in read_header(folder.reader(file), file, file).tensors}
 
 
@@ -197,7 +197,7 @@ def summary(said: Mapping[str, Any], nbytes: int) -> str:
 def layered(
     layers: Sequence[Mapping[str, TensorInfo]], on_conflict: str, where: str
 ) -> tuple[dict[str, TensorInfo], list[TensorInfo]]:
-    """What base becomes with several sparse task vectors, one after the other; and what of them does not count.
+    """Base with several sparse task vectors applied, one after the other; and what of them does not count.
 
     Args:
         layers: what base becomes with each of them alone, their files named as `in_layer` names them.

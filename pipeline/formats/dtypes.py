@@ -54,7 +54,7 @@ def bits(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def values(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """What the kernels compute with: uint16 for bfloat16 (upcast by a shift), float32, or float64.
+    """Dtype that the kernels compute with: uint16 for bfloat16 (upcast by a shift), float32, or float64.
 
     float16 and float8 are upcast to float32 here, which loses nothing.
     """

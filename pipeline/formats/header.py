@@ -37,7 +37,7 @@ class Header:
 
 
 def read_header(reader: Reader, file: str, where: str) -> Header:
-    """What one file holds.
+    """Contents of one file.
 
     Args:
         reader: an open file.

@@ -250,7 +250,7 @@ def _transforms(architecture: str) -> tuple[_Transform, ...]:
 
 
 def known_since() -> str:
-    """What the table was made from."""
+    """Version of transformers, and the like, that the table was made from."""
     return str(_table()["made from"])
 
 

@@ -1,4 +1,4 @@
-"""What forms do to every element: compiled loops in IEEE order (`scoring.compiled`).
+"""Loops of forms over every element, compiled, in IEEE order (`scoring.compiled`).
 
 In a module of their own, so that who only wants to know what a checkpoint holds does not wait for the compiler.
 """

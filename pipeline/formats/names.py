@@ -17,12 +17,12 @@ EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|word_embeddings|tok_embedding
 """The matrices of a vocabulary that may be one and the same."""
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile and FSDP put into names."""
+"""Parts of names that torch.compile and FSDP add."""
 
 _VALUED = "pretrained_model."
 
 _FIRST = ("module.", "base_model.model.")
-"""What data parallelism and PEFT put before all of them."""
+"""Beginnings of names that data parallelism and PEFT add."""
 
 _PREFIXES = (
     ("model.language_model.", "model."),
@@ -40,7 +40,7 @@ _PREFIXES = (
 
 
 _INSIDE = ((".block_sparse_moe.", ".mlp."),)
-"""What transformers calls otherwise in memory than on disk."""
+"""Names that transformers changes between disk and memory."""
 
 
 def unwrapped(tensors: Mapping[str, TensorInfo], role: str, warnings: list[str]) -> dict[str, TensorInfo]:

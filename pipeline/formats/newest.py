@@ -12,7 +12,7 @@ LATEST = "latest"
 
 
 def newest(path: str, role: str) -> tuple[str, tuple[str, ...]]:
-    """What `FOLDER/latest` stands for where nothing of that name is there: the newest whole checkpoint in FOLDER.
+    """Meaning of `FOLDER/latest` where nothing of that name is there: the newest whole checkpoint in FOLDER.
 
     Newest is the one with the highest number where the names differ in their numbers alone (checkpoint-500 and
     checkpoint-1000), else the one whose weights were written last. One that is not whole, perhaps because it is still

@@ -72,7 +72,7 @@ DESCRIPTION = "hf_quant_config.json"
 
 
 def described_codes(config: Mapping[str, Any], modelopt: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its codes, empty where it says nothing.
+    """Description that a checkpoint gives of its codes, empty where it says nothing.
 
     Args:
         config: config.json. modelopt: DESCRIPTION.
@@ -188,7 +188,7 @@ def _refuse_what_is_left(found: Mapping[str, TensorInfo], where: str, plain_code
 
 
 def _neighbour(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """What looks like the scale of some codes: it begins as they do, or lies in the same module."""
+    """Name that looks like the scale of some codes: it begins as they do, or lies in the same module."""
     stem = name.rpartition(".")[0]
     near = (f"{name}.", f"{name}_", f"{stem}.", f"{stem}_")
     alike = (other for other in tensors if other != name and other.startswith(near))

@@ -45,7 +45,7 @@ class RefusedError(Exception):
 def ask(
     program: str, words: Sequence[str] = (), data: bytes = b"", seconds: float = 180, most_bytes: int = 64 << 20
 ) -> bytes:
-    """What a program beside this module answers.
+    """Answer of a program beside this module.
 
     Args:
         data: on its standard input.

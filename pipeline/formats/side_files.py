@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights: which files come along, and what in them is code."""
+"""Side files, which go with the tensors: which of them come along, and what in them is code."""
 
 from __future__ import annotations
 

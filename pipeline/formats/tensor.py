@@ -48,7 +48,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a tensor is formed from: a tensor of one of the two checkpoints."""
+    """One of the tensors from which a tensor is formed, and the checkpoint it is of."""
 
     side: Side
     info: TensorInfo
@@ -184,7 +184,7 @@ class Sides:
         return self.take(part, 0, part.info.nbytes)
 
     def remember(self, key: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-        """What `make` gives, kept for the next calls with the same key as long as there is room."""
+        """Result of `make`, kept for the next calls with the same key as long as there is room."""
         with self._lock:
             if key not in self._remembered:
                 self._remembered[key] = make()

@@ -27,7 +27,7 @@ _MEMORY = 512 << 20  # beside what torch takes for itself
 
 
 def _places(file: BinaryIO) -> Any:
-    """What torch.save has written, with tensors that know where their bytes are and have none."""
+    """Contents of a file of torch.save, with tensors that know where their bytes are and have none."""
     import torch
     from torch._subclasses import FakeTensorMode
 

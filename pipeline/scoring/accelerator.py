@@ -65,7 +65,7 @@ class Accelerator:
             return Put(put, self._up.record_event())
 
     def use(self, put: Put) -> torch.Tensor:
-        """What was put there, for operations of this thread: they wait until it has arrived."""
+        """Arrays on the device, for operations of this thread: they wait until they have arrived."""
         stream = torch.accelerator.current_stream(self.device)
         if put.arrived is not None:
             stream.wait_event(put.arrived)
@@ -73,7 +73,7 @@ class Accelerator:
         return put.tensor
 
     def sent(self) -> Callable[[], None]:
-        """What waits until all has been copied that was put there before this call: its source may be changed then."""
+        """Waiter until all has been copied that was put there before this call: its source may be changed then."""
         return self._up.record_event().synchronize
 
     def down(self, tensor: torch.Tensor, target: np.ndarray) -> None:
@@ -85,7 +85,7 @@ class Accelerator:
             torch.from_numpy(_signed(target)).copy_(tensor, non_blocking=True)
 
     def received(self) -> Callable[[], None]:
-        """What waits until all has come that was asked down before this call."""
+        """Waiter until all has come that was asked down before this call."""
         return self._down.record_event().synchronize
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

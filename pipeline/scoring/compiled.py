@@ -1,4 +1,4 @@
-"""What is done to every element on a CPU: compiled loops over blocks that stay in cache.
+"""Arithmetic on a CPU: compiled loops over blocks that stay in cache.
 
 numba compiles them once for each method and stored dtype and keeps the result on disk. Against the same steps
 in torch, with reused buffers, they take a tenth of the time (tests/benchmarks/kernel.py), because score, count

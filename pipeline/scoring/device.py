@@ -12,7 +12,7 @@ from fapm.scoring.engine import Engine
 from fapm.scoring.methods import METHODS
 
 KIND = "cuda"
-"""What torch calls the GPUs of NVIDIA, and of AMD. Others do not have float64 throughout."""
+"""Names in torch of the GPUs of NVIDIA, and of AMD. Others do not have float64 throughout."""
 
 
 def make_engine(method: str, device: str) -> Engine:

@@ -1,4 +1,4 @@
-"""What is asked of an engine: everything that is done to elements, in passes over chunks.
+"""Engines: everything that is done to elements, in passes over chunks.
 
 Two answer it: `compiled`, loops for a CPU, and `torch_engine`, for any other device. Both return the same bits.
 """
@@ -90,7 +90,7 @@ class StoredChunk:
 
 @dataclass(slots=True)
 class Applied:
-    """What a mask did to a chunk: (r,) int64 counts of elements, and Σd² of each block, of all and of the kept ones.
+    """Effect of a mask on a chunk: (r,) int64 counts of elements, and Σd² of each block, of all and of the kept ones.
 
     `overflowed`: of a StoredChunk, how many elements of the output are not finite.
     """
@@ -124,7 +124,7 @@ class Pass(Protocol[Operands, Found]):
     def add(self, *operands: Operands.args, **named: Operands.kwargs) -> None: ...
 
     def result(self) -> list[Found]:
-        """What was found in each chunk, in the order in which they were added."""
+        """Results of each chunk, in the order in which they were added."""
         ...
 
 
@@ -201,11 +201,11 @@ class DeviceEngine(Engine, Protocol):
         ...
 
     def sent(self) -> Callable[[], None]:
-        """What waits until all has been copied that was put there before: its source may be used again then."""
+        """Waiter until all has been copied that was put there before: its source may be used again then."""
         ...
 
     def received(self) -> Callable[[], None]:
-        """What waits until all outputs of chunks that were added before are in host memory."""
+        """Waiter until all outputs of chunks that were added before are in host memory."""
         ...
 
     def take(self, chunk: StoredChunk, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

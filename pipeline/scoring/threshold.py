@@ -159,7 +159,7 @@ class Histograms:
         return self.bins[self.starts[i] : self.starts[i + 1]]
 
     def narrow(self, i: int, k: int) -> Bracket | Threshold:
-        """What the count says of one group, see `narrow`."""
+        """Narrow one group's bracket by its count, see `narrow`."""
         return narrow(self.layouts[i], int(self.above[i]), self.of(i), k)
 
 
@@ -209,7 +209,7 @@ def float_thresholds(keys: np.ndarray) -> np.ndarray:
 
 
 def narrow(layout: Bins, above: int, histogram: np.ndarray, k: int) -> Bracket | Threshold:
-    """What a full count says.
+    """Narrow a bracket by a full count.
 
     Args:
         layout: which keys were counted, and in what bins.

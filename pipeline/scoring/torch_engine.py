@@ -197,7 +197,7 @@ def _to_odd_float32(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Later:
-    """What was found in a chunk, still on the device: int64 and float64 tensors, and what becomes of them."""
+    """Result of a chunk, still on the device: int64 and float64 tensors, and what becomes of them."""
 
     tensors: Sequence[torch.Tensor]
     finish: Callable[[list[np.ndarray]], Any]
@@ -212,7 +212,7 @@ class _Pass:
         self._found: list[_Later | None] = []  # None: the host's next
 
     def _state(self) -> list[_Later]:
-        """What the pass as a whole has on the device."""
+        """Result of the pass as a whole, on the device."""
         return []
 
     def result(self) -> list[Any]:

@@ -97,7 +97,7 @@ class SampleCache:
 
 @dataclass
 class SectionState:
-    """What is known of one section during its passes.
+    """State of one section during its passes.
 
     Attributes:
         groups: every group of its tensors, by name.
@@ -151,7 +151,7 @@ class SectionState:
         return self.tensors is self.pieces.section.tensors
 
     def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
-        """What the engine takes of a slice of its own."""
+        """Chunk for the engine, of a slice of its own."""
         if not isinstance(held, StoredChunk):
             return make_chunk(part, held, self.recipe)
         return held if self._is_only else stored_chunk(part, held.put, self.recipe)
@@ -197,7 +197,7 @@ def places(part: Slice) -> slice:
 
 
 Take = Callable[[slice, AnyChunk], None]
-"""What is done with a chunk that holds the tensors at these places."""
+"""Consumer of a chunk that holds the tensors at these places."""
 
 
 def each_chunk(wanted: Sequence[tuple[SectionState, np.ndarray, Take]]) -> None:
@@ -251,11 +251,11 @@ class Tally:
     first: int
 
     def narrow(self, i: int, k: int) -> Bracket | Threshold:
-        """What the count says of the i-th group, see `threshold.narrow`."""
+        """Narrow the bracket of the i-th group by its count, see `threshold.narrow`."""
         return self.counted.narrow(self.first + i, k)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was counted: keys above each bracket; keys inside, of all groups one after the other; where each one's
+        """Counts as arrays: keys above each bracket; keys inside, of all groups one after the other; where each one's
         begin."""
         mine = slice(self.first, self.first + len(self.names))
         starts = self.counted.starts[self.first : mine.stop + 1]

@@ -31,7 +31,7 @@ BUFFER_BYTES = PIECE_BYTES + slack(PIECE_BYTES)
 _FEWEST = 2  # buffers that streaming needs: one in use, one being read
 _SPARE = 8  # buffers in which nothing is kept from one step to the next
 OVERHEAD_BYTES = 48 << 20
-"""What a worker needs beside its input buffers: output buffers, histograms, a chunk's temporaries."""
+"""Bytes that a worker needs beside its input buffers: output buffers, histograms, a chunk's temporaries."""
 
 ENOUGH_BYTES = 384 << 20
 """Input buffers for local files, at most, whatever the budget. To read a file again from the system's cache costs less
@@ -96,7 +96,7 @@ class Loading(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What stays in memory of a section while it is worked on, or is on its way there. None: what is streamed."""
+    """Pieces of a section that stay in memory while it is worked on, or are on their way. None: they are streamed."""
 
     host: list[Loading] | None
     device: list[Future[Staged]] | None
@@ -312,7 +312,7 @@ _Key = tuple[tuple[str, int, int, int], ...]
 
 
 def _key(piece: Piece) -> _Key:
-    """What a piece consists of, whoever has cut it."""
+    """Key of a piece: what it consists of, whoever has cut it."""
     return tuple((part.tensors[0].name, part.start, part.stop, len(part.tensors)) for part in piece.slices)
 
 

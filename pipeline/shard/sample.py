@@ -119,7 +119,7 @@ def _runs(numel: int, share: float, longest: int = RUN) -> tuple[np.ndarray, int
 
 @dataclass(slots=True)
 class Survey:
-    """What a sample says of the scores of a group.
+    """Estimate of a group's scores, from a sample.
 
     Attributes:
         weights: (COARSE_BINS,) float64, the elements of the group that those in each bin stand for.

@@ -35,7 +35,7 @@ LARGE = 1 << 14  # bytes of a range that is aligned to a cache line
 
 
 def slack(nbytes: int) -> int:
-    """What alignment takes of the buffer of a piece of `nbytes`."""
+    """Bytes that alignment takes of the buffer of a piece of `nbytes`."""
     return ALIGN * (nbytes // LARGE) + ALIGN_SMALL * MOST_RANGES
 
 

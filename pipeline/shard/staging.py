@@ -1,4 +1,4 @@
-"""What of the inputs is on a worker's device, and its way there: read into page-locked memory, and copied on from it.
+"""Staging between host and device: inputs are read into page-locked memory, copied on, and stay while there is room.
 
 The pairs of a section that fit the device's budget go there once, while the section before is worked on, and stay for
 all passes; those whose scores were counted for groups over several shards stay until the shard is written, while there
@@ -186,5 +186,5 @@ def _key(part: Slice) -> _Key:
 
 
 def _parts(section: Section) -> dict[_Key, Slice]:
-    """What goes to the device."""
+    """Slices that go to the device."""
     return {_key(part): part for piece in section.on_device for part in piece.slices}

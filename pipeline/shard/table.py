@@ -1,4 +1,4 @@
-"""What is told of a run afterwards: a row a tensor, their sums, and the Parquet table of the rows."""
+"""Table of a run: a row a tensor, their sums, and the Parquet file of the rows."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ MEASURED = np.dtype(
         ("after", np.float64, (len(QUANTILES),)),
     ]
 )
-"""What a worker has measured of a tensor. NaN is what has no meaning for it or no finite value; of one that was not
-pruned only `seconds` means something.
+"""Row of a tensor as a worker has measured it. NaN is what has no meaning for it or no finite value; of one that was
+not pruned only `seconds` means something.
 
 `before` are quantiles of |Δ|/|p| over the elements that fine-tuning changed, `after` over those of them that were kept,
 both from a sample. `ties` is the part of its group's tie quota that its shard hands out.

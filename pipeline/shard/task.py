@@ -1,4 +1,4 @@
-"""What a worker is told and what it says, and the files in which it leaves its counts for the driver."""
+"""Tasks and their results, and the files in which a worker leaves its counts for the driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fapm.storage.store import Store
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to know to work on a shard.
+    """Work on one shard, as it is told to a worker.
 
     Attributes:
         groups: the groups that have tensors in the shard.
@@ -58,7 +58,7 @@ def here() -> str:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker says of a finished task.
+    """Result of a task.
 
     Attributes:
         progress_bytes: input bytes that the step was about; the progress of the run.

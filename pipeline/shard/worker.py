@@ -58,7 +58,7 @@ from fapm.storage.store import Store, Writer
 
 
 class Use(IntEnum):
-    """What a worker makes of its device; each takes less of its memory than the one before."""
+    """Ways to use a worker's device; each takes less of its memory than the one before."""
 
     RESIDENT = 0
     STREAMED = 1
@@ -90,7 +90,7 @@ def _step(work: Work) -> Work:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """What a device says that has failed, as a `DeviceError`."""
+    """Turn the errors of a device that has failed into a `DeviceError`."""
     try:
         yield
     except Exception as error:
@@ -294,7 +294,7 @@ class Worker:
     def _publish(
         self, run: _Run, writing: _Writing, checksum: str, sparse: dict[str, Any] | None, meter: _Meter
     ) -> int:
-        """What is known about a shard, then the shard; returns how many bytes it has."""
+        """Publish the records of a shard, then the shard; returns how many bytes it has."""
         shard, out = run.task.shard, run.out
         out.write(rows_name(shard.index), writing.rows.tobytes())
         record: dict[str, Any] = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum}
@@ -307,7 +307,7 @@ class Worker:
         return int(record["nbytes"]) + (sparse["nbytes"] if sparse and run.recipe.emit == "both" else 0)
 
     def _writers(self, run: _Run, first: DeltaWriter | None) -> tuple[Writer, DeltaWriter | None]:
-        """What takes the shard's bytes; and what makes its sparse task vector of them, if that is wanted."""
+        """Writer of the shard's bytes; and the one that makes its sparse task vector of them, if that is wanted."""
         recipe, shard, writer = run.recipe, run.task.shard, None
         if recipe.emit != "delta":
             writer = run.out.create(shard.name, shard.nbytes)
@@ -370,7 +370,7 @@ class Worker:
         return _to_write(task) if whole else _to_measure(task)
 
     def _sections(self, cut: TensorChoice, task: Task, following: Task | None, keep: bool = False) -> Iterator[Pieces]:
-        """What a step works through, the next section read ahead, and after the last one the following task's first.
+        """Sections that a step works through, the next one read ahead, after the last one the following task's first.
 
         Args:
             keep: the step after this one needs the same once more.
@@ -430,7 +430,7 @@ class Worker:
 
 
 def candidate_bytes(recipe: Recipe, out: Store, buffer: int = BUFFER_BYTES) -> int:
-    """What a worker needs for each run beside the first that it does in the same reading.
+    """Bytes that a worker needs for each run beside the first that it does in the same reading.
 
     Args:
         buffer: bytes of each on the way to the output.
@@ -449,7 +449,7 @@ def runs_at_once(recipe: Recipe, out: Store) -> int:
 
 
 def _device_memory(device: DeviceEngine, recipe: Recipe, share: float) -> int:
-    """What of a device's memory is for a worker: what the recipe says, or its share of what is free, less a margin."""
+    """Bytes of a device's memory for a worker: what the recipe says, or its share of what is free, less a margin."""
     if recipe.device_memory:
         return recipe.device_memory
     free, total = device.memory()
@@ -480,7 +480,7 @@ class _Progress:
 
 
 class _Meter:
-    """What a step takes, from now on."""
+    """Meter of a step: time and bytes, from now on."""
 
     def __init__(self, reader: SectionReader):
         self._reader = reader
@@ -561,7 +561,7 @@ class _Run:
 
 
 def _share(means: Sequence[np.ndarray]) -> None:
-    """What one run knows, all know."""
+    """Let all runs know the means that one of them knows."""
     for one in means[1:]:
         means[0][:] = np.where(np.isnan(means[0]), one, means[0])
     for one in means[1:]:

@@ -66,7 +66,7 @@ class Sink:
         return lent
 
     def filled_from(self, name: str, start: int, base: np.ndarray) -> None:
-        """What was lent last is filled, with elements of a tensor from `start` on, and those of base are at hand."""
+        """Tell that what was lent last is filled, with elements of a tensor from `start` on; base's are at hand."""
 
     def append(self, data: np.ndarray | bytes) -> None:
         """Copy bytes to the end."""

@@ -81,7 +81,7 @@ def layers_of(address: str) -> list[str]:
 
 
 def input_address(address: str) -> str:
-    """What a user means by the address of an input: a folder here if there is one, else `org/name` on the Hub; of a
+    """Address of an input as a user means it: a folder here if there is one, else `org/name` on the Hub; of a
     repository the commit, so that it means the same for all workers, and tomorrow.
 
     Raises:

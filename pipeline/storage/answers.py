@@ -1,4 +1,4 @@
-"""What stores answer: which of it is final, so that asking again is of no use, and which may pass.
+"""Answers of stores: which are final, so that asking again is of no use, and which may pass.
 
 One table for all stores. What is not in it is decided by its status; what has none is the network's, and may pass.
 """

@@ -310,7 +310,7 @@ class Bucket:
         return self.head(name) is not None
 
     def head(self, name: str) -> Any:
-        """What the store knows of a file, or None if it is not there."""
+        """Metadata of a file, or None if it is not there."""
         return self._head(self.key(name))
 
     def has_folder(self, name: str) -> bool:

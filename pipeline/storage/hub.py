@@ -235,7 +235,7 @@ def _look(address: str, name: str, revision: str, patient: bool = True) -> Snaps
 
 
 def _in_cache(address: str, name: str, revision: str) -> Snapshot:
-    """What the local cache has of a commit."""
+    """Cached files of a commit."""
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

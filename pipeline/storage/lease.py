@@ -73,7 +73,7 @@ class Holder:
 
 
 class _Lock(Record, extra="forbid"):
-    """What a lock says, of any version."""
+    """Contents of a lock, of any version."""
 
     host: _Word
     process: Count
@@ -249,7 +249,7 @@ def _make_exclusively(folder: Folder, text: str, name: str, me: Holder) -> None:
 
 
 def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> tuple[Holder | None, Any] | None:
-    """What a lock says whose holder is gone or has not touched it for long; None when it is not there.
+    """Contents of a lock whose holder is gone or has not touched it for long; None when it is not there.
 
     Raises:
         PassingError: it touches it.
@@ -279,7 +279,7 @@ def _wait_until_silent(folder: Store, lock: str, say: Callable[[str], None]) -> 
 
 
 def _look(folder: Store, lock: str) -> tuple[Holder | None, Any] | None:
-    """What a lock says, and what is another thing after each touch; None if it is not there."""
+    """Contents of a lock, and something that differs after each touch; None if it is not there."""
     touched: Any
     if isinstance(folder, Folder):
         try:
@@ -365,7 +365,7 @@ def _leave(folder: Folder, me: Holder) -> None:
 
 
 def _machine() -> str:
-    """What process numbers here belong to: this start of the machine, and the container."""
+    """Identity of what process numbers here belong to: this start of the machine, and the container."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

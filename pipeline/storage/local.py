@@ -97,7 +97,7 @@ class Reader:
 
 
 def _stat(path: Path, real: str) -> FileStat:
-    """What tells a file from others; `real` is its folder without links."""
+    """Size and version of a file, which tell it from others; `real` is its folder without links."""
     about = path.stat()
     version: dict[str, Any] = {"mtime_ns": about.st_mtime_ns}
     kind, disk = _disk(about.st_dev, real)
@@ -167,7 +167,7 @@ def _is_link(name: str, handle: int) -> bool:
 
 
 def planted(path: Path | str) -> UserError:
-    """What is said of a link where something is to be written or removed."""
+    """Refusal of a link where something is to be written or removed."""
     return UserError(
         f"{path} is a link, and nothing in an output may be one: what is written there would land elsewhere; remove "
         "it, or give another folder"
@@ -327,7 +327,7 @@ class Folder:
             os.rmdir(last, dir_fd=handle)
 
     def names(self, name: str) -> list[str]:
-        """What lies in a folder, hidden or not."""
+        """Names in a folder, hidden ones too."""
         with _opened(self.path, f"{name}/") as (handle, _):
             return os.listdir(handle)
 
@@ -528,8 +528,8 @@ class Folder:
         return False
 
     def free_bytes(self) -> int | None:
-        """What the file system under the folder, or its nearest parent that exists, has left; None where it does not
-        say, as some over a network, which have no blocks at all."""
+        """Bytes left on the file system under the folder, or its nearest parent that exists; None where it does not say,
+        as some over a network, which have no blocks at all."""
         path = self.path.absolute()
         with plain_errors(path):
             while not path.exists():

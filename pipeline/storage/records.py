@@ -30,7 +30,7 @@ Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Record(BaseModel):
-    """What a file holds. What is not listed may be there too, of another version, and is not used."""
+    """Contents of a JSON file, as a model. What is not listed may be there too, of another version, and is not used."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 

@@ -22,7 +22,7 @@ from fapm.storage.answers import CREDENTIALS
 
 @dataclass(frozen=True)
 class Settings:
-    """What both clients of a bucket are told.
+    """Settings that both clients of a bucket are given.
 
     Attributes:
         endpoint: None for Amazon's own.

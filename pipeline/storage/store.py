@@ -166,7 +166,7 @@ class Store(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """What there is room for; None where that is not limited."""
+        """Bytes that there is room for; None where that is not limited."""
         ...
 
 
@@ -175,7 +175,7 @@ Answer = TypeVar("Answer")
 
 
 def overlapped(ask: Callable[[Item], Answer], items: Iterable[Item], at_once: int) -> Iterator[Answer]:
-    """What `ask` answers for each item, in their order; so many are asked for at once, and no more are held."""
+    """Answers of `ask` for each item, in their order; so many are asked for at once, and no more are held."""
     waiting: deque[Future[Answer]] = deque()
     with ThreadPoolExecutor(at_once, thread_name_prefix="ask") as threads:
         try:
