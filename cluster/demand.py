@@ -84,7 +84,7 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
     now = cluster.get("GPU", 0) / gpus if gpus else cluster.get("CPU", 0) / cpus
     wanted = recipe.workers or Workers(1, max(1, int(now)))
     most = max(1, min(wanted.most, -(-shards // slots)))
-    # Never restarted by Ray: the queue asks for another one, and knows that it has.
+    # Never restarted by Ray: the dispatcher asks for another one, and knows that it has.
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
     if slots > 1:
         options["max_concurrency"] = slots

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from fapm.cluster.queue import Loss, Queue
+from fapm.dispatcher import Dispatcher, Loss
 from fapm.shard.task import Done
 
 GAUGES = {
@@ -64,15 +64,15 @@ class Metrics:
         self._add("fapm_computing_seconds", done.computing)
         self._add("fapm_writing_seconds", done.writing)
 
-    def workers(self, queue: Queue) -> None:
+    def workers(self, dispatcher: Dispatcher) -> None:
         """Set the gauges of workers. To be called often: Ray forgets a gauge that is not set again."""
         self._gauges["fapm_shards"].set(self._shards)
-        self._gauges["fapm_workers_ready"].set(queue.ready_workers)
-        self._gauges["fapm_workers_pending"].set(queue.pending_workers)
-        for how, lost in queue.losses.items():
+        self._gauges["fapm_workers_ready"].set(dispatcher.ready_workers)
+        self._gauges["fapm_workers_pending"].set(dispatcher.pending_workers)
+        for how, lost in dispatcher.losses.items():
             self._add("fapm_workers_lost", lost - self._lost[how], how=how.value)
-        self._add("fapm_shards_lost", queue.lost_tries - self._lost_tries)
-        self._lost, self._lost_tries = dict(queue.losses), queue.lost_tries
+        self._add("fapm_shards_lost", dispatcher.lost_tries - self._lost_tries)
+        self._lost, self._lost_tries = dict(dispatcher.losses), dispatcher.lost_tries
 
     def _add(self, name: str, value: float, **tags: str) -> None:
         if value > 0:  # Ray's counters refuse 0

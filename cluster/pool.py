@@ -1,6 +1,6 @@
 """The pool whose workers are Ray actors: they come, go and die, and no work is lost.
 
-`fapm.cluster.queue` decides which worker does what; here its decisions meet Ray. Only names, offsets and thresholds
+`fapm.dispatcher` decides which worker does what; here its decisions meet Ray. Only names, offsets and thresholds
 travel to an actor, and a few numbers back: weights and counts go through the folders that driver and workers share.
 """
 
@@ -23,7 +23,7 @@ from fapm.cluster.actor import FapmWorker, Sight
 from fapm.cluster.demand import demand
 from fapm.cluster.entering import cannot_enter, check_address, knock, last_line
 from fapm.cluster.metrics import Metrics
-from fapm.cluster.queue import Accept, Action, Ask, Loss, Queue, Release, Start, Stop
+from fapm.dispatcher import Accept, Action, Ask, Dispatcher, Loss, Release, Start, Stop
 from fapm.errors import DeviceError, PassingError, UserError
 from fapm.manifest import RUN, unfinished_shards
 from fapm.plan import Plan
@@ -87,7 +87,7 @@ class RayPool:
         self._recipe = _absolute(self._demand.recipe(plan.recipe))
         self._out = out.absolute()
         self._sight = _sight(plan, self._recipe, self._out)
-        self._queue = Queue(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
+        self._dispatcher = Dispatcher(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
         self._places: dict[int, str] = {}  # host and process
@@ -99,18 +99,18 @@ class RayPool:
         self._looked = self._said_waiting = self._heard_of_head = time.monotonic()
         self._metrics = Metrics(self._out.address, len(unfinished_shards(plan)))
         self._watch.note("asked", workers=self.workers, each=str(self._demand))
-        self._do(self._queue.prepare(), _nothing, {})
+        self._do(self._dispatcher.prepare(), _nothing, {})
 
     def wait_until_ready(self) -> None:
         """Return when all wanted workers can begin."""
-        while self._queue.ready_workers < self.workers:
+        while self._dispatcher.ready_workers < self.workers:
             self._listen(_nothing, {})
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
         by_index = {task.shard.index: task for task in tasks}
         sizes = {i: float(sum(t.read_bytes for t in task.shard.tensors)) for i, task in by_index.items()}
-        self._do(self._queue.begin(sizes, time.monotonic(), last=step is Worker.write), step, by_index)
-        while not self._queue.finished:
+        self._do(self._dispatcher.begin(sizes, time.monotonic(), last=step is Worker.write), step, by_index)
+        while not self._dispatcher.finished:
             for done in self._listen(step, by_index):
                 self._watch.advance(done.progress_bytes)
                 self._metrics.done(done, wrote=step is Worker.write)
@@ -142,7 +142,7 @@ class RayPool:
                 raise cause from error  # a worker that cannot start would not elsewhere
             hopeless = isinstance(cause, UserError) and not isinstance(cause, PassingError)
             self._errors[task] = cause
-            return self._queue.failed(worker, task, last_line(cause), now, hopeless), None
+            return self._dispatcher.failed(worker, task, last_line(cause), now, hopeless), None
         except RayError as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise UserError(f"a Ray worker cannot start: {last_line(error)}") from error
@@ -153,8 +153,8 @@ class RayPool:
         if task is None:
             self._nodes[worker], self._places[worker] = outcome
             self._watch.note("ready", worker=worker, where=self._places[worker])
-            return self._queue.ready(worker, now), None
-        return self._queue.done(worker, task, now), outcome
+            return self._dispatcher.ready(worker, now), None
+        return self._dispatcher.done(worker, task, now), outcome
 
     def _lost(self, worker: int, how: Loss, error: str, now: float, why: str | None = None) -> list[Action]:
         """Actions of the dispatcher upon the loss of a worker.
@@ -166,28 +166,28 @@ class RayPool:
         why = error if why is None else why
         self._say_lost(worker, how, f" ({why})" if why else "")
         self._forget(worker)
-        return self._queue.lost(worker, how, now)
+        return self._dispatcher.lost(worker, how, now)
 
     def _look_around(self, step: Step, by_index: dict[int, Task]) -> None:
         """Time passes, nodes get notice, and somebody may wonder why nothing happens."""
         now = time.monotonic()
-        self._do(self._queue.tick(now), step, by_index)
+        self._do(self._dispatcher.tick(now), step, by_index)
         if now - self._looked >= _TICK_SECONDS:
             self._looked = now
-            self._metrics.workers(self._queue)
+            self._metrics.workers(self._dispatcher)
             if self._head_answers():
                 self._heard_of_head = now
                 self._leaving |= _draining()
                 for worker in [w for w, node in self._nodes.items() if node in self._leaving]:
-                    self._do(self._queue.draining(worker, now), step, by_index)
+                    self._do(self._dispatcher.draining(worker, now), step, by_index)
             elif now - self._heard_of_head > _GONE_SECONDS:
                 gone = "the head of the Ray cluster is gone; finished shards stay: run the same command again"
                 raise PassingError(f"{gone}, on this cluster or another")
-        if not self._queue.waiting_for_workers:
+        if not self._dispatcher.waiting_for_workers:
             self._said_waiting = now
         elif now - self._said_waiting >= _SAY_SECONDS:
             self._said_waiting = now
-            ready, least = self._queue.ready_workers, self._demand.workers.least
+            ready, least = self._dispatcher.ready_workers, self._demand.workers.least
             have = f"{ready} of {least} to begin with" if ready else "none yet"
             self._watch.say(f"note: waiting for workers: {have}; {self.workers} of {self._demand} are asked for")
 
@@ -205,7 +205,7 @@ class RayPool:
 
     @property
     def lost(self) -> dict[str, int]:
-        return {how.value: count for how, count in self._queue.losses.items() if count}
+        return {how.value: count for how, count in self._dispatcher.losses.items() if count}
 
     def _do(self, actions: Sequence[Action], step: Step, by_index: dict[int, Task]) -> list[Accept]:
         """Do what the dispatcher says; returns the results that count."""
@@ -259,7 +259,7 @@ class RayPool:
             global headless
             headless = True
             return
-        self._metrics.workers(self._queue)
+        self._metrics.workers(self._dispatcher)
         for actor in self._actors.values():
             ray.kill(actor)  # as in `_forget`
         if self._owns_ray:

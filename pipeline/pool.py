@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from fapm.dispatcher import Action, Ask, Dispatcher, Start
 from fapm.errors import DeviceError
 from fapm.recipe import Recipe
 from fapm.scoring.device import announce, uses_gpu
@@ -60,59 +61,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-Did = tuple[int, int]
-"""Who finished a task in a step before, and its place among all that were finished."""
-
-
-def preference(worker: int, did: Did | None) -> tuple[int, int]:
-    """How gladly a worker takes a task, the least first: what it finished last, which it may have in memory; what
-    nobody did; what others did, their first ones first."""
-    if did is None:
-        return 1, 0
-    return (0, -did[1]) if did[0] == worker else (2, did[1])
-
-
-class Deal:
-    """Hands out tasks. With one comes the next that the same worker will probably get; it is given to another only
-    when nothing else is left.
-
-    Args:
-        tasks: in the order in which they are wanted.
-        did: who finished which shards in the steps before; those of this step are added.
-    """
-
-    def __init__(self, tasks: Sequence[Task], did: dict[int, Did]):
-        self._waiting = list(tasks)
-        self._kept: dict[int, Task] = {}
-        self._did, self._before = did, dict(did)
-        self._lock = threading.Lock()
-
-    def next(self, worker: int) -> tuple[Task, Task | None] | None:
-        """A task and what will probably follow, or None if nothing is left."""
-        with self._lock:
-            if worker in self._kept:
-                task = self._kept.pop(worker)
-            elif self._waiting:
-                task = self._take(worker)
-            elif self._kept:
-                task = self._kept.popitem()[1]
-            else:
-                return None
-            if self._waiting:
-                self._kept[worker] = self._take(worker)
-            return task, self._kept.get(worker)
-
-    def _take(self, worker: int) -> Task:
-        best = min(self._waiting, key=lambda task: preference(worker, self._before.get(task.shard.index)))
-        self._waiting.remove(best)
-        return best
-
-    def done(self, worker: int, shard: int) -> None:
-        with self._lock:
-            self._did.pop(shard, None)
-            self._did[shard] = worker, 1 + max((number for _, number in self._did.values()), default=0)
-
-
 class Threads:
     """Workers as threads of this process; the loops that take the time do not hold the GIL.
 
@@ -134,20 +82,31 @@ class Threads:
     ):
         self.workers = workers
         self.lost: dict[str, int] = {}
-        self._did: dict[int, Did] = {}
+        self._dispatcher, self._lock = Dispatcher(workers), threading.Lock()
+        for action in self._dispatcher.prepare():
+            assert isinstance(action, Ask)
+            self._dispatcher.ready(action.worker, 0.0)
         self._cancelled = threading.Event()
         self._end_announcing = announce(say)
         self._workers = [Worker(recipe, out, progress, self._cancelled, 1 / workers) for _ in range(workers)]
 
     def map(self, step: Step, tasks: Sequence[Task]) -> Iterator[Done]:
-        deal = Deal(tasks, self._did)
+        by_index = {task.shard.index: task for task in tasks}
         results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
+        inboxes: list[queue.SimpleQueue[Start | None]] = [queue.SimpleQueue() for _ in range(self.workers)]
+
+        def give(actions: Sequence[Action]) -> None:
+            for action in actions:
+                if isinstance(action, Start):
+                    inboxes[action.worker].put(action)
 
         def work(number: int) -> None:
             try:
-                while not self._cancelled.is_set() and (dealt := deal.next(number)):
-                    done = step(self._workers[number], *dealt)
-                    deal.done(number, done.shard)
+                while (start := inboxes[number].get()) and not self._cancelled.is_set():
+                    following = by_index[start.following] if start.following is not None else None
+                    done = step(self._workers[number], by_index[start.task], following)
+                    with self._lock:  # whoever is done gives out what comes next, also to others
+                        give(self._dispatcher.done(number, start.task, 0.0))
                     results.put(done)
             except BaseException as error:  # raised by the thread that asked
                 results.put(error)
@@ -156,6 +115,8 @@ class Threads:
         threads = [threading.Thread(target=work, args=(i,), name=f"worker-{i}") for i in range(self.workers)]
         for thread in threads:
             thread.start()
+        with self._lock:
+            give(self._dispatcher.begin(dict.fromkeys(by_index, 0.0), 0.0, last=False))
         try:
             for _ in tasks:
                 result = results.get()
@@ -168,6 +129,8 @@ class Threads:
             self._cancelled.set()
             raise
         finally:
+            for inbox in inboxes:
+                inbox.put(None)
             for thread in threads:
                 thread.join()
 

@@ -528,8 +528,8 @@ class Folder:
         return False
 
     def free_bytes(self) -> int | None:
-        """Bytes left on the file system under the folder, or its nearest parent that exists; None where it does not say,
-        as some over a network, which have no blocks at all."""
+        """Bytes left on the file system under the folder, or its nearest parent that exists; None where it does not
+        say, as some over a network, which have no blocks at all."""
         path = self.path.absolute()
         with plain_errors(path):
             while not path.exists():

@@ -37,7 +37,7 @@ ray = pytest.importorskip("ray")
 
 from fapm.cluster.actor import Sight  # noqa: E402 - needs ray
 from fapm.cluster.pool import RayPool, _draining, ray_pool  # noqa: E402
-from fapm.cluster.queue import Limits  # noqa: E402
+from fapm.dispatcher import Limits  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -109,7 +109,7 @@ def test_a_node_that_is_killed_costs_time_only(model, undisturbed, nodes, add, s
     killed: list[int] = []  # shards that were still to do
 
     def kill(pool: RayPool) -> None:
-        killed.append(len(pool._queue._left))
+        killed.append(len(pool._dispatcher._left))
         nodes.remove_node(victim, allow_graceful=False)
 
     result, out, _ = run(model, scope, after, kill)
@@ -185,7 +185,7 @@ def test_a_worker_that_hangs_is_given_up(model, undisturbed, nodes, add, paused)
     first, _ = add(), add()
 
     def hang(pool: RayPool) -> None:
-        pool._queue.limits = Limits(hung_seconds=2, slow_seconds=1000)
+        pool._dispatcher.limits = Limits(hung_seconds=2, slow_seconds=1000)
         pause(first, paused)
 
     result, out, said = run(model, "tensor", 8, hang)
@@ -228,7 +228,7 @@ def test_a_straggler_at_the_end_is_overtaken(model, undisturbed, nodes, add, pau
     first, _ = add(), add()
 
     def slow_down(pool: RayPool) -> None:
-        pool._queue.limits = Limits(hung_seconds=1000, slow_seconds=1)
+        pool._dispatcher.limits = Limits(hung_seconds=1000, slow_seconds=1)
         pause(first, paused)
 
     with soon(60):  # and not the 1000 s after which it would count as hung

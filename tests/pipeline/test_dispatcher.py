@@ -1,4 +1,4 @@
-"""pytest tests/cluster/test_queue.py: whatever happens, nothing is lost, nothing counts twice, and it ends."""
+"""pytest tests/pipeline/test_dispatcher.py: whatever happens, nothing is lost, nothing counts twice, and it ends."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fapm.cluster.queue import Accept, Action, Ask, Limits, Loss, Queue, Release, Start, Stop
+from fapm.dispatcher import Accept, Action, Ask, Dispatcher, Limits, Loss, Release, Start, Stop
 
 USUAL = Limits()
 LIMITS = Limits(crashes=1000, crashes_of_a_task=1000, failures=1000)
 
 
 class World:
-    """A cluster that does what a queue says, and remembers it."""
+    """A cluster that does what a dispatcher says, and remembers it."""
 
     def __init__(self, wanted: int, limits: Limits = USUAL, least: int = 1, slots: int = 1):
-        self.queue, self.now = Queue(wanted, limits, least, slots), 0.0
+        self.dispatcher, self.now = Dispatcher(wanted, limits, least, slots), 0.0
         self.asked: set[int] = set()
         self.alive: set[int] = set()
         self.held: set[tuple[int, int]] = set()  # worker and task
@@ -34,12 +34,12 @@ class World:
                     self.asked.add(worker)
                 case Start(worker, task, following):
                     assert worker in self.alive, "only a worker that is ready gets a task"
-                    assert sum(w == worker for w, _ in self.held) < self.queue.slots, "no more than it has room for"
+                    assert sum(w == worker for w, _ in self.held) < self.dispatcher.slots, "it has no room"
                     assert following != task
                     assert (worker, task) not in self.held
                     self.held.add((worker, task))
                     if following is not None:
-                        assert following in self.queue._waiting
+                        assert following in self.dispatcher._waiting
                         self.following[worker] = following
                     self.started.append(task)
                 case Release(worker):
@@ -70,12 +70,12 @@ class World:
 
     def begin(self, tasks: int, last: bool = True) -> None:
         self.accepted, self.started = [], []
-        self.do(self.queue.begin(dict.fromkeys(range(tasks), 1.0), self.now, last))
+        self.do(self.dispatcher.begin(dict.fromkeys(range(tasks), 1.0), self.now, last))
 
     def ready(self, worker: int) -> list[Action]:
         self.asked.remove(worker)
         self.alive.add(worker)
-        return self.do(self.queue.ready(worker, self.now))
+        return self.do(self.dispatcher.ready(worker, self.now))
 
     def all_ready(self) -> None:
         for worker in sorted(self.asked):
@@ -83,18 +83,18 @@ class World:
                 self.ready(worker)
 
     def done(self, worker: int) -> list[Action]:
-        return self.do(self.queue.done(worker, self.end(worker), self.now))
+        return self.do(self.dispatcher.done(worker, self.end(worker), self.now))
 
     def failed(self, worker: int, **how: bool) -> list[Action]:
-        return self.do(self.queue.failed(worker, self.end(worker), "why", self.now, **how))
+        return self.do(self.dispatcher.failed(worker, self.end(worker), "why", self.now, **how))
 
     def lost(self, worker: int, how: Loss = Loss.CRASHED) -> list[Action]:
         self.forget(worker)
-        return self.do(self.queue.lost(worker, how, self.now))
+        return self.do(self.dispatcher.lost(worker, how, self.now))
 
     def tick(self, seconds: float) -> list[Action]:
         self.now += seconds
-        return self.do(self.queue.tick(self.now))
+        return self.do(self.dispatcher.tick(self.now))
 
 
 def with_workers(count: int, tasks: int, limits: Limits = USUAL, last: bool = True) -> World:
@@ -108,11 +108,11 @@ def test_all_workers_are_asked_for_at_once_and_used_as_they_come():
     world = World(3)
     world.begin(10)
     assert world.asked == {0, 1, 2}
-    assert world.queue.waiting_for_workers
+    assert world.dispatcher.waiting_for_workers
     assert world.ready(1) == [Start(1, 0, 1)]
     assert world.done(1) == [Accept(1, 0, 1), Start(1, 1, 2)]
     assert world.ready(0) == [Start(0, 3, 4)]  # the other keeps 2
-    assert not world.queue.waiting_for_workers
+    assert not world.dispatcher.waiting_for_workers
 
 
 def test_no_more_workers_than_tasks():
@@ -128,18 +128,18 @@ def test_what_a_lost_worker_had_is_done_soon_and_another_worker_asked_for(how):
     assert [type(a) for a in actions] == [Ask]
     assert world.done(1)[1] == Start(1, 3, 0)  # it keeps 3, and then 0
     assert world.done(1)[1] == Start(1, 0, 1)
-    assert world.queue.losses[how] == 1
+    assert world.dispatcher.losses[how] == 1
 
 
 def test_a_draining_worker_ends_what_it_has_and_gets_nothing_new():
     world = with_workers(2, 6)
-    actions = world.do(world.queue.draining(0, world.now))
+    actions = world.do(world.dispatcher.draining(0, world.now))
     assert [type(a) for a in actions] == [Ask]  # its replacement
     assert world.done(0) == [Accept(0, 0, 1), Release(0)]
     idle = with_workers(2, 6, last=False)
-    while not idle.queue.finished:
+    while not idle.dispatcher.finished:
         idle.done(min(idle.running))
-    assert idle.do(idle.queue.draining(1, 0.0)) == [Release(1)]
+    assert idle.do(idle.dispatcher.draining(1, 0.0)) == [Release(1)]
 
 
 def test_preempted_workers_use_up_no_budget():
@@ -185,7 +185,7 @@ def test_a_rack_of_workers_may_go_at_once():
         world.lost(worker)
     assert not world.stopped
     world.all_ready()
-    while not world.queue.finished:
+    while not world.dispatcher.finished:
         world.done(min(world.running))
     assert len(world.accepted) == 200
 
@@ -208,7 +208,7 @@ def test_a_task_that_fails_goes_to_the_only_worker_again():
     world = with_workers(1, 2)
     world.failed(0)
     assert world.running[0] in (0, 1)
-    while not world.queue.finished:
+    while not world.dispatcher.finished:
         world.done(0)
     assert not world.stopped
 
@@ -228,7 +228,7 @@ def test_a_worker_that_takes_far_too_long_is_given_up():
     actions = world.tick(15)
     assert Release(0, Loss.HUNG) in actions
     assert any(isinstance(a, Ask) for a in actions)
-    assert world.queue.losses[Loss.HUNG] == 1
+    assert world.dispatcher.losses[Loss.HUNG] == 1
     world.all_ready()
     assert 0 in world.running.values()  # the task, on another worker
 
@@ -251,7 +251,7 @@ def test_the_last_task_is_given_to_a_second_worker_and_the_first_result_counts()
     actions = world.done(1)
     assert actions[0] == Accept(1, 0, 2)
     assert Release(0) in actions
-    assert world.queue.finished
+    assert world.dispatcher.finished
 
 
 def test_what_a_beaten_worker_says_afterwards_counts_for_nothing():
@@ -260,8 +260,8 @@ def test_what_a_beaten_worker_says_afterwards_counts_for_nothing():
     world.done(1)
     world.tick(100)
     world.done(0)
-    assert world.queue.finished
-    assert world.do(world.queue.done(1, 0, world.now)) == []
+    assert world.dispatcher.finished
+    assert world.do(world.dispatcher.done(1, 0, world.now)) == []
 
 
 def test_at_the_end_of_the_last_step_idle_and_pending_workers_are_let_go_but_one():
@@ -316,13 +316,13 @@ def test_a_worker_gets_what_it_did_in_the_step_before_its_last_first():
 
 
 def test_what_a_worker_kept_that_is_lost_or_leaving_is_free_again():
-    for change in (lambda w: w.lost(0), lambda w: w.do(w.queue.draining(0, 0.0))):
+    for change in (lambda w: w.lost(0), lambda w: w.do(w.dispatcher.draining(0, 0.0))):
         world = with_workers(2, 9)
         kept = world.following[0]
         change(world)
         while kept not in world.running.values():
             world.done(1)
-        assert world.queue._waiting
+        assert world.dispatcher._waiting
 
 
 def test_a_worker_with_slots_has_as_many_tasks_and_the_others_their_share():
@@ -332,7 +332,7 @@ def test_a_worker_with_slots_has_as_many_tasks_and_the_others_their_share():
     assert sorted(w for w, _ in world.held) == [0, 0, 0, 1, 1, 1]
     world.lost(0)
     assert sorted(w for w, _ in world.held) == [1, 1, 1]
-    while not world.queue.finished:
+    while not world.dispatcher.finished:
         world.done(1)
     assert sorted(world.accepted) == list(range(20))
     few = World(5, slots=3)
@@ -345,12 +345,12 @@ def test_the_first_task_waits_for_the_least_number_of_workers_and_later_ones_do_
     world = World(4, least=2)
     world.begin(9)
     assert world.ready(3) == []
-    assert world.queue.waiting_for_workers
+    assert world.dispatcher.waiting_for_workers
     assert {type(a) for a in world.ready(1)} == {Start}
     assert world.running.keys() == {1, 3}
     world.lost(3)
     assert [type(a) for a in world.done(1)] == [Accept, Start]
-    assert not world.queue.waiting_for_workers
+    assert not world.dispatcher.waiting_for_workers
 
 
 def test_no_more_workers_are_waited_for_than_there_are_tasks():
@@ -414,7 +414,7 @@ class AnythingHappens(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_notice(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(self.world.alive)))
-        self.world.do(self.world.queue.draining(worker, self.world.now))
+        self.world.do(self.world.dispatcher.draining(worker, self.world.now))
 
     @rule(seconds=st.floats(0, 5000))
     def time_passes(self, seconds: float) -> None:
@@ -423,32 +423,32 @@ class AnythingHappens(RuleBasedStateMachine):
     @rule(worker=st.integers(0, 60), task=st.integers(0, 12))
     def somebody_unknown_speaks(self, worker: int, task: int) -> None:
         if worker not in self.world.alive | self.world.asked:
-            self.world.do(self.world.queue.lost(worker, Loss.CRASHED, self.world.now))
+            self.world.do(self.world.dispatcher.lost(worker, Loss.CRASHED, self.world.now))
             assert not self.world.stopped
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        waiting = set(self.world.queue._waiting)
+        waiting = set(self.world.dispatcher._waiting)
         assert waiting | {task for _, task in self.world.held} | set(self.world.accepted) >= set(range(self.tasks))
         assert not waiting & set(self.world.accepted)
-        assert len(self.world.alive | self.world.asked) <= 3 * self.world.queue.wanted + self.tasks
+        assert len(self.world.alive | self.world.asked) <= 3 * self.world.dispatcher.wanted + self.tasks
 
     @invariant()
     def a_worker_is_there_or_coming_while_there_is_work(self) -> None:
-        assert self.world.queue.finished or self.world.alive | self.world.asked
+        assert self.world.dispatcher.finished or self.world.alive | self.world.asked
 
     def teardown(self) -> None:
         """However it was left, it comes to an end when workers work."""
         if not hasattr(self, "world"):
             return
         for _ in range(10 * self.tasks + 50):
-            if self.world.queue.finished:
+            if self.world.dispatcher.finished:
                 break
             if self.world.running:
                 self.world.done(min(self.world.running))
             else:
                 self.world.all_ready()
-        assert self.world.queue.finished
+        assert self.world.dispatcher.finished
         assert sorted(self.world.accepted) == list(range(self.tasks))
         assert not self.world.stopped
 

@@ -1,13 +1,14 @@
-"""Which worker does what, decided without doing anything: a state machine is told what happens and says what to do.
+"""The dispatcher: a state machine that is told what happens to workers and tasks, and says what to do next.
 
-The driver owns the queue and workers are expendable. A task that a lost worker had goes back to the queue, a worker
+The driver owns the tasks and workers are expendable. A task that a lost worker had waits again, a worker
 that takes far longer than others did is given up, the last tasks are given to idle workers a second time if they take
 long, and the first whole result counts. Tasks that fail have a budget of their own: lost workers do not use it up.
 
 A worker with a task keeps the one that it gets next, so that it can begin to read for it; others take that one only
 when nothing else is waiting. What it did in the step before it gets again, as far as it can be had, its last first.
 
-It knows neither Ray nor clocks: time comes with every event, in seconds.
+It knows neither threads nor Ray nor clocks: time comes with every event, in seconds. `docs/architecture.md` draws its
+states.
 """
 
 from __future__ import annotations
@@ -18,10 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from fapm.pool import Did, preference
+ShardIndex = int
 
-Task = int
-"""The index of a shard."""
+Did = tuple[int, int]
+"""The worker that finished a task in a step before, and the task's place among all that were finished."""
+
+
+def preference(worker: int, did: Did | None) -> tuple[int, int]:
+    """How gladly a worker takes a task, the least first: what it finished last, which it may have in memory; what
+    nobody did; what others did, their first ones first."""
+    if did is None:
+        return 1, 0
+    return (0, -did[1]) if did[0] == worker else (2, did[1])
 
 
 class Loss(Enum):
@@ -45,8 +54,8 @@ class Start:
     """Give a worker a task; `following` is what it keeps, and will probably get next."""
 
     worker: int
-    task: Task
-    following: Task | None
+    task: ShardIndex
+    following: ShardIndex | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class Accept:
     """The result that a worker gave is the first of its task."""
 
     worker: int
-    task: Task
+    task: ShardIndex
     tries: int
 
 
@@ -74,7 +83,7 @@ class Stop:
         task: whose error it is; None where workers are lost whatever they do.
     """
 
-    task: Task | None
+    task: ShardIndex | None
     why: str
 
 
@@ -109,7 +118,7 @@ class Limits:
 class _Worker:
     ready: bool = False
     draining: bool = False
-    tasks: dict[Task, float] = field(default_factory=dict)  # and since when
+    tasks: dict[ShardIndex, float] = field(default_factory=dict)  # and since when
 
     @property
     def able(self) -> bool:
@@ -117,7 +126,7 @@ class _Worker:
 
 
 @dataclass
-class Queue:
+class Dispatcher:
     """Workers that live as long as the run, and the tasks of one step after the other.
 
     Args:
@@ -135,18 +144,18 @@ class Queue:
     def __post_init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
         self._names = 0
-        self._sizes: dict[Task, float] = {}
-        self._waiting: deque[Task] = deque()
-        self._kept: dict[Task, int] = {}  # of those that wait: the worker that gets it next
-        self._did: dict[Task, Did] = {}
-        self._before: dict[Task, Did] = {}  # this step
+        self._sizes: dict[ShardIndex, float] = {}
+        self._waiting: deque[ShardIndex] = deque()
+        self._kept: dict[ShardIndex, int] = {}  # of those that wait: the worker that gets it next
+        self._did: dict[ShardIndex, Did] = {}
+        self._before: dict[ShardIndex, Did] = {}  # this step
         self._number = 0
         self._gathered = False
-        self._left: set[Task] = set()
+        self._left: set[ShardIndex] = set()
         self._last = True
-        self._tries: dict[Task, int] = {}
-        self._failed: dict[Task, list[int]] = {}
-        self._crashes: dict[Task, int] = {}
+        self._tries: dict[ShardIndex, int] = {}
+        self._failed: dict[ShardIndex, list[int]] = {}
+        self._crashes: dict[ShardIndex, int] = {}
         self._paces: list[float] = []  # seconds a unit of work, in order
         self._lost_in_a_row = 0
         self.losses = dict.fromkeys(Loss, 0)
@@ -173,7 +182,7 @@ class Queue:
         """Workers that were asked for and cannot begin yet."""
         return len(self._workers) - self.ready_workers
 
-    def workers_on(self, task: Task) -> list[int]:
+    def workers_on(self, task: ShardIndex) -> list[int]:
         return [name for name, w in self._workers.items() if task in w.tasks]
 
     # What it is told. Each returns what to do now.
@@ -182,7 +191,7 @@ class Queue:
         """Steps will follow: ask for workers now."""
         return self._ask(self.wanted)
 
-    def begin(self, sizes: Mapping[Task, float], now: float, last: bool) -> list[Action]:
+    def begin(self, sizes: Mapping[ShardIndex, float], now: float, last: bool) -> list[Action]:
         """A step begins.
 
         Args:
@@ -211,7 +220,7 @@ class Queue:
             self._keep_nothing(worker)
         return self._go_on(now)
 
-    def done(self, worker: int, task: Task, now: float) -> list[Action]:
+    def done(self, worker: int, task: ShardIndex, now: float) -> list[Action]:
         """A worker has the result of a task."""
         self._lost_in_a_row = 0
         since = self._end(worker, task)
@@ -229,7 +238,7 @@ class Queue:
             self._drop(release.worker)
         return [*accepted, *beaten, *self._go_on(now)]
 
-    def failed(self, worker: int, task: Task, why: str, now: float, hopeless: bool = False) -> list[Action]:
+    def failed(self, worker: int, task: ShardIndex, why: str, now: float, hopeless: bool = False) -> list[Action]:
         """A task has raised an error on a worker that goes on living.
 
         Args:
@@ -283,7 +292,7 @@ class Queue:
 
     def _go_on(self, now: float) -> list[Action]:
         """Give workers that can take it something to do, and ask for workers or let them go."""
-        given: list[tuple[int, Task]] = []
+        given: list[tuple[int, ShardIndex]] = []
         needed = min(self.least, self.wanted, -(-len(self._left) // self.slots))
         self._gathered = self._gathered or self.ready_workers >= max(1, needed)
         while self._gathered and self._waiting and (taken := self._take()):
@@ -302,7 +311,7 @@ class Queue:
         able = [(len(w.tasks), name) for name, w in self._workers.items() if w.able and len(w.tasks) < self.slots]
         return [name for _, name in sorted(able)]
 
-    def _take(self) -> tuple[int, Task] | None:
+    def _take(self) -> tuple[int, ShardIndex] | None:
         """A worker and a task for it that was waiting."""
         for worker in self._free():
             task = self._take_for(worker)
@@ -310,14 +319,14 @@ class Queue:
                 return worker, task
         return None
 
-    def _take_for(self, worker: int) -> Task | None:
+    def _take_for(self, worker: int) -> ShardIndex | None:
         """A waiting task: the one that the worker keeps, else one that nobody keeps, else any; of those the one that
         it prefers.
 
         Not one that has failed on this worker, unless it has on all that could take it.
         """
         able = [name for name, w in self._workers.items() if not w.draining]
-        best: tuple[tuple[int, int, int], Task] | None = None
+        best: tuple[tuple[int, int, int], ShardIndex] | None = None
         for task in self._waiting:
             failed = self._failed.get(task, [])
             if worker in failed and not all(name in failed for name in able):
@@ -334,11 +343,11 @@ class Queue:
         self._put_away(best[1])
         return best[1]
 
-    def _give(self, worker: int, task: Task, now: float) -> None:
+    def _give(self, worker: int, task: ShardIndex, now: float) -> None:
         self._workers[worker].tasks[task] = now
         self._tries[task] = self._tries.get(task, 0) + 1
 
-    def _keep_for(self, worker: int) -> Task | None:
+    def _keep_for(self, worker: int) -> ShardIndex | None:
         """A task that is waiting, for the worker to keep, if there is one and it has room."""
         if list(self._kept.values()).count(worker) >= self.slots:
             return None
@@ -348,7 +357,7 @@ class Queue:
             self._kept[task] = worker
         return task
 
-    def _slowest(self, worker: int, now: float) -> Task | None:
+    def _slowest(self, worker: int, now: float) -> ShardIndex | None:
         """A task that one worker has had for long, and this one might finish sooner."""
         slow = [
             (now - since, task)
@@ -362,10 +371,10 @@ class Queue:
         ]
         return max(slow)[1] if slow else None
 
-    def _hung_after(self, task: Task) -> float:
+    def _hung_after(self, task: ShardIndex) -> float:
         return self._too_long(task, self.limits.hung_factor, self.limits.hung_seconds)
 
-    def _too_long(self, task: Task, factor: float, seconds: float) -> float:
+    def _too_long(self, task: ShardIndex, factor: float, seconds: float) -> float:
         if not self._paces:
             return self.limits.unknown_seconds
         return max(seconds, factor * self._paces[len(self._paces) // 2] * self._sizes.get(task, 0))
@@ -391,16 +400,16 @@ class Queue:
         self._workers |= {name: _Worker() for name in names}
         return [Ask(name) for name in names]
 
-    def _put_back(self, task: Task) -> None:
+    def _put_back(self, task: ShardIndex) -> None:
         if task not in self._waiting and not self.workers_on(task):
             self._waiting.appendleft(task)
 
-    def _put_away(self, task: Task) -> None:
+    def _put_away(self, task: ShardIndex) -> None:
         self._kept.pop(task, None)
         if task in self._waiting:
             self._waiting.remove(task)
 
-    def _end(self, worker: int, task: Task) -> float | None:
+    def _end(self, worker: int, task: ShardIndex) -> float | None:
         """A worker has a task no more; returns since when it had it, if it had."""
         found = self._workers.get(worker)
         return found.tasks.pop(task, None) if found else None
