@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from fapm.plan import Plan
     from fapm.pool import Pool
     from fapm.recipe import Recipe
-    from fapm.run import MakePool, Watch
+    from fapm.run import MakePool
+    from fapm.schedule import Watch
     from fapm.storage.store import Store
 
 

@@ -29,7 +29,8 @@ from fapm.manifest import RUN, unfinished_shards
 from fapm.plan import Plan
 from fapm.pool import Step, cores
 from fapm.recipe import Recipe
-from fapm.run import MakePool, Watch
+from fapm.run import MakePool
+from fapm.schedule import Watch
 from fapm.shard.task import Done, Task
 from fapm.shard.worker import Worker
 from fapm.storage.address import absolute

@@ -21,7 +21,7 @@ from fapm.errors import one_line
 
 if TYPE_CHECKING:
     from fapm.plan import Plan
-    from fapm.run import Watch
+    from fapm.schedule import Watch
 
 _REDRAW_SECONDS = 0.2
 _TELL_SECONDS = 1.0
@@ -56,12 +56,12 @@ class Progress:
 
     def watch(self) -> Watch:
         """Watch through which a run tells its progress."""
-        from fapm.run import Watch
+        from fapm.schedule import Watch
 
         return Watch(begin=self.begin, expect=self.expect, advance=self.advance, say=self.say)
 
     def begin(self, plan: Plan, nbytes: int) -> None:
-        """A run begins that will deal with `nbytes` of input."""
+        """Begin the bar of a run of `nbytes` progress bytes."""
         from fapm.manifest import unfinished_shards
         from fapm.recipe import PATHS, format_bytes
 
@@ -101,13 +101,13 @@ class Progress:
         self._start(self._draw, _REDRAW_SECONDS)
 
     def expect(self, nbytes: int) -> None:
-        """So many bytes more will be dealt with than was said."""
+        """Lengthen the bar."""
         self._told["of_bytes"] += nbytes
         if self._bar is not None:
             self._bar.total += nbytes
 
     def advance(self, nbytes: int) -> None:
-        """So many more bytes have been dealt with. From any thread."""
+        """Move the bar on. From any thread."""
         with self._lock:
             self._not_drawn += nbytes
 

@@ -23,7 +23,8 @@ from fapm.formats.header import build_header
 from fapm.formats.tensor import TensorInfo
 from fapm.manifest import INDEX
 from fapm.recipe import Recipe
-from fapm.run import Result, Watch, prune
+from fapm.run import Result, prune
+from fapm.schedule import Watch
 from fapm.storage.address import open_store
 from fapm.storage.store import Store
 

@@ -68,7 +68,7 @@ class Threads:
         recipe: the run's.
         out: the folder that it holds.
         workers: threads, each with a memory budget of its own.
-        progress: told bytes of input dealt with, from any thread.
+        progress: told progress bytes, from any thread.
         say: told if something has to be compiled first.
     """
 

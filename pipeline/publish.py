@@ -25,7 +25,8 @@ from fapm.log import LOG
 from fapm.manifest import MANIFEST, RECIPE, RUN, differences, identity, shard_files, version
 from fapm.plan import Plan, make_plan
 from fapm.recipe import PATHS, Recipe
-from fapm.run import MakePool, Result, Watch
+from fapm.run import MakePool, Result
+from fapm.schedule import Watch
 from fapm.schemas import ManifestRecord, RunRecord
 from fapm.storage.address import HUB, open_store, repository_of, scheme_of, split
 from fapm.storage.local import Folder

@@ -220,7 +220,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         workers: how many this machine would run.
         rate: bytes a second that the storage of the inputs gives, if that is known.
     """
-    from fapm.run import to_measure
+    from fapm.selection import to_measure
 
     elements = sum(tensor.numel for tensor in plan.tensors())
     kept, weights = sum(g.k for g in plan.groups.values()), plan.weights

@@ -11,11 +11,12 @@ from fapm.log import read_log
 from fapm.manifest import MANIFEST, RUN
 from fapm.recipe import format_bytes
 from fapm.report import fields_text, layout, plural, seconds_text
+from fapm.schedule import COUNTED, SAMPLED, WRITTEN
 from fapm.storage.address import open_store
 from fapm.storage.lease import LEASE_SECONDS, last_sign_of_life
 from fapm.storage.store import Store
 
-_STEPS = ("sampled", "counted", "shard")
+_STEPS = (SAMPLED, COUNTED, WRITTEN)
 _RECENT_SECONDS = 120.0  # of which the rate is
 
 
@@ -50,7 +51,7 @@ def status_facts(out: str) -> dict[str, Any]:
         "out": out,
         "state": state,
         "shards": begun["shards"],
-        "shards_done": begun["resumed"] + sum(event["event"] == "shard" for event in steps),
+        "shards_done": begun["resumed"] + sum(event["event"] == WRITTEN for event in steps),
         "bytes": total,
         "bytes_done": done,
         "bytes_per_second": rate,
@@ -96,8 +97,8 @@ def _rate(steps: Sequence[dict[str, Any]], begun: datetime.datetime, now: dateti
     for start in (max(begun, now - datetime.timedelta(seconds=_RECENT_SECONDS)), begun):
         recent = [event for event in steps if _time(event) > start]
         if recent and now > start:
-            dealt: float = sum(event.get("progress_bytes", 0) for event in recent)
-            return dealt / (now - start).total_seconds()
+            done: float = sum(event.get("progress_bytes", 0) for event in recent)
+            return done / (now - start).total_seconds()
     return None
 
 

@@ -24,7 +24,8 @@ from fapm.formats.side_files import CARD
 from fapm.plan import Plan, make_plans
 from fapm.publish import prune, staged_recipe
 from fapm.recipe import Recipe, binary
-from fapm.run import LeasedRun, MakePool, Result, Watch
+from fapm.run import MakePool, Result
+from fapm.schedule import LeasedRun, Watch
 from fapm.schemas import SweepRecord
 from fapm.shard.worker import runs_at_once
 from fapm.storage.address import HUB, inside, open_store, scheme_of

@@ -106,7 +106,7 @@ class Worker:
     Args:
         recipe: the recipe of the run.
         out: the folder that the run holds.
-        progress: told how many bytes of input have been dealt with, as it happens.
+        progress: told progress bytes, as they pass.
         cancelled: makes the work stop soon with `Interrupted`.
         share: of a device's memory that is this worker's, unless the recipe says how much.
 
@@ -180,12 +180,12 @@ class Worker:
         self._forget_ahead()
         runs = self._runs(task)
         wide = {t.name for of in task.each for t in of.cross_shard()}
-        dealt = 0
+        progress = 0
         for section in self._cut(*_cut_for(task, wide)):
             if not self._reader.fits(section):
                 states = self._states(runs, Pieces(self._reader, section))
                 self._find_means(runs, states)
-                dealt += _half(section)
+                progress += _half(section)
                 self.tell(_half(section))
         taken = SampleCache() if len(runs) > 1 else None
 
@@ -215,7 +215,7 @@ class Worker:
                 variance=np.array([found.variance for found in surveys]),
                 means=run.means,
             )
-        return meter.done(task, dealt)
+        return meter.done(task, progress)
 
     @_step
     def measure(self, task: Task, following: Task | None = None) -> Done:
@@ -223,7 +223,7 @@ class Worker:
         meter = _Meter(self._reader)
         runs = self._runs(task)
         counted: list[Tally] = []
-        first, dealt = task.round == 1, 0
+        first, progress = task.round == 1, 0
         for pieces in self._sections(self._cut_to_measure, task, following, keep=True):
             place = [runs[0].place[t.name] for t in pieces.section.tensors]
             half_done = first and not np.isnan(runs[0].means[place]).any()  # by `sample`
@@ -236,14 +236,14 @@ class Worker:
             counted = [replace(tally, state=state) for tally, state in zip(counted, states, strict=True)]
             passes.count(counted)
             nbytes = pieces.section.nbytes - (_half(pieces.section) if half_done else 0)
-            dealt += nbytes
+            progress += nbytes
             self.tell(nbytes)
         read = meter.read_bytes
         for run, tally in zip(runs, counted, strict=True):
             found = tally.arrays()
             name = measure_name(task.shard.index, run.task.round)
             save_arrays(run.out, name, read, list(tally.names), **found, means=run.means)
-        return meter.done(task, dealt)
+        return meter.done(task, progress)
 
     @_step
     def write(self, task: Task, following: Task | None = None) -> Done:
@@ -464,19 +464,19 @@ class _Progress:
 
     def __init__(self, tell: Callable[[int], None]):
         self._tell = tell
-        self._told = self._dealt = 0
+        self._told = self._progress = 0
 
     def begin(self) -> None:
         self._told = 0
 
     def again(self) -> None:
-        self._dealt = 0
+        self._progress = 0
 
     def __call__(self, nbytes: int) -> None:
-        self._dealt += nbytes
-        if self._dealt > self._told:
-            self._tell(self._dealt - self._told)
-            self._told = self._dealt
+        self._progress += nbytes
+        if self._progress > self._told:
+            self._tell(self._progress - self._told)
+            self._told = self._progress
 
 
 class _Meter:
@@ -495,9 +495,9 @@ class _Meter:
     def read_bytes(self) -> int:
         return self._reader.bytes_read - self._read
 
-    def done(self, task: Task, dealt: int, written: int = 0, writing: float = 0.0) -> Done:
+    def done(self, task: Task, progress: int, written: int = 0, writing: float = 0.0) -> Done:
         reading, computing = self._reader.seconds - self._reading, time.thread_time() - self._cpu
-        return Done(task.shard.index, dealt, self.read_bytes, written, self.seconds, reading, computing, writing)
+        return Done(task.shard.index, progress, self.read_bytes, written, self.seconds, reading, computing, writing)
 
 
 TensorChoice = Callable[[Task], tuple[list[PairedTensor], list[str]]]

@@ -192,7 +192,8 @@ def on_ray(folder: Path, shards: int, workers: int) -> None:
     """What a shard costs that is handed to a Ray actor and comes back at once."""
     from fapm import manifest
     from fapm.cluster.pool import RayPool
-    from fapm.run import Watch, groups_of
+    from fapm.schedule import Watch
+    from fapm.selection import groups_of
     from fapm.shard.task import Task
     from fapm.storage.lease import lease
 

@@ -28,7 +28,7 @@ from nodes import add_node, finished_shards, head_alone  # noqa: E402
 
 from fapm import Recipe, prune  # noqa: E402
 from fapm.cluster.pool import RayPool  # noqa: E402
-from fapm.run import Watch  # noqa: E402
+from fapm.schedule import Watch  # noqa: E402
 
 
 def run(folder: Path, workers: int, cluster: Any = None, victim: Any = None) -> dict[str, float]:

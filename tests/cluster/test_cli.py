@@ -569,7 +569,7 @@ def test_the_bar_follows_a_count_that_has_to_be_done_again(pair, monkeypatch):
         yield from ()
         return dict.fromkeys(names, wrong)
 
-    monkeypatch.setattr("fapm.run.first_brackets", first_brackets)
+    monkeypatch.setattr("fapm.selection.first_brackets", first_brackets)
     sides = {side: str(pair / side) for side in ("base", "finetuned", "out")}
     terminal = Terminal()
     with Progress(terminal) as progress:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from fapm import UserError
 from fapm.demo import check, check_tensor, demo
-from fapm.run import Watch
+from fapm.schedule import Watch
 
 
 @pytest.fixture(scope="module")

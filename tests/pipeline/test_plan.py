@@ -17,7 +17,7 @@ from fapm import Recipe, UserError, make_plan
 from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.tensor import TensorInfo
 from fapm.plan import MOST_TENSORS, PairedTensor, cut, group, group_of, index_json, plan_pair
-from fapm.run import to_measure
+from fapm.selection import to_measure
 from fapm.storage.local import Folder
 
 SIDES = {"base": "b", "finetuned": "f", "out": "o"}

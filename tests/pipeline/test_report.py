@@ -21,7 +21,7 @@ from fapm.report import (
     prune_facts,
     run_text,
 )
-from fapm.run import Watch
+from fapm.schedule import Watch
 
 SHAPES = {f"model.layers.{i}.up.weight": (16, 8) for i in range(12)}
 

@@ -21,7 +21,8 @@ from fapm import UserError, make_plan, manifest, prune
 from fapm.checking.verify import verify
 from fapm.errors import PassingError
 from fapm.pool import Threads
-from fapm.run import Watch, in_process
+from fapm.run import in_process
+from fapm.schedule import Watch
 from fapm.shard.worker import Worker
 
 SHAPES = {f"model.layers.{i}.{n}.weight": (60, 40) for i in range(3) for n in "ab"} | {"lm_head.weight": (50, 40)}

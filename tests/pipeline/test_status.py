@@ -18,7 +18,7 @@ from checkpoints import gaussian
 from conftest import Runner
 
 from fapm import UserError, prune
-from fapm.run import Watch
+from fapm.schedule import Watch
 from fapm.status import status_facts, status_text
 from fapm.storage.lease import lease
 
@@ -76,7 +76,7 @@ def test_a_run_that_was_killed_has_died(model):
     script = textwrap.dedent(f"""
         import os, signal
         from fapm import Recipe, prune
-        from fapm.run import Watch
+        from fapm.schedule import Watch
         done = []
         def say(line):
             done.append(line) if line.startswith("model-") else None

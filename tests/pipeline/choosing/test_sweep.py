@@ -14,7 +14,7 @@ from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
 from fapm.choosing.candidates import candidates
 from fapm.choosing.sweep import sweep, sweep_folder
-from fapm.run import Watch
+from fapm.schedule import Watch
 from fapm.shard.worker import Worker
 
 SHAPES = {

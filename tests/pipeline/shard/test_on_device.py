@@ -20,7 +20,7 @@ from fapm import Recipe, UserError, prune
 from fapm.choosing.candidates import candidates
 from fapm.choosing.sweep import sweep
 from fapm.errors import DeviceError, PassingError
-from fapm.run import Watch
+from fapm.schedule import Watch
 from fapm.scoring.device import gpus
 from fapm.scoring.methods import BLOCK, METHODS
 from fapm.shard import worker

@@ -12,7 +12,7 @@ from checkpoints import Tensors, gaussian
 
 from fapm import prune
 from fapm.plan import make_plan
-from fapm.run import Watch
+from fapm.schedule import Watch
 from fapm.shard import sample
 from fapm.shard.sample import Sample, survey
 

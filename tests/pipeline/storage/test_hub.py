@@ -22,7 +22,7 @@ from fapm.errors import PassingError
 from fapm.formats.checkpoint import open_checkpoint
 from fapm.manifest import look, version
 from fapm.publish import prune as publish
-from fapm.run import Watch
+from fapm.schedule import Watch
 from fapm.storage import bucket
 from fapm.storage.address import input_address, open_store, repository_of, split
 

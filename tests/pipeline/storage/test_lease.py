@@ -201,7 +201,7 @@ def test_of_many_at_once_one_wins(tmp_path):
 DRIVER = """
 import json, sys
 from fapm import Recipe, UserError, prune
-from fapm.run import Watch
+from fapm.schedule import Watch
 from fapm.storage import lease as holding
 holding.BEAT_SECONDS, holding.LEASE_SECONDS = 0.3, 1.5
 choices = json.loads(sys.argv[1])

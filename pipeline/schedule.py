@@ -1,0 +1,120 @@
+"""Schedules: what a run asks for in turn, and several of them in lockstep, the same step of all in one reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from fapm.plan import Plan
+from fapm.pool import Pool, Step
+from fapm.recipe import format_bytes
+from fapm.shard.task import Done, Task
+from fapm.storage.store import Store
+
+
+class Note(Protocol):
+    def __call__(self, event: str, **facts: Any) -> None: ...
+
+
+@dataclass
+class Watch:
+    """Where a run tells how far it is; every method may be replaced.
+
+    `begin` says how many progress bytes there will be, `expect` that it will be so many more. What is given to
+    `note` goes into the log beside the output.
+    """
+
+    begin: Callable[[Plan, int], None] = lambda plan, nbytes: None
+    expect: Callable[[int], None] = lambda nbytes: None
+    advance: Callable[[int], None] = lambda nbytes: None
+    say: Callable[[str], None] = lambda line: None
+    note: Note = lambda event, **facts: None
+
+
+@dataclass(frozen=True)
+class LeasedRun:
+    """A run whose output folder is held, and has begun."""
+
+    plan: Plan
+    out: Store
+
+
+@dataclass(frozen=True)
+class Request:
+    """Next step that a run asks for.
+
+    Attributes:
+        step: `Worker.sample`, `Worker.measure` or `Worker.write`.
+        event: one of SAMPLED, COUNTED, WRITTEN.
+        more: progress bytes that this adds.
+    """
+
+    step: Step
+    tasks: Sequence[Task]
+    event: str
+    more: int = 0
+
+
+Schedule = Generator[Request, list[Done], int]
+"""A run from sample to write: it asks for steps, gets the results of their tasks, and returns how often the groups
+over several shards were measured."""
+
+SAMPLED, COUNTED, WRITTEN = "sampled", "counted", "shard"
+"""Names in the log of the end of a task of each step, in their order."""
+
+
+def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: Pool, watch: Watch) -> list[int]:
+    """Do what the schedules of runs ask for, the same step of all of them in one reading; returns what they return."""
+    wanted: dict[int, Request] = {}
+    returned = [0] * len(runs)
+
+    def go_on(i: int, said: list[Done] | None) -> None:
+        wanted.pop(i, None)
+        try:
+            wanted[i] = schedules[i].send(said)  # type: ignore[arg-type]  # a schedule begins with None
+        except StopIteration as ended:
+            returned[i] = ended.value
+
+    for i in range(len(runs)):
+        go_on(i, None)
+    while wanted:
+        event = min((request.event for request in wanted.values()), key=(SAMPLED, COUNTED, WRITTEN).index)
+        now = {i: request for i, request in wanted.items() if request.event == event}
+        step = next(iter(now.values())).step
+        more = max(request.more for request in now.values())
+        if more:
+            watch.expect(more)
+            watch.note("expect", bytes=more)
+        done = _each(runs[0].plan, pool.map(step, _merged(runs, now)), event, watch)
+        said = {result.shard: result for result in done}
+        for i, request in now.items():
+            go_on(i, [said[task.shard.index] for task in request.tasks])
+    return returned
+
+
+def _merged(runs: Sequence[LeasedRun], wanted: dict[int, Request]) -> list[Task]:
+    """The tasks of several runs, those for one shard as one."""
+    if len(runs) == 1:
+        return list(wanted[0].tasks)
+    by_shard: dict[int, list[Task]] = {}
+    for i, request in wanted.items():
+        for task in request.tasks:
+            run = runs[i]
+            own = replace(task, recipe=run.plan.recipe, out=run.out.absolute())
+            by_shard.setdefault(task.shard.index, []).append(own)
+    return [replace(tasks[0], beside=tuple(tasks[1:])) for _, tasks in sorted(by_shard.items())]
+
+
+def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:
+    """Results as they come, each noted in the log."""
+    for done in results:
+        facts = {name: value for name, value in asdict(done).items() if name != "shard" and value != ""}
+        if done.note:
+            watch.say(f"note: {done.note}")
+        rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
+        name = plan.shards[done.shard].name
+        watch.note(event, shard=name, **rounded)
+        if event == WRITTEN:
+            watch.say(f"{name}  {format_bytes(done.written_bytes)}  {done.seconds:.1f} s")
+        yield done
