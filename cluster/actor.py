@@ -11,7 +11,7 @@ from functools import partial
 import ray
 
 from fapm.errors import PassingError, UserError
-from fapm.manifest import RUN
+from fapm.layout import RUN
 from fapm.pool import Step
 from fapm.recipe import Recipe
 from fapm.shard.task import Done, Task, here

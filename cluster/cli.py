@@ -92,7 +92,7 @@ def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from fapm.manifest import version
+        from fapm.version import version
 
         click.echo(f"fapm {version()}")
         ctx.exit()
@@ -356,7 +356,7 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
       fapm plan --config recipe.yaml --scope global --shard-size 2GiB --json
     """
     recipe, _, _ = read_choices(config, choices)
-    from fapm.manifest import look, unfinished_shards
+    from fapm.manifest.state import look, unfinished_shards
     from fapm.pool import default_workers
     from fapm.publish import staged_recipe
     from fapm.report import plan_facts, plan_text
@@ -579,7 +579,8 @@ def report(out: str, html: str | None, as_json: bool) -> None:
       fapm report pruned/ --json
     """
     from fapm.choosing.sweep import read_sweep
-    from fapm.manifest import MANIFEST, SWEEP, load_manifest, read_table
+    from fapm.layout import MANIFEST, SWEEP
+    from fapm.manifest.read import load_manifest, read_table
     from fapm.report import densities, densities_text, extremes, extremes_text, run_facts, run_text, sweep_text
     from fapm.storage.address import inside, open_store
 
@@ -648,7 +649,7 @@ def verify(out: str, base: str | None, finetuned: str | None, load: bool, as_jso
     """
     from fapm.checking.verify import verify
     from fapm.cluster.progress import Progress
-    from fapm.manifest import load_manifest
+    from fapm.manifest.read import load_manifest
 
     run = load_manifest(out)
     with Progress() as progress:

@@ -31,9 +31,9 @@ import fapm.cluster
 from fapm.cluster.progress import TELL
 from fapm.cluster.submission import NAME, Job, Submission, exit_code
 from fapm.errors import PassingError, UserError
-from fapm.manifest import version
 from fapm.recipe import read_yaml
 from fapm.report import layout, seconds_text
+from fapm.version import version
 
 _POLL_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0

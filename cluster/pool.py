@@ -25,7 +25,8 @@ from fapm.cluster.entering import cannot_enter, check_address, knock, last_line
 from fapm.cluster.metrics import Metrics
 from fapm.dispatcher import Accept, Action, Ask, Dispatcher, Loss, Release, Start, Stop
 from fapm.errors import DeviceError, PassingError, UserError
-from fapm.manifest import RUN, unfinished_shards
+from fapm.layout import RUN
+from fapm.manifest.state import unfinished_shards
 from fapm.plan import Plan
 from fapm.pool import Step, cores
 from fapm.recipe import Recipe

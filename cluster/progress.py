@@ -62,7 +62,7 @@ class Progress:
 
     def begin(self, plan: Plan, nbytes: int) -> None:
         """Begin the bar of a run of `nbytes` progress bytes."""
-        from fapm.manifest import unfinished_shards
+        from fapm.manifest.state import unfinished_shards
         from fapm.recipe import PATHS, format_bytes
 
         count, todo = len(plan.shards), unfinished_shards(plan)

@@ -17,7 +17,7 @@ from fapm import fields
 from fapm.cluster.options import as_arguments
 from fapm.errors import UserError
 from fapm.formats.newest import LATEST
-from fapm.manifest import State, identity, look
+from fapm.manifest.state import State, identity, look
 from fapm.recipe import PATHS, Recipe
 from fapm.storage.address import HUB, absolute, input_elsewhere, open_store, scheme_of, split
 

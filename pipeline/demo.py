@@ -21,7 +21,7 @@ from fapm.formats.checkpoint import open_checkpoint
 from fapm.formats.dtypes import bits, round_to, upcast
 from fapm.formats.header import build_header
 from fapm.formats.tensor import TensorInfo
-from fapm.manifest import INDEX
+from fapm.layout import INDEX
 from fapm.recipe import Recipe
 from fapm.run import Result, prune
 from fapm.schedule import Watch

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from fapm.errors import UserError, one_line
+from fapm.layout import LOG
 from fapm.schemas import Event
 from fapm.storage.store import Store
 
-LOG = "fapm/log.jsonl"
 _MOST_BYTES, _MOST_LINES, _LONGEST_LINE = 64 << 20, 200_000, 1 << 16
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from fapm import manifest
 from fapm.choosing.skills import AXES, DEFINITIONS
 from fapm.choosing.sweep import read_sweep
 from fapm.errors import UserError
+from fapm.layout import MANIFEST, SWEEP
+from fapm.manifest.read import load_manifest, read_table
 from fapm.plan import group_of
 from fapm.recipe import format_bytes
 from fapm.report import kept_text, measure_text, run_facts, run_text
@@ -71,11 +72,11 @@ def page(out: str) -> str:
 
 
 def _page(out: str) -> str:
-    folder = inside(out, manifest.SWEEP)
+    folder = inside(out, SWEEP)
     swept = read_sweep(folder)
-    has_output = open_store(out).has(manifest.MANIFEST)
+    has_output = open_store(out).has(MANIFEST)
     if not swept and not has_output:
-        manifest.load_manifest(out)  # says what is there instead
+        load_manifest(out)  # says what is there instead
     parts: list[str] = []
     if swept:
         parts += _of_sweep(swept, out)
@@ -83,8 +84,8 @@ def _page(out: str) -> str:
     if not has_output and swept:
         first = swept["candidates"][0]["name"]
         about, name = inside(folder, first), f" in {first}, the first candidate"
-    made = manifest.load_manifest(about)
-    parts += _of_output(made, manifest.read_table(about), about, name)
+    made = load_manifest(about)
+    parts += _of_output(made, read_table(about), about, name)
     title = f"fapm: {out}"
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_e(title)}</title>\n'

@@ -21,8 +21,8 @@ import numpy as np
 
 from fapm import run
 from fapm.errors import PassingError, UserError
-from fapm.log import LOG
-from fapm.manifest import MANIFEST, RECIPE, RUN, differences, identity, shard_files, version
+from fapm.layout import LOG, MANIFEST, RECIPE, RUN
+from fapm.manifest.state import differences, identity, shard_files
 from fapm.plan import Plan, make_plan
 from fapm.recipe import PATHS, Recipe
 from fapm.run import MakePool, Result
@@ -32,6 +32,7 @@ from fapm.storage.address import HUB, open_store, repository_of, scheme_of, spli
 from fapm.storage.local import Folder
 from fapm.storage.records import checked
 from fapm.storage.store import Store
+from fapm.version import version
 
 
 def prune(

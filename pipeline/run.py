@@ -8,20 +8,23 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fapm import manifest
 from fapm.errors import PassingError
 from fapm.log import Log
+from fapm.manifest.finish import finish, is_tidy, replaceable_bytes, tidy
+from fapm.manifest.read import load_manifest
+from fapm.manifest.state import State, begin, check_folder, look, unfinished_shards
 from fapm.plan import Plan
 from fapm.pool import Pool, Threads, default_workers
 from fapm.recipe import Recipe, format_bytes
 from fapm.schedule import WRITTEN, LeasedRun, Request, Schedule, Watch, in_lockstep
 from fapm.scoring.threshold import Threshold
-from fapm.selection import find_thresholds, groups_of, to_measure
+from fapm.selection import find_thresholds, groups_of, load_thresholds, to_measure
 from fapm.shard.task import Task
 from fapm.shard.worker import Worker
 from fapm.storage.address import open_store
 from fapm.storage.lease import lease
 from fapm.storage.store import Store
+from fapm.version import version
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,23 @@ def prune(
     """
     began = time.perf_counter()
     watch = watch or Watch()
-    plan, state = manifest.look(recipe, overwrite)
+    plan, state = look(recipe, overwrite)
     plan = replace(plan, chosen=chosen)
-    if state == "finished" and manifest.is_tidy(plan):
+    if state == "finished" and is_tidy(plan):
         return _nothing_to_do(plan, began)
     check_disk(plan, state)
     with lease(plan.recipe.out, watch.say, plan.recipe.alone) as out:
-        state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
+        state = check_folder(plan, overwrite)  # another run may have held it until now
         if state == "finished":
-            manifest.tidy(plan, out)
+            tidy(plan, out)
             return _nothing_to_do(plan, began)
-        manifest.begin(plan, state, out)
+        begin(plan, state, out)
         (result,) = prune_all([LeasedRun(plan, out)], pool, watch, began)
         return result
 
 
 def _nothing_to_do(plan: Plan, began: float) -> Result:
-    made = manifest.load_manifest(plan.recipe.out)
+    made = load_manifest(plan.recipe.out)
     return Result(made, plan, len(plan.shards), True, time.perf_counter() - began)
 
 
@@ -103,7 +106,7 @@ def prune_all(
     pool, watch = pool or in_process, watch or Watch()
     began = time.perf_counter() if began is None else began
     plan, logs = runs[0].plan, [Log(run.out) for run in runs]
-    unfinished = [manifest.unfinished_shards(run.plan) for run in runs]
+    unfinished = [unfinished_shards(run.plan) for run in runs]
     todo = sorted({index for indices in unfinished for index in indices})
     to_go = max(bytes_to_go(run.plan, todo) for run in runs)
     resumed = [len(plan.shards) - len(indices) for indices in unfinished]
@@ -114,7 +117,7 @@ def prune_all(
             one.add(event, **facts)
 
     for one, count in zip(logs, resumed, strict=True):
-        one.add("begun", fapm=manifest.version(), shards=len(plan.shards), bytes=to_go, resumed=count)
+        one.add("begun", fapm=version(), shards=len(plan.shards), bytes=to_go, resumed=count)
     also = watch.note
 
     def note(event: str, **facts: Any) -> None:
@@ -134,7 +137,7 @@ def prune_all(
         facts["seconds"] = round(time.perf_counter() - began, 3)
         for run, count, looked in zip(runs, resumed, rounds, strict=True):
             found = {"resumed": count} | ({"rounds": looked} if todo else {}) | facts
-            made.append(Result(manifest.finish(run.plan, found, run.out), run.plan, count, False, facts["seconds"]))
+            made.append(Result(finish(run.plan, found, run.out), run.plan, count, False, facts["seconds"]))
             logs[len(made) - 1].add("finished", **found)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
@@ -161,7 +164,7 @@ def schedule(plan: Plan, out: Store, todo: Iterable[int]) -> Schedule:
 def bytes_to_go(plan: Plan, todo: Iterable[int]) -> int:
     """Input bytes of the steps that are left, for the progress."""
     to_write = sum(t.read_bytes for i in todo for t in plan.shards[i].tensors)
-    known = manifest.load_thresholds(open_store(plan.recipe.out)) is not None
+    known = load_thresholds(open_store(plan.recipe.out)) is not None
     return to_write + (0 if known else to_measure(plan))
 
 
@@ -170,7 +173,7 @@ def in_process(plan: Plan, out: Store, watch: Watch) -> Threads:
     return Threads(plan.recipe, out, default_workers(plan.recipe, len(plan.shards)), watch.advance, watch.say)
 
 
-def check_disk(plan: Plan, state: manifest.State) -> None:
+def check_disk(plan: Plan, state: State) -> None:
     """Find out now that the disk is too small, not in an hour.
 
     Raises:
@@ -179,13 +182,13 @@ def check_disk(plan: Plan, state: manifest.State) -> None:
     check_disk_for([(plan, state)])
 
 
-def check_disk_for(runs: Sequence[tuple[Plan, manifest.State]]) -> None:
+def check_disk_for(runs: Sequence[tuple[Plan, State]]) -> None:
     """The same for several outputs side by side."""
     runs = [run for run in runs if run[0].recipe.emit != "delta"]  # how large that is, is known when it is there
     if not runs:
         return
     out = open_store(runs[0][0].recipe.out)
-    needed = sum(plan.write_bytes - manifest.replaceable_bytes(plan, state) for plan, state in runs)
+    needed = sum(plan.write_bytes - replaceable_bytes(plan, state) for plan, state in runs)
     free = out.free_bytes()
     if free is not None and needed > free:
         raise PassingError(

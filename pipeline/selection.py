@@ -6,16 +6,19 @@ here (SEMANTICS.md, "Exact top-k without a sort"). What is found is kept, so tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 
-from fapm import manifest
+from fapm.layout import THRESHOLDS, WORK, measure_name, sample_name
+from fapm.manifest.read import read_run_file
 from fapm.plan import Group, Plan, Shard
 from fapm.schedule import COUNTED, SAMPLED, Request
+from fapm.schemas import ThresholdsRecord
 from fapm.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
 from fapm.shard.sample import Survey
-from fapm.shard.task import Done, Task, known_threshold, load_arrays, measure_name, sample_name
+from fapm.shard.task import Done, Task, known_threshold, load_arrays
 from fapm.shard.worker import Worker
 from fapm.storage.store import Store, overlapped
 
@@ -28,7 +31,7 @@ def find_thresholds(
     Returns:
         The thresholds by group; each shard's part of their tie quotas; how often the groups were measured.
     """
-    found = manifest.load_thresholds(out)
+    found = load_thresholds(out)
     if found:
         return found
     cross_shard = cross_shard_groups(plan)
@@ -49,7 +52,7 @@ def find_thresholds(
                 brackets[name] = result
     quotas = share_ties(plan, out, thresholds, last_round)
     if thresholds:
-        manifest.save_thresholds(out, thresholds, quotas, rounds)
+        save_thresholds(out, thresholds, quotas, rounds)
     return thresholds, quotas, rounds
 
 
@@ -62,7 +65,7 @@ def holders(plan: Plan, groups: Iterable[str]) -> list[Shard]:
 def first_brackets(plan: Plan, out: Store, names: Sequence[str]) -> Generator[Request, list[Done], dict[str, Bracket]]:
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
-    there = out.files(manifest.WORK)
+    there = out.files(WORK)
     tasks = [Task(s, groups_of(plan, s)) for s in shards if sample_name(s.index) not in there]
     if tasks:
         yield Request(Worker.sample, tasks, SAMPLED)
@@ -92,7 +95,7 @@ def measured(
             sums.above[place[name]] += saved["above"][i]
             sums.of(place[name])[:] += saved["bins"][saved["starts"][i] : saved["starts"][i + 1]]
 
-    tasks, there = [], out.files(manifest.WORK)
+    tasks, there = [], out.files(WORK)
     for shard in holders(plan, brackets):
         if measure_name(shard.index, round_) in there:
             add(shard.index)
@@ -150,3 +153,23 @@ def cross_shard_groups(plan: Plan) -> dict[str, Threshold | None]:
     """The groups that lie in several shards, and their thresholds where no score needs to be looked at."""
     cross_shard = {name: group for name, group in plan.groups.items() if group.cross_shard}
     return {name: known_threshold(plan.recipe, group, 0) for name, group in cross_shard.items()}
+
+
+def save_thresholds(
+    out: Store, thresholds: dict[str, Threshold], quotas: dict[int, dict[str, int]], rounds: int
+) -> None:
+    """Keep what was found for the groups over several shards, so that it is not looked for again."""
+    data = {
+        "thresholds": {name: [t.key, t.ties] for name, t in thresholds.items()},
+        "quotas": {str(shard): part for shard, part in quotas.items()},
+        "rounds": rounds,
+    }
+    out.write(THRESHOLDS, json.dumps(data).encode())
+
+
+def load_thresholds(out: Store) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
+    if not out.has(THRESHOLDS):
+        return None
+    data = read_run_file(out, THRESHOLDS, ThresholdsRecord)
+    thresholds = {name: Threshold(key, ties) for name, (key, ties) in data["thresholds"].items()}
+    return thresholds, {int(shard): part for shard, part in data["quotas"].items()}, data["rounds"]

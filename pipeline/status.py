@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fapm.errors import UserError
+from fapm.layout import MANIFEST, RUN
 from fapm.log import read_log
-from fapm.manifest import MANIFEST, RUN
 from fapm.recipe import format_bytes
 from fapm.report import fields_text, layout, plural, seconds_text
 from fapm.schedule import COUNTED, SAMPLED, WRITTEN

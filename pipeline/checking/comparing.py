@@ -14,7 +14,7 @@ import numpy as np
 
 from fapm.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
 from fapm.formats.tensor import Part, Sides, TensorInfo
-from fapm.manifest import TABLE
+from fapm.layout import TABLE
 from fapm.plan import PairedTensor, Plan
 from fapm.scoring.methods import METHODS, evaluate, stream_of
 from fapm.scoring.threshold import key_of, score_of

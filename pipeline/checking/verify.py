@@ -24,7 +24,8 @@ from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.delta import DELTA, check_base, patched, read_delta, stored_in
 from fapm.formats.header import read_header
 from fapm.formats.tensor import Part, Sides, TensorInfo
-from fapm.manifest import INDEX, TABLE, load_manifest, read_table
+from fapm.layout import INDEX, TABLE
+from fapm.manifest.read import load_manifest, read_table
 from fapm.plan import Plan, make_plan
 from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS

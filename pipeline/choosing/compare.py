@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fapm import manifest
 from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
 from fapm.choosing.skills import point_facts, points
 from fapm.choosing.sources import BASE, FINETUNED, Source, output
 from fapm.errors import UserError
+from fapm.layout import MANIFEST
+from fapm.manifest.read import load_manifest
 from fapm.recipe import Recipe
 from fapm.storage.address import absolute, input_address, open_store
 
@@ -62,7 +63,7 @@ def compare(
             raise UserError(f"there is no folder {path}")
         if path in manifests:
             raise UserError(f"{path} is given twice")
-        manifests[path] = manifest.load_manifest(address) if store.has(manifest.MANIFEST) else None
+        manifests[path] = load_manifest(address) if store.has(MANIFEST) else None
         sources.append(_source(path, absolute(address), manifests[path]))
     if asked.is_none:
         return Compared(manifests, {})

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fapm import manifest, run
+from fapm import run
 from fapm.card import model_card
 from fapm.choosing.candidates import Candidate
 from fapm.choosing.choice import Choice, front
@@ -21,6 +21,10 @@ from fapm.choosing.skills import DEFINITIONS, Point, point_facts, points
 from fapm.choosing.sources import BASE, FINETUNED, inputs, output
 from fapm.errors import UserError
 from fapm.formats.side_files import CARD
+from fapm.layout import RUN, SWEEP
+from fapm.manifest.finish import is_tidy, tidy
+from fapm.manifest.read import load_manifest, read_table
+from fapm.manifest.state import State, begin, begun, check_folder, refuse_links, settle
 from fapm.plan import Plan, make_plans
 from fapm.publish import prune, staged_recipe
 from fapm.recipe import Recipe, binary
@@ -32,7 +36,7 @@ from fapm.storage.address import HUB, inside, open_store, scheme_of
 from fapm.storage.lease import lease
 from fapm.storage.records import read_record
 
-SWEEP = "sweep.json"
+SWEEP_FILE = "sweep.json"
 """In the folder of the candidates, what the last sweep has come to."""
 
 
@@ -55,8 +59,8 @@ def sweep_folder(recipe: Recipe) -> str:
     if "{" in recipe.out.replace("{{", "").replace("}}", ""):
         raise UserError(f"--out {recipe.out}: the output of a sweep has no fields in its path")
     out = staged_recipe(recipe).out
-    folder = f"{out}-{manifest.SWEEP}" if scheme_of(recipe.out) == HUB else inside(out, manifest.SWEEP)
-    manifest.refuse_links(open_store(folder))
+    folder = f"{out}-{SWEEP}" if scheme_of(recipe.out) == HUB else inside(out, SWEEP)
+    refuse_links(open_store(folder))
     return folder
 
 
@@ -83,34 +87,34 @@ def sweep(
     for batch in _batches(todo, watch):
         watch.say(f"{len(batch)} candidate(s) from one reading: {', '.join(c.name for c, *_ in batch)}")
         with ExitStack() as held:
-            begun = []
+            leased = []
             for _, plan, _ in batch:
                 out = held.enter_context(lease(plan.recipe.out, watch.say, plan.recipe.alone))
-                state = manifest.check_folder(plan, overwrite)  # another run may have held it until now
+                state = check_folder(plan, overwrite)  # another run may have held it until now
                 if state == "finished":
-                    manifest.tidy(plan, out)
+                    tidy(plan, out)
                     continue
-                manifest.begin(plan, state, out)
-                begun.append(LeasedRun(plan, out))
-            if begun:
-                run.prune_all(begun, pool, watch)
+                begin(plan, state, out)
+                leased.append(LeasedRun(plan, out))
+            if leased:
+                run.prune_all(leased, pool, watch)
     return [
-        Made(c, plan, manifest.load_manifest(plan.recipe.out), c.name in there)
+        Made(c, plan, load_manifest(plan.recipe.out), c.name in there)
         for c, (plan, _) in zip(candidates, plans, strict=True)
     ]
 
 
-def _plans(candidates: Sequence[Candidate], overwrite: bool) -> list[tuple[Plan, manifest.State]]:
+def _plans(candidates: Sequence[Candidate], overwrite: bool) -> list[tuple[Plan, State]]:
     plans = make_plans([candidate.recipe for candidate in candidates])
     assert all(plan.shards[0].header == plans[0].shards[0].header for plan in plans)
-    return [manifest.settle(plan, overwrite) for plan in plans]
+    return [settle(plan, overwrite) for plan in plans]
 
 
-def _is_done(plan: Plan, state: manifest.State) -> bool:
-    return state == "finished" and manifest.is_tidy(plan)
+def _is_done(plan: Plan, state: State) -> bool:
+    return state == "finished" and is_tidy(plan)
 
 
-Todo = tuple[Candidate, Plan, manifest.State]
+Todo = tuple[Candidate, Plan, State]
 
 
 def _batches(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
@@ -177,14 +181,14 @@ def take(
     recipe = _taken(swept, choice.name).model_copy(update={"out": out})
     chosen = (read_sweep(swept.folder) or {}).get("chosen")
     there = open_store(recipe.out) if scheme_of(recipe.out) != HUB else None
-    if chosen and there and there.has(manifest.RUN):
-        now, wanted = manifest.begun(there)["recipe"], json.loads(json.dumps(recipe.decides()))
+    if chosen and there and there.has(RUN):
+        now, wanted = begun(there)["recipe"], json.loads(json.dumps(recipe.decides()))
         overwrite |= now == chosen["decides"] and now != wanted
     how = chosen_text(swept, choice)
     result = prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
     if result.nothing_to_do and there and how not in there.read(CARD).decode(errors="replace"):
         plan = replace(result.plan, chosen=how)
-        there.write(CARD, model_card(plan, manifest.read_table(recipe.out)).encode())
+        there.write(CARD, model_card(plan, read_table(recipe.out)).encode())
     return result
 
 
@@ -257,13 +261,13 @@ def write_sweep(swept: Swept) -> dict[str, Any]:
     facts = sweep_facts(swept)
     if not facts["chosen"]:
         facts["chosen"] = (read_sweep(swept.folder) or {}).get("chosen")
-    open_store(swept.folder).write(SWEEP, json.dumps(facts, indent=1).encode())
+    open_store(swept.folder).write(SWEEP_FILE, json.dumps(facts, indent=1).encode())
     return facts
 
 
 def read_sweep(folder: str) -> dict[str, Any] | None:
     """Record of the last sweep in this folder; None if there was none."""
     store = open_store(folder)
-    if not store.has(SWEEP):
+    if not store.has(SWEEP_FILE):
         return None
-    return read_record(store, SWEEP, SweepRecord, "not what a sweep of this version has come to")
+    return read_record(store, SWEEP_FILE, SweepRecord, "not what a sweep of this version has come to")

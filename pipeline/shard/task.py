@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from safetensors.numpy import load, save
 
+from fapm.layout import measure_name, sample_name
 from fapm.plan import Group, PairedTensor, Shard
 from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS
@@ -99,30 +100,6 @@ def known_threshold(recipe: Recipe, group: Group, density: float) -> Threshold |
 
 
 # The files.
-
-ARRAYS = ".arrays"
-"""How the names of samples and counts end."""
-
-
-def sample_name(shard: int) -> str:
-    return f"fapm/work/sample-{shard:05d}{ARRAYS}"
-
-
-def measure_name(shard: int, round_: int) -> str:
-    return f"fapm/work/measure-{round_}-{shard:05d}{ARRAYS}"
-
-
-def record_name(shard: int) -> str:
-    return f"fapm/work/shard-{shard:05d}.json"
-
-
-def rows_name(shard: int) -> str:
-    return f"fapm/work/shard-{shard:05d}.rows"
-
-
-def delta_facts_name(shard: int) -> str:
-    return f"fapm/work/delta-{shard:05d}.json"
-
 
 READ_BYTES = "read_bytes"
 """In a file of samples or counts, what it cost to make."""

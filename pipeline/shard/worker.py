@@ -27,6 +27,7 @@ import numpy as np
 
 from fapm.errors import DeviceError
 from fapm.formats.tensor import Sides
+from fapm.layout import delta_facts_name, measure_name, record_name, rows_name, sample_name
 from fapm.plan import PairedTensor, Shard
 from fapm.recipe import LEAST_DEVICE_MEMORY, LEAST_MEMORY, Recipe, format_bytes
 from fapm.scoring.device import has_failed, is_full, make_engine
@@ -39,19 +40,7 @@ from fapm.shard.sample import LONG_RUN, RUN, Sample, cross_shard_size, far, surv
 from fapm.shard.section import Section, sections
 from fapm.shard.staging import shares
 from fapm.shard.table import MEASURED
-from fapm.shard.task import (
-    Done,
-    Interrupted,
-    Task,
-    delta_facts_name,
-    here,
-    load_means,
-    measure_name,
-    record_name,
-    rows_name,
-    sample_name,
-    save_arrays,
-)
+from fapm.shard.task import Done, Interrupted, Task, here, load_means, save_arrays
 from fapm.shard.writing import BUFFER_BYTES, BUFFERS, AnySink, Direct, Sink
 from fapm.storage.address import open_store
 from fapm.storage.store import Store, Writer

@@ -32,9 +32,10 @@ from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from fapm.errors import PassingError, TakenOverError, UserError
+from fapm.layout import LOCKS
 from fapm.storage.answers import FINAL, code_of, explained
 from fapm.storage.s3 import boto3_client, obstore_options
-from fapm.storage.store import LOCKS, FileStat, Store
+from fapm.storage.store import FileStat, Store
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig

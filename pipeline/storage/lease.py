@@ -33,10 +33,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fapm.errors import PassingError, UserError
+from fapm.layout import LOCKS, TEMPORARY
 from fapm.storage.address import open_store
-from fapm.storage.local import TEMPORARY, Folder, plain_errors
+from fapm.storage.local import Folder, plain_errors
 from fapm.storage.records import Count, Record, checked
-from fapm.storage.store import LOCKS, Store
+from fapm.storage.store import Store
 
 _Word = Annotated[str, Field(max_length=300)]
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from fapm.errors import PassingError, UserError
+from fapm.layout import TEMPORARY
 from fapm.storage.store import FileStat, Store
 
-TEMPORARY = "fapm/tmp"
 """In the output folder, so that publishing is a rename within one file system."""
 
 

@@ -10,9 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-LOCKS = "fapm/lock"
-"""In an output folder, the locks of the runs that want it (`storage.lease`)."""
-
 
 @dataclass(frozen=True, slots=True)
 class FileStat:

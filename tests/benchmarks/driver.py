@@ -28,9 +28,10 @@ import numpy as np
 
 from fapm import Recipe, make_plan, prune, run
 from fapm.formats.header import build_header
+from fapm.layout import measure_name, record_name, rows_name, sample_name
 from fapm.scoring.threshold import coarse_histogram, histograms, key_of
 from fapm.shard.table import MEASURED
-from fapm.shard.task import Done, measure_name, record_name, rows_name, sample_name, save_arrays
+from fapm.shard.task import Done, save_arrays
 from fapm.shard.worker import Worker
 from fapm.storage.local import Folder
 
@@ -190,7 +191,7 @@ def nothing(worker: Worker, task: Any, following: Any) -> Done:
 
 def on_ray(folder: Path, shards: int, workers: int) -> None:
     """What a shard costs that is handed to a Ray actor and comes back at once."""
-    from fapm import manifest
+    from fapm.manifest import state
     from fapm.cluster.pool import RayPool
     from fapm.schedule import Watch
     from fapm.selection import groups_of
@@ -204,7 +205,7 @@ def on_ray(folder: Path, shards: int, workers: int) -> None:
     )
     plan = make_plan(recipe)
     with lease(recipe.out) as out:
-        manifest.begin(plan, "new", out)
+        state.begin(plan, "new", out)
         pool = RayPool(plan, out, Watch(), "local")
         pool.wait_until_ready()
         tasks = [Task(shard, groups_of(plan, shard)) for shard in plan.shards]

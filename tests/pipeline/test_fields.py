@@ -100,7 +100,7 @@ def test_a_run_that_was_stopped_before_midnight_goes_on_in_its_folder(runs, monk
     save(Path("base"), {f"{i}.weight": torch.randn(30, 30) for i in range(4)})
     save(Path("runs/checkpoint-900"), {f"{i}.weight": torch.randn(30, 30) for i in range(4)})
     with monkeypatch.context() as patch:
-        patch.setattr("fapm.manifest.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("fapm.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             runs.prune(day=1, shard_size="4kB")
     result = runs.prune(day=2, shard_size="4kB")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoints import coarse, gaussian, load, save, weights_of
 
-from fapm import UserError, make_plan, manifest, prune
+from fapm import UserError, make_plan, prune
 from fapm.checking.verify import verify
 from fapm.errors import PassingError
 from fapm.pool import Threads
@@ -335,7 +335,7 @@ def test_a_group_that_keeps_another_number_is_refused(runner, monkeypatch):
     runner.write(*coarse(SHAPES))
     recipe = runner.recipe("out", scope="global", **SHARDS)
     path = runner.folder / "finetuned" / "model.safetensors"
-    monkeypatch.setattr(manifest, "check_inputs", lambda plan: None)
+    monkeypatch.setattr("fapm.manifest.finish.check_inputs", lambda plan: None)
     write, changed = Worker.write, []
 
     def late(self, task, following):

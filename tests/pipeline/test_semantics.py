@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from fapm import UserError, prune
 from fapm.checking.verify import verify
-from fapm.manifest import load_manifest, read_table
+from fapm.manifest.read import load_manifest, read_table
 from fapm.shard import sample
 
 METHODS = ["fapm", "magnitude", "relative", "random", "dare", "wise-ft"]

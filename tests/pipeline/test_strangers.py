@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from fapm import UserError
 from fapm.cluster.cli import cli
-from fapm.manifest import MANIFEST
+from fapm.layout import MANIFEST
 
 SHAPES = {"model.layers.0.a.weight": (30, 40), "model.layers.1.a.weight": (8,)}
 SECRET = "TOKEN=hunter2"
@@ -175,7 +175,7 @@ def test_a_link_in_a_sweeps_output_is_refused(place, name):
 @pytest.mark.parametrize("late", ["fapm", "fapm/tmp"])
 def test_a_link_that_comes_while_a_run_is_at_work_is_not_followed(place, late):
     """Between the look and the writing."""
-    from fapm import manifest
+    from fapm.manifest import state
     from fapm.storage.lease import lease
 
     elsewhere = place.parent / "elsewhere"
@@ -188,7 +188,7 @@ def test_a_link_that_comes_while_a_run_is_at_work_is_not_followed(place, late):
             lambda: out.write("fapm/b", b"2"),
             lambda: out.append("fapm/log.jsonl", b"{}"),
             lambda: out.remove("fapm/file"),
-            lambda: manifest._clear(out),
+            lambda: state._clear(out),
         ):
             with contextlib.suppress(UserError):
                 change()

@@ -14,7 +14,7 @@ from checkpoints import gaussian, save, weights_of
 
 from fapm import Recipe, prune
 from fapm.formats.header import build_header
-from fapm.manifest import load_manifest
+from fapm.manifest.read import load_manifest
 from fapm.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 from fapm.storage.local import Reader
 

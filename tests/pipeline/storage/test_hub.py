@@ -20,11 +20,12 @@ from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
 from fapm.errors import PassingError
 from fapm.formats.checkpoint import open_checkpoint
-from fapm.manifest import look, version
+from fapm.manifest.state import look
 from fapm.publish import prune as publish
 from fapm.schedule import Watch
 from fapm.storage import bucket
 from fapm.storage.address import input_address, open_store, repository_of, split
+from fapm.version import version
 
 SHAPES = {"model.layers.0.a": (300, 400), "model.layers.0.norm": (64,), "model.layers.1.a": (512, 700)}
 

@@ -17,9 +17,9 @@ from checkpoints import gaussian, weights_of
 from pace import wait_until
 
 from fapm.errors import PassingError
+from fapm.layout import LOCKS, TEMPORARY
 from fapm.storage import lease as holding
-from fapm.storage.lease import LOCKS, lease
-from fapm.storage.local import TEMPORARY
+from fapm.storage.lease import lease
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from fapm.errors import UserError
+from fapm.layout import TEMPORARY
 from fapm.shard.writing import BUFFER_BYTES, Sink
-from fapm.storage.local import TEMPORARY, Folder, Reader
+from fapm.storage.local import Folder, Reader
 
 OUTSIDE = [
     "../x", "a/../../x", "/etc/passwd", "..", ".", "", "a/..", "a//b", "a/", "./a", "a/./b", "a\0b",

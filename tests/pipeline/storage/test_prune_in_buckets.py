@@ -163,7 +163,7 @@ def test_a_sweep_into_a_bucket(client, home, runner, between, emit):
 
 
 def test_headers_are_all_that_a_plan_reads(client, home, runner, between):
-    from fapm.manifest import look
+    from fapm.manifest.state import look
 
     between.reset()
     plan, _ = look(recipe(home, runner, *ALL))

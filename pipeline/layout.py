@@ -1,0 +1,48 @@
+"""Layout of an output folder: the name of every file in it, once.
+
+fapm/run.json            recipe and identity of the inputs; written first
+fapm/log.jsonl           what happened, a JSON object a line
+fapm/lock/N              leases; fapm/tmp/TOKEN: what their holders are writing
+fapm/work/…              records of finished shards, counts, thresholds; removed at the end
+model-….safetensors      each appears whole
+model.safetensors.index.json, side files, fapm/recipe.yaml, fapm/tensors.parquet, config.json
+fapm/manifest.json       written last: with it, and only with it, the run is finished
+sweep/NAME/…             candidates of which the output was chosen
+"""
+
+RUN = "fapm/run.json"
+LOG = "fapm/log.jsonl"
+LOCKS = "fapm/lock"
+"""Folder of the locks of the runs that want the output (`storage.lease`)."""
+TEMPORARY = "fapm/tmp"
+"""Folder of what is being written, by the token of its lease."""
+WORK = "fapm/work"
+MANIFEST = "fapm/manifest.json"
+RECIPE = "fapm/recipe.yaml"
+TABLE = "fapm/tensors.parquet"
+INDEX = "model.safetensors.index.json"
+THRESHOLDS = f"{WORK}/thresholds.json"
+SWEEP = "sweep"
+
+ARRAYS = ".arrays"
+"""End of the names of samples and counts."""
+
+
+def sample_name(shard: int) -> str:
+    return f"{WORK}/sample-{shard:05d}{ARRAYS}"
+
+
+def measure_name(shard: int, round_: int) -> str:
+    return f"{WORK}/measure-{round_}-{shard:05d}{ARRAYS}"
+
+
+def record_name(shard: int) -> str:
+    return f"{WORK}/shard-{shard:05d}.json"
+
+
+def rows_name(shard: int) -> str:
+    return f"{WORK}/shard-{shard:05d}.rows"
+
+
+def delta_facts_name(shard: int) -> str:
+    return f"{WORK}/delta-{shard:05d}.json"
