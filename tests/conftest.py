@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on cores that others use lose most of both
@@ -20,6 +21,10 @@ from pace import patience
 
 from fapm import Recipe, prune
 from fapm.run import Result
+
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "/not/there"}
+"""For Ray, which makes one in the home from 2.60 on, and uses it. Tests about tokens have their own."""
+os.environ.update(NO_TOKEN)
 
 
 class Runner:
@@ -106,19 +111,21 @@ def runner(tmp_path: Path) -> Runner:
 
 
 @pytest.fixture
-def new_runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Runner]:
+def new_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Runner]]:
     """For tests that need several pairs, such as those of hypothesis."""
-    return lambda: Runner(tmp_path_factory.mktemp("pair"))
+    made: list[Path] = []
+
+    def new() -> Runner:
+        made.append(tmp_path_factory.mktemp("pair"))
+        return Runner(made[-1])
+
+    yield new
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def no_token_of_this_machine() -> Iterator[None]:
-    """What one test lets Ray know of tokens is not there for the next, nor one in the home of whoever runs them."""
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ["RAY_AUTH_TOKEN_PATH"] = "/not/there"
+    """What one test lets Ray know of tokens is not there for the next."""
     yield
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+    os.environ.update(NO_TOKEN)

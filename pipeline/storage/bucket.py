@@ -52,6 +52,7 @@ CHECK_SECONDS = 1.0
 
 _REQUEST_BYTES = 16 << 20  # of a file, at once
 _PARTS_AT_ONCE = 4
+_PUTS = 20  # of one small file, where each meets another's
 CLIENT: ClientConfig = {
     "connect_timeout": timedelta(seconds=5),
     "read_timeout": timedelta(seconds=30),
@@ -360,27 +361,37 @@ class Bucket:
         if not self.token:
             patiently(self.at(name), lambda: obstore.put(self.client, self.key(name), data, use_multipart=False))
             return
-        while not patiently(self.at(name), lambda: self._put(name, data)):
-            pass  # somebody else has written it: a predecessor that is late, or a successor, of which `_put` knows
+        for _ in range(_PUTS):
+            if patiently(self.at(name), lambda: self._put(name, data)):
+                return  # else somebody else has written it: a predecessor that is late, or a successor: `_put` knows
+        raise PassingError(f"{self.at(name)} is written again and again by another; look who else is at work there")
 
     def _put(self, name: str, data: bytes) -> bool:
         """Write a file if nobody writes it meanwhile; whether that is so."""
         key = self.key(name)
-        try:
-            before = obstore.head(self.client, key)
-        except FileNotFoundError:
-            before = None
+        before = self._tag(key)
         self._check_now_and_then()
-        as_before = {part: before[part] for part in ("e_tag", "version") if before[part]} if before else {}
-        mode: Any = (as_before or "overwrite") if before else "create"
+        mode: Any = "create" if before is None else before or "overwrite"
         try:
             obstore.put(self.client, key, data, mode=mode, use_multipart=False)
         except (AlreadyExistsError, PreconditionError):
-            # Perhaps by this very request, whose answer was lost.
-            return self._content(key) == data
+            if self._content(key) == data:  # by this very request, whose answer was lost
+                return True
+            if not before or self._tag(key) != before:
+                return False
+            # Nobody has written it: this store does not know its own tag, as Ceph's gateway none in quotes.
+            obstore.put(self.client, key, data, use_multipart=False)
         except NotSupportedError:  # of conditions on what is there; those on locks are tried when one is made
             obstore.put(self.client, key, data, use_multipart=False)
         return True
+
+    def _tag(self, key: str) -> dict[str, Any] | None:
+        """By what a store tells a file from what it was, empty where it does not; None if the file is not there."""
+        try:
+            found = obstore.head(self.client, key)
+        except FileNotFoundError:
+            return None
+        return {part: found[part] for part in ("e_tag", "version") if found[part]}
 
     def _content(self, key: str) -> bytes | None:
         try:

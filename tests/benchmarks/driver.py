@@ -191,8 +191,8 @@ def nothing(worker: Worker, task: Any, following: Any) -> Done:
 
 def on_ray(folder: Path, shards: int, workers: int) -> None:
     """What a shard costs that is handed to a Ray actor and comes back at once."""
-    from fapm.manifest import state
     from fapm.cluster.pool import RayPool
+    from fapm.manifest import state
     from fapm.schedule import Watch
     from fapm.selection import groups_of
     from fapm.shard.task import Task

@@ -376,6 +376,32 @@ def test_who_is_alone_may_write_there(forgetful):
     assert open_store(forgetful).files().keys() == {"a"} and open_store(forgetful).read("a") == b"2"
 
 
+def test_a_store_that_does_not_know_its_own_tag_is_written_without_it(endpoint, name, monkeypatch):
+    """As Ceph's gateway, to which a tag in quotes is another: the run once asked it again for ever."""
+    with proxy(endpoint) as between:
+        s3.use(monkeypatch, between.url)
+        with lease(f"s3://{name}/out") as out:
+            out.write("a", b"1")
+            between.refuses = lambda asked: (
+                (412, "<Error><Code>PreconditionFailed</Code></Error>")
+                if asked.command == "PUT" and "If-Match" in asked.headers
+                else None
+            )
+            out.write("a", b"2")
+            out.append("log", b"3", now=True)
+            out.append("log", b"4", now=True)
+    assert open_store(f"s3://{name}/out").read("a") == b"2" and open_store(f"s3://{name}/out").read("log") == b"34"
+
+
+def test_a_file_that_another_writes_all_the_time_is_given_up(name, monkeypatch):
+    with lease(f"s3://{name}/out") as out:
+        out.write("a", b"0")
+        tags = iter(range(1000))
+        monkeypatch.setattr(out, "_tag", lambda key: {"e_tag": f'"{next(tags)}"'})
+        with pytest.raises(PassingError, match="a is written again and again by another"):
+            out.write("a", b"1")
+
+
 def test_another_s_lock_under_the_same_number_is_noticed(forgetful, monkeypatch):
     """As where both were told that they are alone."""
     monkeypatch.setattr(bucket, "CHECK_SECONDS", 0.0)
