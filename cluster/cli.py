@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from fapm.choosing.evaluation import Evaluate, Said
     from fapm.cluster.submission import Place
-    from fapm.plan import Plan
+    from fapm.planning.plan import Plan
     from fapm.pool import Pool
     from fapm.recipe import Recipe
     from fapm.run import MakePool

@@ -27,7 +27,7 @@ from fapm.dispatcher import Accept, Action, Ask, Dispatcher, Loss, Release, Star
 from fapm.errors import DeviceError, PassingError, UserError
 from fapm.layout import RUN
 from fapm.manifest.state import unfinished_shards
-from fapm.plan import Plan
+from fapm.planning.plan import Plan
 from fapm.pool import Step, cores
 from fapm.recipe import Recipe
 from fapm.run import MakePool

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from fapm.errors import one_line
 
 if TYPE_CHECKING:
-    from fapm.plan import Plan
+    from fapm.planning.plan import Plan
     from fapm.schedule import Watch
 
 _REDRAW_SECONDS = 0.2

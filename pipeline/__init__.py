@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fapm.errors import UserError as UserError
-    from fapm.plan import make_plan as make_plan
+    from fapm.planning.make import make_plan as make_plan
     from fapm.publish import prune as prune
     from fapm.recipe import Recipe as Recipe
 

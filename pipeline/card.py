@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData, RepoCard
 from fapm.errors import UserError, one_line
 from fapm.formats.checkpoint import Checkpoint, read_config
 from fapm.formats.side_files import CARD
-from fapm.plan import Plan
+from fapm.planning.plan import Plan
 from fapm.recipe import EVERYTHING, option_words
 from fapm.scoring.methods import METHODS
 from fapm.storage.address import repository_of, split

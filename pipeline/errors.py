@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -62,3 +63,9 @@ class TakenOverError(PassingError):
 
 class DeviceError(PassingError):
     """A device that computes has failed, and the process that used it cannot go on."""
+
+
+def listed(names: Iterable[str], count: int = 3) -> str:
+    """The first few of some names, for a sentence."""
+    found = list(names)
+    return ", ".join(found[:count]) + (", …" if len(found) > count else "") or "none"

@@ -22,7 +22,7 @@ from fapm.choosing.sweep import read_sweep
 from fapm.errors import UserError
 from fapm.layout import MANIFEST, SWEEP
 from fapm.manifest.read import load_manifest, read_table
-from fapm.plan import group_of
+from fapm.planning.shards import group_of
 from fapm.recipe import format_bytes
 from fapm.report import kept_text, measure_text, run_facts, run_text
 from fapm.storage.address import inside, open_store

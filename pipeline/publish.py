@@ -23,7 +23,8 @@ from fapm import run
 from fapm.errors import PassingError, UserError
 from fapm.layout import LOG, MANIFEST, RECIPE, RUN
 from fapm.manifest.state import differences, identity, shard_files
-from fapm.plan import Plan, make_plan
+from fapm.planning.make import make_plan
+from fapm.planning.plan import Plan
 from fapm.recipe import PATHS, Recipe
 from fapm.run import MakePool, Result
 from fapm.schedule import Watch

@@ -16,7 +16,8 @@ from fapm.advice import advice_text, advise
 from fapm.choosing.skills import AXES, DEFINITIONS
 from fapm.errors import one_line
 from fapm.formats.checkpoint import Checkpoint
-from fapm.plan import PairedTensor, Plan, group_of
+from fapm.planning.plan import PairedTensor, Plan
+from fapm.planning.shards import group_of
 from fapm.pool import cores
 from fapm.recipe import EVERYTHING, format_bytes, parse_rule
 from fapm.scoring.methods import METHODS

@@ -13,7 +13,7 @@ from fapm.log import Log
 from fapm.manifest.finish import finish, is_tidy, replaceable_bytes, tidy
 from fapm.manifest.read import load_manifest
 from fapm.manifest.state import State, begin, check_folder, look, unfinished_shards
-from fapm.plan import Plan
+from fapm.planning.plan import Plan
 from fapm.pool import Pool, Threads, default_workers
 from fapm.recipe import Recipe, format_bytes
 from fapm.schedule import WRITTEN, LeasedRun, Request, Schedule, Watch, in_lockstep

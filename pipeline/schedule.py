@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from fapm.plan import Plan
+from fapm.planning.plan import Plan
 from fapm.pool import Pool, Step
 from fapm.recipe import format_bytes
 from fapm.shard.task import Done, Task

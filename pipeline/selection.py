@@ -13,7 +13,7 @@ import numpy as np
 
 from fapm.layout import THRESHOLDS, WORK, measure_name, sample_name
 from fapm.manifest.read import read_run_file
-from fapm.plan import Group, Plan, Shard
+from fapm.planning.plan import Group, Plan, Shard
 from fapm.schedule import COUNTED, SAMPLED, Request
 from fapm.schemas import ThresholdsRecord
 from fapm.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms

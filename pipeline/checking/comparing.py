@@ -15,7 +15,7 @@ import numpy as np
 from fapm.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_to, upcast, values
 from fapm.formats.tensor import Part, Sides, TensorInfo
 from fapm.layout import TABLE
-from fapm.plan import PairedTensor, Plan
+from fapm.planning.plan import PairedTensor, Plan
 from fapm.scoring.methods import METHODS, evaluate, stream_of
 from fapm.scoring.threshold import key_of, score_of
 from fapm.storage.store import Store

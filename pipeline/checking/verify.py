@@ -26,7 +26,8 @@ from fapm.formats.header import read_header
 from fapm.formats.tensor import Part, Sides, TensorInfo
 from fapm.layout import INDEX, TABLE
 from fapm.manifest.read import load_manifest, read_table
-from fapm.plan import Plan, make_plan
+from fapm.planning.make import make_plan
+from fapm.planning.plan import Plan
 from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS
 from fapm.scoring.threshold import MAX_KEY, score_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fapm import run
-from fapm.plan import Plan
+from fapm.planning.plan import Plan
 from fapm.recipe import EVERYTHING, Recipe
 from fapm.storage.address import HUB, absolute, open_store, scheme_of, split
 from fapm.storage.local import Folder

@@ -25,7 +25,8 @@ from fapm.layout import RUN, SWEEP
 from fapm.manifest.finish import is_tidy, tidy
 from fapm.manifest.read import load_manifest, read_table
 from fapm.manifest.state import State, begin, begun, check_folder, refuse_links, settle
-from fapm.plan import Plan, make_plans
+from fapm.planning.make import make_plans
+from fapm.planning.plan import Plan
 from fapm.publish import prune, staged_recipe
 from fapm.recipe import Recipe, binary
 from fapm.run import MakePool, Result

@@ -628,3 +628,9 @@ def _compare_with_index(
 
 def _more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def architecture(side: Checkpoint) -> str:
+    """The class of its model, as its configuration calls it; empty where it does not."""
+    listed = read_config(side).get("architectures")
+    return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""

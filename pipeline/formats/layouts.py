@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from fapm.errors import UserError
 from fapm.formats.dtypes import itemsize
+from fapm.formats.names import renaming
 from fapm.formats.tensor import Part, Side, Sides, TensorInfo, formed
 
 _TABLE = Path(__file__).with_name("layouts.json")
@@ -508,3 +510,42 @@ def _run(mine: Block, other: Block, low: Iterable[int], high: Iterable[int], par
             merged.append((count, far, near))
     shape, to_strides, of_strides = zip(*merged, strict=True) if merged else ((), (), ())
     return Run(tuple(shape), part, to, tuple(to_strides), of, tuple(of_strides))
+
+
+def in_layout_of(
+    base: dict[str, TensorInfo],
+    wanted: dict[str, TensorInfo],
+    of_base: str,
+    of_finetuned: str,
+    all_of_it: bool,
+    warnings: list[str],
+) -> dict[str, TensorInfo]:
+    """base's tensors, those without a partner as finetuned keeps them where it is in another layout of one model.
+
+    Args:
+        of_base, of_finetuned: the classes of their models.
+        all_of_it: refuse what becomes another by an operation that is not known here.
+    """
+    ours = {name: info for name, info in base.items() if name not in wanted}
+    theirs = {name: info for name, info in wanted.items() if name not in base}
+    if not ours or not theirs:
+        return base
+    (here, lost), (there, lost_too) = in_memory(ours, of_base), in_memory(theirs, of_finetuned)
+    if all_of_it and (lost or lost_too):
+        raise UserError(
+            f"base and finetuned are in two layouts of {of_finetuned}, and how {min([*lost, *lost_too])} becomes what "
+            "the other has is not known here: save them in one layout (transformers: load each, and save_pretrained)"
+        )
+    moves = renaming(here, there, (), [])
+    found, used = arranged_like({moves[name]: array for name, array in here.items()}, there, ours, theirs)
+    if not found:
+        return base
+    unclear = reordered(base.keys() & wanted.keys(), of_finetuned)
+    if unclear:
+        raise UserError(
+            f"base and finetuned are in two layouts of {of_finetuned}, and {min(unclear)}, which has one name in both, "
+            "is not the same in both: save them in one layout (transformers: load each, and save_pretrained)"
+        )
+    called = f" of {of_finetuned}" if of_finetuned else ""
+    warnings.append(f"base is compared in finetuned's layout{called} ({len(found)} tensors)")
+    return {name: info for name, info in base.items() if name not in used} | found

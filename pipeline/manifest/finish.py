@@ -32,7 +32,9 @@ from fapm.layout import (
 )
 from fapm.manifest.read import read_run_file, read_table
 from fapm.manifest.state import State, identity
-from fapm.plan import Plan, Shard, index_json, is_untied, vocabulary_of
+from fapm.planning.plan import Plan, Shard
+from fapm.planning.shards import index_json
+from fapm.planning.vocabulary import is_untied, vocabulary_of
 from fapm.recipe import PATHS, Recipe
 from fapm.schemas import ShardRecord
 from fapm.scoring.methods import METHODS

@@ -13,7 +13,8 @@ from fapm.errors import UserError
 from fapm.formats.delta import DELTA, delta_name
 from fapm.layout import INDEX, LOCKS, MANIFEST, RUN, SWEEP, TEMPORARY, WORK, record_name
 from fapm.manifest.read import read_run_file
-from fapm.plan import Plan, Shard, make_plan
+from fapm.planning.make import make_plan
+from fapm.planning.plan import Plan, Shard
 from fapm.recipe import Recipe
 from fapm.schemas import RunRecord
 from fapm.storage.address import HUB, absolute, matching, open_store, scheme_of, split

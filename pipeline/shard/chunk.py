@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fapm.formats.dtypes import TORCH_NAMES, bits, convert, nonfinite, round_to, upcast, values
-from fapm.plan import PairedTensor
+from fapm.planning.plan import PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import Chunk, StoredChunk
 from fapm.scoring.methods import METHODS, stream_of

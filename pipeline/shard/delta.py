@@ -23,7 +23,7 @@ from fapm.formats.dtypes import is_weight, itemsize
 from fapm.formats.header import build_header
 from fapm.formats.sparse import COLUMNS, DELTA_BLOCK, Patched
 from fapm.formats.tensor import Alias, Part, Sides
-from fapm.plan import PairedTensor, Shard
+from fapm.planning.plan import PairedTensor, Shard
 from fapm.storage.local import plain_errors
 from fapm.storage.store import Store, Writer
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fapm.errors import UserError
 from fapm.formats.dtypes import convert, is_weight, itemsize, refuse_overflow, upcast
-from fapm.plan import Group, PairedTensor
+from fapm.planning.plan import Group, PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import AnyChunk, Chunk, Counted, Engine, Pass, StoredChunk
 from fapm.scoring.methods import METHODS, evaluate

@@ -20,7 +20,7 @@ import numpy as np
 
 from fapm.formats.dtypes import itemsize
 from fapm.formats.tensor import Part, Range, Side, Sides
-from fapm.plan import PairedTensor
+from fapm.planning.plan import PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import DeviceEngine, StoredChunk
 from fapm.shard.section import ALIGN, ALIGN_SMALL, LARGE, PIECE_BYTES, Piece, Section, Slice, sections, slack

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fapm.formats.dtypes import bits
-from fapm.plan import Group, PairedTensor
+from fapm.planning.plan import Group, PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import DeviceEngine, StoredChunk
 from fapm.scoring.methods import METHODS, evaluate

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fapm.formats.dtypes import itemsize
 from fapm.formats.tensor import TensorInfo
-from fapm.plan import PairedTensor
+from fapm.planning.plan import PairedTensor
 from fapm.scoring.methods import BLOCK
 
 CHUNK = 1 << 20

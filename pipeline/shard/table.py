@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fapm.plan import Group, PairedTensor, Shard, weights_of
+from fapm.planning.plan import Group, PairedTensor, Shard, weights_of
 from fapm.scoring.threshold import score_of
 
 if TYPE_CHECKING:

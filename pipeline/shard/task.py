@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from fapm.layout import measure_name, sample_name
-from fapm.plan import Group, PairedTensor, Shard
+from fapm.planning.plan import Group, PairedTensor, Shard
 from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS
 from fapm.scoring.threshold import KEEP_ALL, KEEP_NONE, Bracket, Threshold, at_the_ends

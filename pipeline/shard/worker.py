@@ -28,7 +28,7 @@ import numpy as np
 from fapm.errors import DeviceError
 from fapm.formats.tensor import Sides
 from fapm.layout import delta_facts_name, measure_name, record_name, rows_name, sample_name
-from fapm.plan import PairedTensor, Shard
+from fapm.planning.plan import PairedTensor, Shard
 from fapm.recipe import LEAST_DEVICE_MEMORY, LEAST_MEMORY, Recipe, format_bytes
 from fapm.scoring.device import has_failed, is_full, make_engine
 from fapm.scoring.engine import DeviceEngine, Engine

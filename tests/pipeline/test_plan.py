@@ -16,7 +16,9 @@ from pace import at_once
 from fapm import Recipe, UserError, make_plan
 from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.tensor import TensorInfo
-from fapm.plan import MOST_TENSORS, PairedTensor, cut, group, group_of, index_json, plan_pair
+from fapm.planning.make import plan_pair
+from fapm.planning.plan import PairedTensor
+from fapm.planning.shards import MOST_TENSORS, cut, group, group_of, index_json
 from fapm.selection import to_measure
 from fapm.storage.local import Folder
 

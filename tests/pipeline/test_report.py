@@ -9,7 +9,7 @@ from checkpoints import gaussian, save
 from fapm import prune
 from fapm.formats.checkpoint import open_checkpoint
 from fapm.manifest.read import read_table
-from fapm.plan import make_plan
+from fapm.planning.make import make_plan
 from fapm.report import (
     checkpoint_facts,
     checkpoint_text,

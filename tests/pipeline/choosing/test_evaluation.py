@@ -284,7 +284,7 @@ def test_a_failed_evaluation_does_not_end_the_others(pair):
 def test_an_adapter_is_evaluated_merged(pair):
     """Whatever finetuned is stored like, what is evaluated is a checkpoint."""
     from fapm.choosing.sources import at_hand, inputs
-    from fapm.plan import make_plan
+    from fapm.planning.make import make_plan
 
     prune(Recipe.of(base="base", finetuned="finetuned", out="delta", emit="delta", rules=["*=finetuned"], device="cpu"))
     plan = make_plan(Recipe.of(base="base", finetuned="delta", out="out", device="cpu"))

@@ -13,7 +13,7 @@ import torch
 from checkpoints import Tensors, gaussian, save
 
 from fapm import Recipe, UserError, make_plan
-from fapm.plan import Plan
+from fapm.planning.plan import Plan
 from fapm.scoring.device import make_engine
 from fapm.scoring.threshold import Bracket, Threshold, histograms, key_of
 from fapm.shard import passes

@@ -11,7 +11,7 @@ import torch
 from checkpoints import Tensors, gaussian
 
 from fapm import prune
-from fapm.plan import make_plan
+from fapm.planning.make import make_plan
 from fapm.schedule import Watch
 from fapm.shard import sample
 from fapm.shard.sample import Sample, survey

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fapm import Recipe, make_plan
 from fapm.formats.tensor import TensorInfo
-from fapm.plan import PairedTensor
+from fapm.planning.plan import PairedTensor
 from fapm.shard import section
 from fapm.shard.reading import BUFFER_BYTES, NOTHING, Pieces, SectionReader
 from fapm.shard.section import MOST_RANGES, PIECE_BYTES, SMALL, sections

@@ -1,0 +1,142 @@
+"""Planning: all that will be done, from headers alone, so that whatever can be known to be wrong is known now."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from fapm import fields
+from fapm.errors import UserError, listed, printable
+from fapm.formats.accounts import Account, account
+from fapm.formats.checkpoint import Checkpoint, open_checkpoint, read_config
+from fapm.formats.newest import newest
+from fapm.formats.side_files import is_code
+from fapm.formats.tensor import Side, TensorInfo
+from fapm.formats.unpaired import refuse_strangers
+from fapm.formats.vocabulary import tied_to
+from fapm.planning.pairing import as_finetuned_names_it, pair_all, refuse_unpaired_of
+from fapm.planning.plan import PairedTensor, Plan
+from fapm.planning.shards import cut, default_shard_size, group
+from fapm.planning.vocabulary import compare_vocabularies, tied_heads
+from fapm.recipe import Recipe
+from fapm.scoring.methods import METHODS
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Read the headers of both checkpoints and plan the whole run.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or the two do not belong together.
+    """
+    return make_plans([recipe])[0]
+
+
+def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
+    """The plans of several runs over the same inputs, which are opened once."""
+    times, recipe = fields.times(), recipes[0]
+    base, not_base = newest(fields.fill(recipe.base, times), "base")
+    finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
+    with without_collection():
+        pickles = recipe.allow_pickle
+        known = open_checkpoint(base, "base", allow_pickle=pickles, plain_codes=recipe.plain_codes)
+        tuned = open_checkpoint(
+            finetuned, "finetuned", known, recipe.renames, pickles, recipe.on_conflict, recipe.plain_codes
+        )
+        plans = []
+        for given in recipes:
+            plan = plan_pair(given.model_copy(update={"base": base, "finetuned": finetuned}), known, tuned)
+            plans.append(replace(plan, given=given, warnings=(*not_base, *not_finetuned, *plan.warnings)))
+        return plans
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A plan is many small objects, none of them garbage: looking for some takes half as long again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
+    """The plan for two opened checkpoints; pure."""
+    warnings = [*base.warnings, *finetuned.warnings]
+    base = as_finetuned_names_it(recipe, base, finetuned, warnings)
+    left_out = tuple(sorted(base.tensors.keys() - finetuned.tensors.keys()))
+    added = tuple(sorted(finetuned.tensors.keys() - base.tensors.keys()))
+    if len(added) == len(finetuned.tensors):
+        refuse_strangers(base.tensors, finetuned.tensors)
+    heads = tied_heads(base, finetuned, added, warnings)
+    if recipe.unpaired == "error":
+        refuse_unpaired_of(recipe, base, finetuned, heads)
+    paired = pair_all(recipe, base, finetuned, heads, warnings)
+    compare_vocabularies(recipe, base, finetuned, paired, warnings)
+    alone = []
+    for name in left_out:
+        embedding = tied_to(base.tensors[name], finetuned)
+        if embedding:
+            warnings.append(f"{name} is left out: finetuned ties it to {embedding.name}")
+        else:
+            alone.append(name)
+    if alone:
+        warnings.append(f"{len(alone)} tensor(s) that only base has are left out: {listed(alone)}")
+    added = tuple(name for name in added if name not in heads)
+    if added:
+        warnings.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {listed(added)}")
+    if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
+        warnings.append("base and finetuned are the same folder: the output will be its copy")
+    warnings += _left_behind(recipe, finetuned)
+    warnings += _ignored_settings(recipe, [t.name for t in paired])
+    if recipe.emit != "checkpoint" and any(t.folder for t in paired):
+        raise UserError(
+            f"--emit {recipe.emit}: finetuned has weights in {next(t.folder for t in paired if t.folder)} too, and a "
+            "sparse task vector is of one folder; prune it as a checkpoint"
+        )
+    accounts = _accounts(base, finetuned, paired, left_out)
+    shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
+    said = tuple(map(printable, warnings))
+    return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts, tuple(heads))
+
+
+def _accounts(
+    base: Checkpoint, finetuned: Checkpoint, paired: list[PairedTensor], left_out: tuple[str, ...]
+) -> dict[str, Account]:
+    taken = {"prune": "pruned", "base": "passed through", "finetuned": "passed through"}
+    sides: dict[Side, list[tuple[str, TensorInfo]]] = {"base": [], "finetuned": []}
+    for tensor in paired:
+        for side, info in (("base", tensor.base), ("finetuned", tensor.finetuned)):
+            if info is not None:
+                is_taken = tensor.action in ("prune", side)
+                sides["base" if side == "base" else "finetuned"].append(
+                    (taken[tensor.action] if is_taken else f"not taken, {tensor.action}'s is", info)
+                )
+    why = dict.fromkeys(left_out, "finetuned does not have it")
+    return {
+        "base": account(base, "base", sides["base"], why),
+        "finetuned": account(finetuned, "finetuned", sides["finetuned"], {}),
+    }
+
+
+def _left_behind(recipe: Recipe, finetuned: Checkpoint) -> list[str]:
+    """Warnings about code of finetuned that whoever loads the output would run, and which is therefore not copied."""
+    code = [name for name in finetuned.side_files if is_code(name)]
+    code += ["config.json's auto_map"] if "auto_map" in read_config(finetuned) else []
+    if not code or recipe.allow_code:
+        return []
+    return [f"code of finetuned is left behind: {listed(code)}; --allow-code copies it"]
+
+
+def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
+    found = []
+    for text, rule in zip(recipe.rules, recipe.parsed_rules, strict=True):
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            found.append(f"the rule {text!r} matches no tensor")
+    if METHODS[recipe.method].score is None and recipe.scope != "tensor":
+        found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")
+    return found

@@ -1,0 +1,146 @@
+"""The plan of a run, as data: paired tensors, groups that share a budget, shards of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from fapm.formats.accounts import Account
+from fapm.formats.checkpoint import Checkpoint
+from fapm.formats.dtypes import is_weight
+from fapm.formats.tensor import TensorInfo
+from fapm.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        action: `prune`, or the side whose values are taken as they are.
+        numel: elements of the output.
+        common: elements that are pruned: all of them, or those of the rows that base has too.
+        group: the group it competes in; empty if it is not pruned.
+        density: what it adds to its group's budget, a share of `common`; for methods that use it, α or the divisor.
+        folder: of a model of several folders the one in which it lies, with which its name then begins.
+    """
+
+    name: str
+    action: Literal["prune", "base", "finetuned"]
+    base: TensorInfo | None
+    finetuned: TensorInfo | None
+    dtype: str
+    shape: tuple[int, ...]
+    numel: int
+    common: int
+    group: str
+    nbytes: int
+    density: float = 0.0
+    folder: str = ""
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in its file."""
+        return self.name[len(self.folder) + 1 :] if self.folder else self.name
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """Stored tensors that have to be read for it."""
+        if self.action == "prune":
+            assert self.base is not None
+            assert self.finetuned is not None
+            return (self.base, self.finetuned)
+        source = self.base if self.action == "base" else self.finetuned
+        assert source
+        return (source,)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(s.nbytes for s in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the output, the unit of work."""
+
+    index: int
+    name: str
+    tensors: tuple[PairedTensor, ...]
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The elements that compete for one budget. `cross_shard` when its tensors lie in more than one shard."""
+
+    name: str
+    numel: int
+    k: int
+    tensors: int
+    cross_shard: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Floating-point elements of an output: all, those taken from finetuned as they are, and of these those without a
+    partner in base."""
+
+    numel: int
+    taken: int
+    unpaired: int
+
+
+def weights_of(tensors: Iterable[PairedTensor]) -> Weights:
+    numel = taken = unpaired = 0
+    for t in tensors:
+        if is_weight(t.dtype):
+            alone = t.numel if t.base is None else t.numel - t.common if t.action == "prune" else 0
+            numel += t.numel
+            unpaired += alone
+            taken += t.numel if t.action == "finetuned" else alone
+    return Weights(numel, taken, unpaired)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be done.
+
+    Attributes:
+        recipe: with the paths of the inputs as they were found, and of the output once it is settled.
+        given: the same as it was given.
+        left_out: the tensors that only base has; `added`: those that only finetuned has.
+        accounts: by side, what becomes of every stored tensor.
+        heads: those that only finetuned stores, and that base ties to its embedding.
+        chosen: how the recipe was chosen, for the card; empty where nothing is to be said.
+    """
+
+    recipe: Recipe
+    given: Recipe
+    base: Checkpoint
+    finetuned: Checkpoint
+    shards: tuple[Shard, ...]
+    groups: dict[str, Group]
+    left_out: tuple[str, ...]
+    added: tuple[str, ...]
+    warnings: tuple[str, ...]
+    accounts: dict[str, Account]
+    heads: tuple[str, ...] = ()
+    chosen: str = ""
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(s.nbytes for s in self.shards)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of all inputs that the output depends on."""
+        return sum(t.read_bytes for s in self.shards for t in s.tensors)
+
+    @property
+    def weights(self) -> Weights:
+        return weights_of(self.tensors())
+
+    def tensors(self) -> Iterable[PairedTensor]:
+        return (t for s in self.shards for t in s.tensors)
