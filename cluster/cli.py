@@ -136,7 +136,7 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
 def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) -> None:
     from fapm.cluster.progress import Progress
     from fapm.publish import prune
-    from fapm.report import prune_facts
+    from fapm.reporting.facts import prune_facts
 
     with Progress() as progress:
         result = prune(recipe, overwrite=overwrite, pool=_pool(ray, by), watch=progress.watch())
@@ -224,7 +224,7 @@ def sweep(
     from fapm.choosing.evaluation import evaluation
     from fapm.cluster.progress import Progress
     from fapm.recipe import Recipe
-    from fapm.report import sweep_text
+    from fapm.reporting.text import sweep_text
 
     given, ray, by = gather_choices(config, choices)
     asked = evaluation(commands, tasks, texts, seconds)
@@ -307,7 +307,7 @@ def compare(
     from fapm.choosing.compare import compare
     from fapm.choosing.evaluation import evaluation
     from fapm.recipe import Recipe
-    from fapm.report import compare_text
+    from fapm.reporting.text import compare_text
 
     if len(checkpoints) < 2:
         raise click.UsageError("give two checkpoints or more")
@@ -359,7 +359,8 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     from fapm.manifest.state import look, unfinished_shards
     from fapm.pool import default_workers
     from fapm.publish import staged_recipe
-    from fapm.report import plan_facts, plan_text
+    from fapm.reporting.facts import plan_facts
+    from fapm.reporting.text import plan_text
     from fapm.run import check_disk
     from fapm.storage.address import HUB, scheme_of
     from fapm.storage.rate import read_rate
@@ -464,7 +465,7 @@ def _follow(place: Place, id: str, as_json: bool) -> NoReturn:
 
 
 def _print_result(facts: dict[str, Any], as_json: bool) -> None:
-    from fapm.report import run_text
+    from fapm.reporting.text import run_text
 
     _print(facts, run_text(facts), as_json)
 
@@ -557,7 +558,8 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     """
     from fapm.formats.checkpoint import open_checkpoint
     from fapm.formats.newest import newest
-    from fapm.report import checkpoint_facts, checkpoint_text
+    from fapm.reporting.facts import checkpoint_facts
+    from fapm.reporting.text import checkpoint_text
 
     path, passed = newest(checkpoint, "checkpoint")
     facts = checkpoint_facts(open_checkpoint(path, "checkpoint"))
@@ -581,13 +583,14 @@ def report(out: str, html: str | None, as_json: bool) -> None:
     from fapm.choosing.sweep import read_sweep
     from fapm.layout import MANIFEST, SWEEP
     from fapm.manifest.read import load_manifest, read_table
-    from fapm.report import densities, densities_text, extremes, extremes_text, run_facts, run_text, sweep_text
+    from fapm.reporting.facts import densities, extremes, run_facts
+    from fapm.reporting.text import densities_text, extremes_text, run_text, sweep_text
     from fapm.storage.address import inside, open_store
 
     if html:
         from pathlib import Path
 
-        from fapm.page import page
+        from fapm.reporting.page import page
         from fapm.storage.local import plain_errors
 
         written, file = page(out).encode(), Path(html)
@@ -624,7 +627,7 @@ def status(out: str, as_json: bool) -> None:
       watch fapm status pruned/
       fapm status pruned/ --json
     """
-    from fapm.status import status_facts, status_text
+    from fapm.reporting.status import status_facts, status_text
 
     facts = status_facts(out)
     _print(facts, status_text(facts), as_json)
@@ -680,7 +683,8 @@ def demo(folder: str) -> None:
 
     from fapm.cluster.progress import Progress
     from fapm.demo import demo
-    from fapm.report import prune_facts, run_text
+    from fapm.reporting.facts import prune_facts
+    from fapm.reporting.text import run_text
 
     with Progress() as progress:
         done = demo(Path(folder), progress.watch())

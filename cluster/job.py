@@ -32,7 +32,7 @@ from fapm.cluster.progress import TELL
 from fapm.cluster.submission import NAME, Job, Submission, exit_code
 from fapm.errors import PassingError, UserError
 from fapm.recipe import read_yaml
-from fapm.report import layout, seconds_text
+from fapm.reporting.text import layout, seconds_text
 from fapm.version import version
 
 _POLL_SECONDS = 1.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fapm.publish import prune as prune
     from fapm.recipe import Recipe as Recipe
 
-_HOMES = {"Recipe": "recipe", "UserError": "errors", "make_plan": "plan", "prune": "publish"}
+_HOMES = {"Recipe": "recipe", "UserError": "errors", "make_plan": "planning.make", "prune": "publish"}
 
 __all__ = ["Recipe", "UserError", "make_plan", "prune"]
 

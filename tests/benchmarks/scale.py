@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fapm.advice import CORE_NS
+from fapm.reporting.advice import CORE_NS
 
 CPU_NS = {"tensor": CORE_NS["once"], "global": CORE_NS["twice"]}
 SHARD_SECONDS = 0.04

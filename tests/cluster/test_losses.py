@@ -29,9 +29,9 @@ from nodes import (
 from pace import soon, wait_until
 
 from fapm import UserError, prune
+from fapm.reporting.status import status_facts
 from fapm.run import Result
 from fapm.schedule import Watch
-from fapm.status import status_facts
 from fapm.storage.local import Folder
 
 ray = pytest.importorskip("ray")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pace import soon
 
-from fapm.advice import advice_text, advise
+from fapm.reporting.advice import advice_text, advise
 from fapm.storage import rate
 from fapm.storage.rate import ENOUGH_BYTES, read_rate
 

@@ -21,7 +21,7 @@ from fapm.choosing.choice import choose
 from fapm.choosing.evaluation import Said
 from fapm.choosing.skills import Measure
 from fapm.choosing.sweep import Swept, sweep, sweep_folder, take, write_sweep
-from fapm.page import page
+from fapm.reporting.page import page
 
 EVIL = 'x</script><img src="http://evil.test/a.png" onerror="alert(1)">$\\frac{'
 MODULES = {"self_attn.q_proj.weight": (24, 16), "mlp.up_proj.weight": (40, 16), f"{EVIL}.weight": (9, 9)}

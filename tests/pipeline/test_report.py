@@ -10,17 +10,8 @@ from fapm import prune
 from fapm.formats.checkpoint import open_checkpoint
 from fapm.manifest.read import read_table
 from fapm.planning.make import make_plan
-from fapm.report import (
-    checkpoint_facts,
-    checkpoint_text,
-    extremes,
-    extremes_text,
-    layout,
-    plan_facts,
-    plan_text,
-    prune_facts,
-    run_text,
-)
+from fapm.reporting.facts import checkpoint_facts, extremes, plan_facts, prune_facts
+from fapm.reporting.text import checkpoint_text, extremes_text, layout, plan_text, run_text
 from fapm.schedule import Watch
 
 SHAPES = {f"model.layers.{i}.up.weight": (16, 8) for i in range(12)}

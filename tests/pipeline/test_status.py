@@ -18,8 +18,8 @@ from checkpoints import gaussian
 from conftest import Runner
 
 from fapm import UserError, prune
+from fapm.reporting.status import status_facts, status_text
 from fapm.schedule import Watch
-from fapm.status import status_facts, status_text
 from fapm.storage.lease import lease
 
 

@@ -24,7 +24,7 @@ from fapm.choosing.evaluation import Evaluation, Said, evaluate, evaluate_all, e
 from fapm.choosing.skills import Measure
 from fapm.choosing.sources import Source
 from fapm.choosing.sweep import Swept, evaluate_sweep, read_sweep, sweep, sweep_folder, take, write_sweep
-from fapm.report import compare_text, sweep_text
+from fapm.reporting.text import compare_text, sweep_text
 from fapm.storage.address import open_store
 
 SCORE = """

@@ -32,7 +32,7 @@ from fapm.choosing.choice import Choice
 from fapm.choosing.evaluation import evaluation
 from fapm.choosing.sweep import evaluate_sweep, sweep, sweep_folder, take
 from fapm.errors import PassingError
-from fapm.status import status_facts
+from fapm.reporting.status import status_facts
 from fapm.storage import bucket
 from fapm.storage import lease as holding
 

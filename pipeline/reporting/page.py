@@ -24,7 +24,8 @@ from fapm.layout import MANIFEST, SWEEP
 from fapm.manifest.read import load_manifest, read_table
 from fapm.planning.shards import group_of
 from fapm.recipe import format_bytes
-from fapm.report import kept_text, measure_text, run_facts, run_text
+from fapm.reporting.facts import run_facts
+from fapm.reporting.text import kept_text, measure_text, run_text
 from fapm.storage.address import inside, open_store
 
 _INK, _LINE = "#010203", "#040506"
