@@ -28,10 +28,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import fapm
 import fapm.cluster
-from fapm.cluster.progress import TELL
 from fapm.cluster.submission import NAME, Job, Submission, exit_code
 from fapm.errors import PassingError, UserError
 from fapm.recipe import read_yaml
+from fapm.reporting.progress import TELL
 from fapm.reporting.text import layout, seconds_text
 from fapm.version import version
 

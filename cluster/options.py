@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fapm.descriptions import DESCRIPTIONS
 from fapm.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,112 +22,43 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 _RECIPE_OPTIONS = (
-    click.option(
-        "--base", metavar="FOLDER",
-        help="Folder of the pre-trained checkpoint: a path, s3://, gs:// or az://, or org/name[@revision] on the Hub.",
-    ),
-    click.option(
-        "--finetuned", metavar="FOLDER",
-        help="Folder of the fine-tuned checkpoint; runs/latest is the newest in runs/ where nothing has that name.",
-    ),
-    click.option(
-        "--out", metavar="FOLDER",
-        help="Folder for the pruned checkpoint, or hf://org/name; may hold {date}, {time}, {base}, {finetuned}, "
-        "{method}, {scope} and {density}.",
-    ),
-    click.option(
-        "--density", metavar="SHARE",
-        help="Share of the elements that stay fine-tuned, 0 to 1; for wise-ft it is α.  [0.1]",
-    ),
-    click.option("--method", metavar="NAME", help="fapm, magnitude, relative, random, dare or wise-ft.  [fapm]"),
-    click.option("--scope", metavar="SCOPE", help="What shares one budget: tensor, layer or global.  [tensor]"),
-    click.option(
-        "--rule", "rules", metavar="PATTERN=ACTION", multiple=True,
-        help="What becomes of the tensors whose name matches: prune, base, finetuned, or a density of their own. The "
-        "first match decides; rules given here replace the recipe's. Repeatable.",
-    ),
-    click.option(
-        "--rename", "renames", metavar="FROM=TO", multiple=True,
-        help="base's names that begin with FROM are finetuned's that begin with TO; *FROM*=*TO* is the same in the "
-        "middle of a name, *FROM=*TO at its end. Repeatable.",
-    ),
-    click.option(
-        "--unpaired", metavar="WHAT",
-        help="Where weights of one side have no partner on the other that they should have: error, or pass to take "
-        "finetuned's as they are and leave out base's.  [error]",
-    ),
-    click.option(
-        "--plain-codes", is_flag=True, default=None,
-        help="FP8 tensors without scales are a plain cast: the values that they spell.",
-    ),
-    click.option(
-        "--allow-pickle", is_flag=True, default=None,
-        help="Look into pickled checkpoints (.bin, .distcp), in a process without network that can write nothing.",
-    ),
-    click.option(
-        "--allow-code", is_flag=True, default=None,
-        help="Copy Python and auto_map of the fine-tuned checkpoint too; it is never run.",
-    ),
-    click.option(
-        "--emit", metavar="WHAT",
-        help="checkpoint; delta, the sparse task vector: what differs from base; or both.  [checkpoint]",
-    ),
-    click.option(
-        "--on-conflict", metavar="WHAT",
-        help="Where several sparse task vectors write different values to one place: error, first or last.  [error]",
-    ),
-    click.option(
-        "--reversible", is_flag=True, default=None,
-        help="Let the sparse task vector carry base's values too, so that it can be taken back without base.",
-    ),
-    click.option("--delta-compression", metavar="HOW", help="zstd or none.  [zstd]"),
-    click.option("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64.  [finetuned's]"),
-    click.option("--seed", metavar="N", help="For random and dare; 0 to 9,223,372,036,854,775,807.  [0]"),
-    click.option("--nonfinite", metavar="POLICY", help="At NaN and Inf: error, or base for base's value.  [error]"),
-    click.option(
-        "--shard-size", metavar="SIZE",
-        help="Largest file to write, at least 1KiB.  [an eighth of all, 256MiB to 1GiB]",
-    ),
-    click.option("--memory", metavar="SIZE", help="Budget of each worker, at least 64MiB.  [1GiB]"),
-    click.option(
-        "--device", metavar="DEVICE",
-        help="cpu, or for a GPU, AMD's too, cuda or cuda:N; auto takes one if it is there.  [auto]",
-    ),
-    click.option(
-        "--device-memory", metavar="SIZE",
-        help="Of its GPU for each worker, at least 256MiB.  [its share of what is free, less a margin]",
-    ),
-    click.option(
-        "--staging", metavar="FOLDER",
-        help="Where an output for the Hub is put together, seen by all workers.  [a folder of this user's cache]",
-    ),
-    click.option(
-        "--alone", is_flag=True, default=None,
-        help="No other run can be at work in OUT: write to a store too that lets two make the same lock.",
-    ),
-    click.option("--visibility", metavar="WHOSE", help="Of a new repository: private or public.  [private]"),
-    click.option(
-        "--workers", metavar="N|MIN-MAX",
-        help="How many work at once, 1 to 100,000; on Ray, begin with MIN and ask for MAX.  [one for each core or GPU]",
-    ),
+    click.option("--base", metavar="FOLDER", help=DESCRIPTIONS["base"]),
+    click.option("--finetuned", metavar="FOLDER", help=DESCRIPTIONS["finetuned"]),
+    click.option("--out", metavar="FOLDER", help=DESCRIPTIONS["out"]),
+    click.option("--density", metavar="SHARE", help=DESCRIPTIONS["density"]),
+    click.option("--method", metavar="NAME", help=DESCRIPTIONS["method"]),
+    click.option("--scope", metavar="SCOPE", help=DESCRIPTIONS["scope"]),
+    click.option("--rule", "rules", metavar="PATTERN=ACTION", multiple=True, help=DESCRIPTIONS["rules"]),
+    click.option("--rename", "renames", metavar="FROM=TO", multiple=True, help=DESCRIPTIONS["renames"]),
+    click.option("--unpaired", metavar="WHAT", help=DESCRIPTIONS["unpaired"]),
+    click.option("--plain-codes", is_flag=True, default=None, help=DESCRIPTIONS["plain_codes"]),
+    click.option("--allow-pickle", is_flag=True, default=None, help=DESCRIPTIONS["allow_pickle"]),
+    click.option("--allow-code", is_flag=True, default=None, help=DESCRIPTIONS["allow_code"]),
+    click.option("--emit", metavar="WHAT", help=DESCRIPTIONS["emit"]),
+    click.option("--on-conflict", metavar="WHAT", help=DESCRIPTIONS["on_conflict"]),
+    click.option("--reversible", is_flag=True, default=None, help=DESCRIPTIONS["reversible"]),
+    click.option("--delta-compression", metavar="HOW", help=DESCRIPTIONS["delta_compression"]),
+    click.option("--dtype", metavar="DTYPE", help=DESCRIPTIONS["dtype"]),
+    click.option("--seed", metavar="N", help=DESCRIPTIONS["seed"]),
+    click.option("--nonfinite", metavar="POLICY", help=DESCRIPTIONS["nonfinite"]),
+    click.option("--shard-size", metavar="SIZE", help=DESCRIPTIONS["shard_size"]),
+    click.option("--memory", metavar="SIZE", help=DESCRIPTIONS["memory"]),
+    click.option("--device", metavar="DEVICE", help=DESCRIPTIONS["device"]),
+    click.option("--device-memory", metavar="SIZE", help=DESCRIPTIONS["device_memory"]),
+    click.option("--staging", metavar="FOLDER", help=DESCRIPTIONS["staging"]),
+    click.option("--alone", is_flag=True, default=None, help=DESCRIPTIONS["alone"]),
+    click.option("--visibility", metavar="WHOSE", help=DESCRIPTIONS["visibility"]),
+    click.option("--workers", metavar="N|MIN-MAX", help=DESCRIPTIONS["workers"]),
     click.option(
         "--ray", metavar="WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"
     ),
-    click.option(
-        "--cpus-per-worker", metavar="N",
-        help="On Ray, 1 to 1,024: a worker deals with as many shards at once, each with its part of --memory.  [1]",
-    ),
-    click.option(
-        "--gpus-per-worker", metavar="SHARE", help="On Ray: 0 to 1; 0.5 lets two share a GPU.  [1 where there are GPUs]"
-    ),
-    click.option("--accelerator", metavar="TYPE", help="On Ray: a type of GPU, as A100; see ray.util.accelerators."),
-    click.option(
-        "--label", "labels", metavar="KEY=VALUE", multiple=True,
-        help="On Ray: only nodes with this label, as market-type=!spot. Repeatable.",
-    ),
+    click.option("--cpus-per-worker", metavar="N", help=DESCRIPTIONS["cpus_per_worker"]),
+    click.option("--gpus-per-worker", metavar="SHARE", help=DESCRIPTIONS["gpus_per_worker"]),
+    click.option("--accelerator", metavar="TYPE", help=DESCRIPTIONS["accelerator"]),
+    click.option("--label", "labels", metavar="KEY=VALUE", multiple=True, help=DESCRIPTIONS["labels"]),
     click.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),
     json_option,
-)  # fmt: skip
+)
 
 
 _config_option = click.option(

@@ -69,3 +69,8 @@ def listed(names: Iterable[str], count: int = 3) -> str:
     """The first few of some names, for a sentence."""
     found = list(names)
     return ", ".join(found[:count]) + (", …" if len(found) > count else "") or "none"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -36,7 +36,7 @@ from fapm.storage.store import Store
 from fapm.version import version
 
 
-def prune(
+def prune_and_publish(
     recipe: Recipe,
     *,
     overwrite: bool = False,
@@ -44,7 +44,7 @@ def prune(
     watch: Watch | None = None,
     chosen: str = "",
 ) -> Result:
-    """`fapm.run.prune`, also into a repository of the Hub.
+    """Prune, also into a repository of the Hub (`run.prune` knows folders).
 
     Raises:
         UserError: as there; the Hub does not let one write, or the repository has changed meanwhile.

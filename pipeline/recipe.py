@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fapm import fields
+from fapm.descriptions import DESCRIPTIONS
 from fapm.errors import UserError
 from fapm.scoring.methods import METHODS
 
@@ -133,14 +135,14 @@ class Recipe(BaseModel):
     """Everything a user can choose: what to prune, how, and with what means.
 
     Raises:
-        UserError: from `Recipe.of` and `Recipe.load`, a value that cannot be, with the field's name.
+        UserError: a value that cannot be, with the field's name; a name that there is not, with the nearest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(description="folder of the pre-trained checkpoint; may hold {date} and end with /latest")
-    finetuned: str = Field(description="folder of the fine-tuned checkpoint; likewise")
-    out: str = Field(description="folder for the pruned checkpoint; may hold {date}, {finetuned}, {method} and others")
+    base: str
+    finetuned: str
+    out: str
     method: str = "fapm"
     density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
@@ -213,13 +215,16 @@ class Recipe(BaseModel):
             parse_rule(rule)
         return tuple(rules)
 
+    def __init__(self, /, **choices: Any) -> None:
+        try:
+            super().__init__(**choices)
+        except ValidationError as error:
+            raise UserError("; ".join(_sentence(e, choices) for e in error.errors()[:5])) from None
+
     @classmethod
     def of(cls, /, **choices: Any) -> Recipe:
         """A recipe from keyword arguments; those that are None keep their default."""
-        try:
-            return cls(**{name: value for name, value in choices.items() if value is not None})
-        except ValidationError as error:
-            raise UserError("; ".join(_sentence(e, choices) for e in error.errors()[:5])) from None
+        return cls(**{name: value for name, value in choices.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | Path, /, **overrides: Any) -> Recipe:
@@ -250,6 +255,13 @@ class Recipe(BaseModel):
         """Action of the first rule that matches a tensor's name, or None."""
         rule = self.rule_of(name)
         return rule.action if rule else None
+
+
+for _name, _field in Recipe.model_fields.items():
+    _field.description = DESCRIPTIONS[_name]
+Recipe.__doc__ = f"{Recipe.__doc__}\n    Attributes:\n" + "".join(
+    f"        {name}: {text}\n" for name, text in DESCRIPTIONS.items()
+)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -317,7 +329,8 @@ def option_of(field: str) -> str:
 def _sentence(error: Any, choices: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
-        return f"there is no option {field!r}"
+        near = difflib.get_close_matches(field, Recipe.model_fields, 1)
+        return f"there is no option {field!r}" + (f"; do you mean {near[0]!r}?" if near else "")
     option = option_of(field)
     if error["type"] == "missing":
         return f"{option} is missing"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fapm.errors import PassingError
+from fapm.errors import PassingError, plural
 from fapm.log import Log
 from fapm.manifest.finish import finish, is_tidy, replaceable_bytes, tidy
 from fapm.manifest.read import load_manifest
@@ -42,6 +43,19 @@ class Result:
     resumed: int
     nothing_to_do: bool
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"Result({self._line()})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self._line())}</p>"
+
+    def _line(self) -> str:
+        totals, recipe = self.manifest["totals"], self.plan.recipe
+        how = f"{recipe.method}, density {recipe.density:g}, scope {recipe.scope}"
+        wrote = f"{plural(len(self.plan.shards), 'shard')} of {format_bytes(totals['written_bytes'])}"
+        when = "finished before" if self.nothing_to_do else f"{self.seconds:.3g} s"
+        return f"{recipe.out}: {how}; {plural(totals['tensors'], 'tensor')} in {wrote}, {when}"
 
 
 MakePool = Callable[[Plan, Store, Watch], Pool]

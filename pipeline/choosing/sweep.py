@@ -7,15 +7,15 @@ knows an output knows a candidate. What is chosen in the end becomes the output 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fapm import run
 from fapm.card import model_card
-from fapm.choosing.candidates import Candidate
-from fapm.choosing.choice import Choice, front
+from fapm.choosing.candidates import SWEPT, Candidate, candidates
+from fapm.choosing.choice import Choice, by_name, check_choice, choose, front
 from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
 from fapm.choosing.skills import DEFINITIONS, Point, point_facts, points
 from fapm.choosing.sources import BASE, FINETUNED, inputs, output
@@ -27,7 +27,7 @@ from fapm.manifest.read import load_manifest, read_table
 from fapm.manifest.state import State, begin, begun, check_folder, refuse_links, settle
 from fapm.planning.make import make_plans
 from fapm.planning.plan import Plan
-from fapm.publish import prune, staged_recipe
+from fapm.publish import prune_and_publish, staged_recipe
 from fapm.recipe import Recipe, binary
 from fapm.run import MakePool, Result
 from fapm.schedule import LeasedRun, Watch
@@ -186,7 +186,7 @@ def take(
         now, wanted = begun(there)["recipe"], json.loads(json.dumps(recipe.decides()))
         overwrite |= now == chosen["decides"] and now != wanted
     how = chosen_text(swept, choice)
-    result = prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
+    result = prune_and_publish(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
     if result.nothing_to_do and there and how not in there.read(CARD).decode(errors="replace"):
         plan = replace(result.plan, chosen=how)
         there.write(CARD, model_card(plan, read_table(recipe.out)).encode())
@@ -272,3 +272,68 @@ def read_sweep(folder: str) -> dict[str, Any] | None:
     if not store.has(SWEEP_FILE):
         return None
     return read_record(store, SWEEP_FILE, SweepRecord, "not what a sweep of this version has come to")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A sweep that has ended: its facts, its output folder, and the evaluations that failed, of how many."""
+
+    facts: dict[str, Any]
+    out: str
+    failed: Sequence[Said]
+    evaluations: int
+
+
+class NoChoiceError(UserError):
+    """No candidate can be chosen as was asked. `facts` are those of the sweep, which is complete."""
+
+    def __init__(self, why: str, facts: dict[str, Any], out: str):
+        super().__init__(why)
+        self.facts, self.out = facts, out
+
+
+def run_sweep(
+    choices: dict[str, Any],
+    asked: Evaluation,
+    how: str | None = None,
+    *,
+    overwrite: bool = False,
+    pool: MakePool | None = None,
+    evaluator: Callable[[Recipe], Evaluate] | None = None,
+    watching: Callable[[], AbstractContextManager[Watch]] = lambda: nullcontext(Watch()),
+) -> Done:
+    """Make the candidates, evaluate them, and make the output of the chosen one.
+
+    Args:
+        how: one is chosen; none if it is None.
+        evaluator: makes what evaluates, for a recipe.
+        watching: what is told about the progress of a prune, for as long as it goes.
+
+    Raises:
+        UserError: as of `prune`, or the choice cannot be made before anything is.
+        NoChoiceError: after all evaluations.
+    """
+    one = Recipe.of(**{name: value for name, value in choices.items() if name not in SWEPT})
+    folder = sweep_folder(one)
+    wanted = candidates(choices, folder)
+    names = [candidate.name for candidate in wanted]
+    if how:
+        check_choice(how, names)
+        if asked.is_none and how not in names:
+            raise UserError(f"--choose {how} needs --evaluate, --tasks or --text")
+    with watching() as watch:
+        made = sweep(wanted, overwrite=overwrite, pool=pool, watch=watch)
+    watch.say(f"{len(made)} candidate(s) in {folder}")
+    do = evaluator(made[0].plan.recipe) if evaluator else in_turn
+    swept = evaluate_sweep(folder, made, asked, do, watch)
+    facts = write_sweep(swept)
+    if how:
+        try:
+            choice = by_name(how, len(names)) if how in names else choose(how, swept.candidate_points)
+        except UserError as error:
+            raise NoChoiceError(str(error), {"out": one.out, **facts}, one.out) from None
+        with watching() as watch:
+            take(swept, choice, one.out, overwrite=overwrite, pool=pool, watch=watch)
+        facts = write_sweep(replace(swept, choice=choice))
+    failed = [said for said in swept.said.values() if said.error]
+    return Done({"out": one.out, **facts}, one.out, failed, len(swept.said))

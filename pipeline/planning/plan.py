@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from fapm.errors import plural
 from fapm.formats.accounts import Account
 from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.dtypes import is_weight
 from fapm.formats.tensor import TensorInfo
-from fapm.recipe import Recipe
+from fapm.recipe import Recipe, format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,19 @@ class Plan:
     accounts: dict[str, Account]
     heads: tuple[str, ...] = ()
     chosen: str = ""
+
+    def __repr__(self) -> str:
+        return f"Plan({self._line()})"
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<li>{html.escape(warning)}</li>" for warning in self.warnings)
+        return f"<p>{html.escape(self._line())}</p>" + (f"<ul>{said}</ul>" if said else "")
+
+    def _line(self) -> str:
+        counts = plural(sum(1 for _ in self.tensors()), "tensor"), plural(len(self.shards), "shard")
+        nbytes = f"{format_bytes(self.pair_bytes)} of inputs, {format_bytes(self.write_bytes)} to write"
+        said = f"; {plural(len(self.warnings), 'warning')}" if self.warnings else ""
+        return f"{self.recipe.out}: {' in '.join(counts)}, {nbytes}{said}"
 
     @property
     def write_bytes(self) -> int:

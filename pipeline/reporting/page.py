@@ -11,8 +11,10 @@ from __future__ import annotations
 import html
 import io
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from fapm.recipe import format_bytes
 from fapm.reporting.facts import run_facts
 from fapm.reporting.text import kept_text, measure_text, run_text
 from fapm.storage.address import inside, open_store
+from fapm.storage.local import plain_errors
 
 _INK, _LINE = "#010203", "#040506"
 _SERIES = tuple(f"#0{i}0a0b" for i in range(6))
@@ -70,6 +73,21 @@ def page(out: str) -> str:
         raise UserError("--html needs matplotlib: pip install 'fapm[page]'") from None
     with mpl.rc_context(_RC):
         return _page(out)
+
+
+def write_page(out: str, file: Path) -> int:
+    """Write the page through no link, so that it is there as a whole or not at all; returns its bytes.
+
+    Raises:
+        UserError: there is nothing to show, or the file cannot be written.
+    """
+    written = page(out).encode()
+    with plain_errors(file):
+        before = file.with_name(f".{file.name}.{os.getpid()}")
+        with open(before, "xb") as made:
+            made.write(written)
+        before.replace(file)
+    return len(written)
 
 
 def _page(out: str) -> str:

@@ -6,11 +6,11 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from fapm.errors import UserError
+from fapm.errors import UserError, plural
 from fapm.layout import MANIFEST, RUN
 from fapm.log import read_log
 from fapm.recipe import format_bytes
-from fapm.reporting.text import fields_text, layout, plural, seconds_text
+from fapm.reporting.text import fields_text, layout, seconds_text
 from fapm.schedule import COUNTED, SAMPLED, WRITTEN
 from fapm.storage.address import open_store
 from fapm.storage.lease import LEASE_SECONDS, last_sign_of_life

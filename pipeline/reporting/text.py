@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fapm.choosing.skills import AXES, DEFINITIONS
-from fapm.errors import one_line
+from fapm.errors import one_line, plural
 from fapm.recipe import EVERYTHING, format_bytes, parse_rule
 from fapm.reporting.advice import advice_text
 from fapm.reporting.facts import named
@@ -51,11 +51,6 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 shard`, `2 shards`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def run_text(facts: dict[str, Any]) -> str:

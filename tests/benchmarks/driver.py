@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from fapm import Recipe, make_plan, prune, run
+from fapm import Recipe, prune, run
 from fapm.formats.header import build_header
 from fapm.layout import measure_name, record_name, rows_name, sample_name
+from fapm.planning.make import make_plan
 from fapm.scoring.threshold import coarse_histogram, histograms, key_of
 from fapm.shard.table import MEASURED
 from fapm.shard.task import Done, save_arrays

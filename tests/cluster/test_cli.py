@@ -31,8 +31,8 @@ from click.testing import CliRunner, Result
 from pace import cpu_seconds
 
 from fapm.cluster.cli import cli
-from fapm.cluster.progress import Progress
 from fapm.errors import UserError
+from fapm.reporting.progress import Progress
 
 COMMANDS = (
     "prune",

@@ -296,7 +296,7 @@ def test_a_cluster_that_has_fapm_runs_what_is_shipped(model, tmp_path, tmp_path_
     mine = tmp_path_factory.mktemp("mine")
     shutil.copytree(ROOT / "pipeline", mine / "fapm")
     shutil.copytree(ROOT / "cluster", mine / "fapm" / "cluster")
-    with open(mine / "fapm" / "manifest.py", "a") as changed:
+    with open(mine / "fapm" / "version.py", "a") as changed:
         changed.write("\n\ndef version() -> str:\n    return '9.9+mine'\n")
     with started_head(tmp_path_factory.mktemp("other"), with_fapm=True) as other:
         sent = Fapm(other, tmp_path, "submit", "recipe.yaml", "--json", PYTHONPATH=str(mine))  # at once: it begins

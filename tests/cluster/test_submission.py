@@ -22,7 +22,7 @@ from conftest import Runner
 from fapm import Recipe, UserError, prune
 from fapm.cluster.cli import cli
 from fapm.cluster.options import as_arguments
-from fapm.cluster.progress import Progress, Retold
+from fapm.reporting.progress import Progress, Retold
 
 pytest.importorskip("ray")
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pace import at_once
 
-from fapm import Recipe, UserError, make_plan
+from fapm import Recipe, UserError
 from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.tensor import TensorInfo
-from fapm.planning.make import plan_pair
+from fapm.planning.make import make_plan, plan_pair
 from fapm.planning.plan import PairedTensor
 from fapm.planning.shards import MOST_TENSORS, cut, group, group_of, index_json
 from fapm.selection import to_measure

@@ -17,9 +17,10 @@ import pytest
 import torch
 from checkpoints import coarse, gaussian, load, save, weights_of
 
-from fapm import UserError, make_plan, prune
+from fapm import UserError, prune
 from fapm.checking.verify import verify
 from fapm.errors import PassingError
+from fapm.planning.make import make_plan
 from fapm.pool import Threads
 from fapm.run import in_process
 from fapm.schedule import Watch

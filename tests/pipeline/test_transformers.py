@@ -20,7 +20,8 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from fapm import Recipe, make_plan, prune
+from fapm import Recipe, prune
+from fapm.planning.make import make_plan
 
 DENSITY = 0.15
 SMALL: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}

@@ -19,9 +19,10 @@ from pace import at_once
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fapm import Recipe, UserError, make_plan, prune
+from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
 from fapm.formats.adapter import _pattern_for, read_adapter
+from fapm.planning.make import make_plan
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

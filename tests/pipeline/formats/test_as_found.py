@@ -18,13 +18,14 @@ from checkpoints import Tensors, gaussian, load, save
 from layouts import make, sweep
 from safetensors.torch import load_file
 
-from fapm import Recipe, UserError, make_plan, prune
+from fapm import Recipe, UserError, prune
 from fapm.checking.folder import check_folder, refused_by_transformers
 from fapm.checking.verify import verify
 from fapm.formats import layouts
 from fapm.formats.checkpoint import open_checkpoint
 from fapm.formats.header import read_header
 from fapm.formats.unpaired import SMALL_SHARE
+from fapm.planning.make import make_plan
 from fapm.storage.local import Folder
 
 SMALL = {

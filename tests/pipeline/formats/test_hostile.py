@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fapm import Recipe, UserError, make_plan, prune
+from fapm import Recipe, UserError, prune
 from fapm.formats.adapter import read_adapter
 from fapm.formats.checkpoint import open_checkpoint
 from fapm.formats.header import MAX_HEADER_BYTES
+from fapm.planning.make import make_plan
 
 FUZZ = int(os.environ.get("FAPM_FUZZ", "300"))
 
@@ -135,7 +136,8 @@ CASES = {
 
 WATCHED = """
 import resource, sys, time
-from fapm import Recipe, UserError, make_plan
+from fapm import Recipe, UserError
+from fapm.planning.make import make_plan
 recipe = Recipe.of(base="base", finetuned="finetuned", out="out")
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:

@@ -16,8 +16,9 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from fapm import Recipe, UserError, make_plan, prune
+from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
+from fapm.planning.make import make_plan
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from checkpoints import Tensors, gaussian, load, same_bits, save
 
-from fapm import UserError, make_plan
+from fapm import UserError
 from fapm.checking.verify import verify
 from fapm.formats.checkpoint import open_checkpoint, read_config
 from fapm.formats.configuration import ties
 from fapm.formats.vocabulary import moved, token_ids
+from fapm.planning.make import make_plan
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPES = {EMBEDDING: (20, 8), "model.layers.0.up.weight": (8, 8)}

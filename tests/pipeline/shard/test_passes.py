@@ -12,7 +12,8 @@ import pytest
 import torch
 from checkpoints import Tensors, gaussian, save
 
-from fapm import Recipe, UserError, make_plan
+from fapm import Recipe, UserError
+from fapm.planning.make import make_plan
 from fapm.planning.plan import Plan
 from fapm.scoring.device import make_engine
 from fapm.scoring.threshold import Bracket, Threshold, histograms, key_of

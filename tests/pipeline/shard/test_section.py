@@ -12,8 +12,9 @@ from checkpoints import bytes_of, raw_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fapm import Recipe, make_plan
+from fapm import Recipe
 from fapm.formats.tensor import TensorInfo
+from fapm.planning.make import make_plan
 from fapm.planning.plan import PairedTensor
 from fapm.shard import section
 from fapm.shard.reading import BUFFER_BYTES, NOTHING, Pieces, SectionReader

@@ -21,7 +21,7 @@ from fapm.checking.verify import verify
 from fapm.errors import PassingError
 from fapm.formats.checkpoint import open_checkpoint
 from fapm.manifest.state import look
-from fapm.publish import prune as publish
+from fapm.publish import prune_and_publish as publish
 from fapm.schedule import Watch
 from fapm.storage import bucket
 from fapm.storage.address import input_address, open_store, repository_of, split

@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/test_pool.py: threads as workers; the next task's reads are under way."""
+"""pytest tests/pipeline/test_threads.py: threads as workers; the next task's reads are under way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoints import digests, gaussian
 
-from fapm import make_plan, prune
+from fapm import prune
+from fapm.planning.make import make_plan
 from fapm.pool import Threads
 from fapm.shard.worker import Worker
 

@@ -8,12 +8,14 @@ draws the bar a few times a second, and keeps its clock going where a large piec
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -39,7 +41,8 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None, bar: bool = True):
         self._stream = stream or sys.stderr
-        self._is_terminal = bar and self._stream.isatty()
+        self._notebook = in_notebook()
+        self._is_terminal = bar and (self._stream.isatty() or self._notebook)
         self._tells = os.environ.get(TELL) == "json" and not self._is_terminal
         self._told: dict[str, int] = {}
         self._bar: Any = None
@@ -49,6 +52,11 @@ class Progress:
         self._drawer: threading.Thread | None = None
         self._shards: set[str] = set()
         self._done = 0
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks on: a terminal, or a notebook."""
+        return self._is_terminal
 
     @property
     def has_bar(self) -> bool:
@@ -90,9 +98,9 @@ class Progress:
             self._start(self._tell, _TELL_SECONDS)
         if not self._is_terminal:
             return
-        from tqdm import tqdm
+        tqdm: Any = importlib.import_module("tqdm.auto" if self._notebook else "tqdm").tqdm
 
-        class Bar(tqdm):  # type: ignore[type-arg]
+        class Bar(tqdm):  # type: ignore[misc]
             monitor_interval = 0  # its own thread would draw at other times than ours
 
         Bar.set_lock(threading.RLock())
@@ -178,6 +186,19 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
+    """The watch of a progress that is shown meanwhile."""
+    with Progress() as progress:
+        yield progress.watch()
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a notebook, where stderr is no terminal and somebody looks on all the same."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class Retold:

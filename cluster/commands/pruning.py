@@ -1,0 +1,118 @@
+"""prune, plan, apply, extract."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fapm.cluster.commands.saying import print_facts, print_result
+from fapm.cluster.commands.where import pool_at
+from fapm.cluster.options import read_choices, recipe_options, work_options
+
+if TYPE_CHECKING:
+    from fapm.recipe import Recipe
+
+
+@click.command()
+@recipe_options
+def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Prune a checkpoint.
+
+    Stopped, it goes on when the same command is given again. Finished, it does nothing.
+
+    \b
+    Examples:
+      fapm prune --base llama/ --finetuned llama-math/ --out pruned/
+      fapm prune --base llama/ --finetuned llama-math/ --out pruned/ --density 0.05 --scope layer
+      fapm prune --base llama/ --finetuned llama-math/ --out pruned/ --rule '*norm*=finetuned' --rule 'lm_head.*=base'
+      fapm prune --base llama/ --finetuned llama-math/ --out blend/ --method wise-ft --density 0.5
+      fapm prune --config recipe.yaml --density 0.2 --ray local --workers 4
+      fapm prune --config recipe.yaml --ray 10.0.0.1:6379 --workers 2-40 --cpus-per-worker 4 --memory 4GiB
+    """
+    _prune(*read_choices(config, choices), overwrite, as_json)
+
+
+def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) -> None:
+    from fapm import api
+    from fapm.reporting.facts import prune_facts
+    from fapm.reporting.progress import Progress
+
+    with Progress() as progress:
+        result = api.prune(recipe, overwrite=overwrite, pool=pool_at(ray, by), watch=progress.watch())
+    print_result(prune_facts(result), as_json)
+
+
+@click.command()
+@work_options("delta_compression", "reversible", "allow_pickle", "allow_code")
+@click.option(
+    "--delta", "deltas", metavar="FOLDER", multiple=True, help="The sparse task vector; several are applied in order."
+)
+def apply(deltas: tuple[str, ...], overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Put a checkpoint together from base and a sparse task vector, byte for byte.
+
+    Another base than the one that it was made over is refused.
+
+    \b
+    Examples:
+      fapm apply --base llama/ --delta llama-math-delta/ --out llama-math/
+      fapm apply --base org/llama --delta s3://bucket/delta --out llama-math/ --ray local
+    """
+    from fapm.storage.address import layered
+
+    finetuned = layered(deltas) if deltas else None
+    _all_of_finetuned({**choices, "finetuned": finetuned, "allow_code": True}, overwrite, as_json)
+
+
+@click.command()
+@work_options("on_conflict")
+@click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint.")
+def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Make a sparse task vector of any two checkpoints: all elements that differ, pruned or not.
+
+    \b
+    Examples:
+      fapm extract --base llama/ --finetuned llama-math/ --out llama-math-delta/
+    """
+    _all_of_finetuned({**choices, "finetuned": finetuned, "emit": "delta"}, overwrite, as_json)
+
+
+def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -> None:
+    from fapm.recipe import EVERYTHING
+
+    recipe, ray, by = read_choices(None, {**choices, "rules": EVERYTHING})
+    _prune(recipe, ray, by, overwrite, as_json)
+
+
+@click.command()
+@recipe_options
+def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Say what prune would do with the same arguments, and check what it would check.
+
+    Of the weights it reads only a few, to see how fast the storage is.
+
+    \b
+    Examples:
+      fapm plan --base llama/ --finetuned llama-math/ --out pruned/
+      fapm plan --config recipe.yaml --scope global --shard-size 2GiB --json
+    """
+    recipe, _, _ = read_choices(config, choices)
+    from fapm.manifest.state import look, unfinished_shards
+    from fapm.pool import default_workers
+    from fapm.publish import staged_recipe
+    from fapm.reporting.facts import plan_facts
+    from fapm.reporting.text import plan_text
+    from fapm.run import check_disk
+    from fapm.storage.address import HUB, scheme_of
+    from fapm.storage.rate import read_rate
+
+    made, state = look(staged_recipe(recipe), overwrite)
+    todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
+    if state != "finished":
+        check_disk(made, state)
+    sides = [side for side in (made.base, made.finetuned) if not scheme_of(side.folder.address)]
+    files = {side.folder.at(name): entry["size"] for side in sides for name, entry in side.identity.items()}
+    facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)), read_rate(files))
+    if scheme_of(recipe.out) == HUB:
+        facts |= {"out": recipe.out, "upload_bytes": made.write_bytes}
+    print_facts(facts, plan_text(facts), as_json)

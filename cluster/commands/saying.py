@@ -1,0 +1,31 @@
+"""Results on stdout, as text or JSON, and lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import click
+
+from fapm.errors import one_line, printable, without_secrets
+
+
+def signalled(stopped: KeyboardInterrupt) -> int:
+    """The exit code of a process that was told to stop."""
+    return 128 + (signal.SIGTERM if stopped.args == (signal.SIGTERM,) else signal.SIGINT)
+
+
+def log(line: str) -> None:
+    click.echo(f"fapm: {one_line(line)}", err=True)
+
+
+def print_facts(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    # In JSON everything but ASCII is escaped, and with it whatever could steer a terminal.
+    click.echo(without_secrets(json.dumps(facts).replace("\x7f", "\\u007f")) if as_json else printable(text))
+
+
+def print_result(facts: dict[str, Any], as_json: bool) -> None:
+    from fapm.reporting.text import run_text
+
+    print_facts(facts, run_text(facts), as_json)
