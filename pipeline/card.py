@@ -125,7 +125,7 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         )
     if recipe.rules == EVERYTHING:
         return f"All of {finetuned}."
-    if METHODS[recipe.method].score is None:
+    if not METHODS[recipe.method].has_budget:
         return (
             f"{base} and {finetuned}, mixed: in every element {recipe.density:g} of the change that fine-tuning made."
         )

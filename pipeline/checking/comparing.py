@@ -127,7 +127,7 @@ class Comparison:
     def pruned(self, row: dict[str, Any], budgets: dict[str, Budget]) -> list[str]:
         """Every element is what the mask of its group's threshold makes of it; added rows are finetuned's."""
         tensor, method = self._tensor, METHODS[self._recipe.method]
-        scored = method.score is not None
+        scored = method.has_budget
         problems = []
         mean = self._mean()
         recorded = row.get("mean_abs_base")
@@ -150,7 +150,7 @@ class Comparison:
                 added.add(~keep & (out != pruned) & (out == kept), start, scores)
             self._progress((stop - start) * out.itemsize)
         sources = "base's value nor finetuned's"
-        if method.keep:
+        if method.value:
             sources = f"base's value nor what {self._recipe.method} makes of the two"
         if strange.count:
             problems.append(f"tensor {tensor.name!r}: {strange} are neither {sources}")
@@ -192,10 +192,10 @@ class Comparison:
                 f = upcast(values(stored_f, tensor.finetuned.dtype))
         real = np.result_type(p, f)
         p, f = p.astype(real, copy=False), f.astype(real, copy=False)
-        keep = METHODS[recipe.method].keep
-        if keep and 0 < tensor.density < 1:
+        keep = METHODS[recipe.method].value
+        if keep and 0 < tensor.parameter < 1:
             with np.errstate(all="ignore"):
-                kept = round_to(keep(p, f, real.type(tensor.density)), tensor.dtype)
+                kept = round_to(keep(p, f, real.type(tensor.parameter)), tensor.dtype)
         else:
             kept = self._in_output_dtype("finetuned", stored_f)
         return p, f, pruned, kept
@@ -205,8 +205,8 @@ class Comparison:
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Which elements are kept, and their scores; takes from the group's ties in order."""
         method = METHODS[self._recipe.method]
-        if method.score is None:
-            return np.full(p.size, self._tensor.density > 0), None
+        if not method.has_budget:
+            return np.full(p.size, self._tensor.parameter > 0), None
         if budget.ties_left is None:
             return None, None
         positions = np.arange(start, start + p.size)

@@ -298,7 +298,7 @@ def _budgets(plan: Plan, rows: dict[str, dict[str, Any]], problems: list[str]) -
     for tensor in plan.tensors():
         if tensor.group:
             competing = numel.setdefault(tensor.group, {})
-            competing[tensor.density] = competing.get(tensor.density, 0) + tensor.common
+            competing[tensor.parameter] = competing.get(tensor.parameter, 0) + tensor.common
             if tensor.common:
                 row = rows.get(tensor.name, {})
                 entry = (row.get("shard"), row.get("threshold_key"), row.get("ties"))
@@ -325,7 +325,7 @@ def _check_counts(plan: Plan, budgets: dict[str, Budget]) -> list[str]:
     """Whether the threshold of each group holds exactly k elements."""
     problems = []
     for name, budget in budgets.items():
-        if METHODS[plan.recipe.method].score is None or budget.ties_left is None:
+        if not METHODS[plan.recipe.method].has_budget or budget.ties_left is None:
             continue
         holds = budget.above + budget.ties - budget.ties_left
         if holds != budget.k:

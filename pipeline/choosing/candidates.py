@@ -39,7 +39,7 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
     found: dict[str, Candidate] = {}
     for values in itertools.product(*(lists[name] for name in SWEPT)):
         recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True))})
-        if METHODS[recipe.method].score is None:  # it chooses no elements
+        if recipe.scope not in METHODS[recipe.method].scopes:
             recipe = recipe.model_copy(update={"scope": "tensor"})
         name = _name(recipe, several_scopes=len(set(lists["scope"])) > 1)
         recipe = recipe.model_copy(update={"out": inside(folder, name)})
@@ -50,7 +50,7 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
 
 
 def _name(recipe: Recipe, several_scopes: bool) -> str:
-    scope = several_scopes and METHODS[recipe.method].score is not None
+    scope = several_scopes and len(METHODS[recipe.method].scopes) > 1
     words = [recipe.method, *([recipe.scope] if scope else []), f"{recipe.density:.17g}"]
     words[-1] = next(text for text in (f"{recipe.density:g}", words[-1]) if float(text) == recipe.density)
     return "-".join(words)

@@ -74,7 +74,7 @@ def _check_kept(plan: Plan, measured: np.ndarray) -> None:
         if tensor.group:
             kept[tensor.group] = kept.get(tensor.group, 0) + int(row["kept"])
     wrong = [group for group in kept if kept[group] != plan.groups[group].k]
-    if METHODS[plan.recipe.method].score is not None and wrong:
+    if METHODS[plan.recipe.method].has_budget and wrong:
         group = wrong[0]
         raise UserError(
             f"{group!r} keeps {kept[group]} elements, and should keep {plan.groups[group].k}: an input has changed "

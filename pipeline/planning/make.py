@@ -137,6 +137,6 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     for text, rule in zip(recipe.rules, recipe.parsed_rules, strict=True):
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             found.append(f"the rule {text!r} matches no tensor")
-    if METHODS[recipe.method].score is None and recipe.scope != "tensor":
+    if recipe.scope not in METHODS[recipe.method].scopes:
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")
     return found

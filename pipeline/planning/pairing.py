@@ -55,7 +55,7 @@ def pair_all(
     warnings: list[str],
 ) -> list[PairedTensor]:
     paired, wrong, passed, grown = [], [], [], []
-    scope = recipe.scope if METHODS[recipe.method].score else "tensor"
+    scope = recipe.scope if recipe.scope in METHODS[recipe.method].scopes else "tensor"
     for name in sorted(finetuned.tensors):
         f, p = finetuned.tensors[name], base.tensors.get(name) or heads.get(name)
         rule = recipe.rule_of(name) if p else Rule(name, "finetuned")
@@ -112,14 +112,14 @@ def _paired(
     shape: tuple[int, ...],
     common: int = 0,
     group: str = "",
-    density: float = 0.0,
+    parameter: float = 0.0,
 ) -> PairedTensor:
     numel = math.prod(shape)
     source = p if action == "base" and p else f
     nbytes = numel * itemsize(dtype) if is_weight(dtype) else source.nbytes
     folder = f.file.rpartition("/")[0]
     folder = folder if name.startswith(f"{folder}/") else ""
-    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, density, folder)
+    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, parameter, folder)
 
 
 def _rows_added(p: TensorInfo, f: TensorInfo) -> bool:

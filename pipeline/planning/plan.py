@@ -24,7 +24,8 @@ class PairedTensor:
         numel: elements of the output.
         common: elements that are pruned: all of them, or those of the rows that base has too.
         group: the group it competes in; empty if it is not pruned.
-        density: what it adds to its group's budget, a share of `common`; for methods that use it, α or the divisor.
+        parameter: the method's for this tensor: of a selection the density, a share of `common` that it adds to its
+            group's budget; of a blend α.
         folder: of a model of several folders the one in which it lies, with which its name then begins.
     """
 
@@ -38,7 +39,7 @@ class PairedTensor:
     common: int
     group: str
     nbytes: int
-    density: float = 0.0
+    parameter: float = 0.0
     folder: str = ""
 
     @property

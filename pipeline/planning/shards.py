@@ -97,7 +97,7 @@ def group(shards: Iterable[Shard]) -> dict[str, Group]:
             name = tensor.group
             if name:
                 numels = competing.setdefault(name, {})
-                numels[tensor.density] = numels.get(tensor.density, 0) + tensor.common
+                numels[tensor.parameter] = numels.get(tensor.parameter, 0) + tensor.common
                 tensors[name] = tensors.get(name, 0) + 1
                 if first.setdefault(name, shard.index) != shard.index:
                     cross_shard.add(name)

@@ -108,7 +108,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "recipe": plan.recipe.decides(),
         "tensors": sum(1 for _ in plan.tensors()),
         **kinds | {"pruned": len(kinds["pruned"])},
-        "densities": densities((t.name, t.density) for t in plan.tensors() if t.group),
+        "densities": densities((t.name, t.parameter) for t in plan.tensors() if t.group),
         "left_out": list(plan.left_out),
         "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
         "shards": len(plan.shards),

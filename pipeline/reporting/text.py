@@ -55,7 +55,7 @@ def seconds_text(seconds: float) -> str:
 
 def run_text(facts: dict[str, Any]) -> str:
     """The table at the end of a prune, from `prune_facts` or `run_facts`."""
-    totals, blends = facts["totals"], METHODS[facts["method"]].score is None
+    totals, blends = facts["totals"], not METHODS[facts["method"]].has_budget
     heading = f"{facts['out']}: {facts['method']}, {'α' if blends else 'density'} {facts['density']:g}"
     heading += "" if blends else f", scope {facts['scope']}"
     if tuple(facts["rules"]) == EVERYTHING:
@@ -165,7 +165,7 @@ _APART = {
 
 def plan_text(facts: dict[str, Any]) -> str:
     """A plan as a table."""
-    recipe, blends = facts["recipe"], METHODS[facts["recipe"]["method"]].score is None
+    recipe, blends = facts["recipe"], not METHODS[facts["recipe"]["method"]].has_budget
     heading = f"{facts['out']}: {recipe['method']}, {'α' if blends else 'density'} {recipe['density']:g}"
     heading += ("" if blends else f", scope {recipe['scope']}") + _STATES[facts["state"]]
     fields = [(role, _where_text(where)) for role, where in facts["inputs"].items()]
@@ -249,7 +249,7 @@ def kept_text(facts: dict[str, Any]) -> str:
     """Density of a candidate, or its share of Δ where its method mixes."""
     if not facts.get("pruned_numel"):
         return ""
-    if METHODS[facts["method"]].score is None:
+    if not METHODS[facts["method"]].has_budget:
         return f"α {facts['density']:g}"
     return _share(facts["kept"] / facts["pruned_numel"])
 

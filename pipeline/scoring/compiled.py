@@ -195,7 +195,7 @@ def _walk(counts, rank):  # type: ignore[no-untyped-def]
 def kernels(name: str) -> Kernels:
     """Compile (or load) the loops of the method `name`."""
     method: Method = METHODS[name]
-    score = register_jitable(inline="always")(method.score or formulas.magnitude)
+    score = register_jitable(inline="always")(method.score)
     mixed = register_jitable(inline="always")(mix)
     hashed = method.hashed
 

@@ -1,6 +1,7 @@
-"""The methods: what each element is worth, and what a kept element becomes.
+"""The methods, each of a kind: what an element is worth, and what a kept element becomes.
 
-A scoring method is one function of
+A kind (SEMANTICS.md) says which scopes a method has, what its parameter is, and whether a group has a budget; nothing
+else in the program asks which method it is. A method of the kind `Selection` is one function of
 
     d  = |f − p|      the size of the change
     p  = |p|          the size of the pre-trained weight
@@ -11,7 +12,7 @@ written with operators only. The same function is called with numpy arrays, with
 and, compiled, with scalars: so there is one meaning of the score, and every operation rounds once in the
 type of its operands (float32; float64 for float64 tensors, whose scores are then rounded to float32). Where the result
 is NaN it is not defined, and SEMANTICS.md decides: 0 where d = 0, −inf elsewhere. −0 becomes 0. To add a method, add
-its function and its line in METHODS.
+its function and its line in METHODS (docs/add-a-method.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,33 +53,61 @@ def rescaled(p: Any, f: Any, density: Any) -> Any:
     return p + (f - p) / density
 
 
-def interpolated(p: Any, f: Any, density: Any) -> Any:
-    """(1 − α)·p + α·f with α = density: WiSE-FT, arXiv 2109.01903."""
-    return (1 - density) * p + density * f
+def interpolated(p: Any, f: Any, alpha: Any) -> Any:
+    """(1 − α)·p + α·f: WiSE-FT, arXiv 2109.01903."""
+    return (1 - alpha) * p + alpha * f
+
+
+Score = Callable[[Any, Any, Any, Any], Any]
+Value = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to prune.
+class Selection:
+    """A method that scores elements and keeps the k highest-scored of each group. Its parameter is the density.
 
     Attributes:
-        score: what an element is worth; None takes all elements.
-        keep: the value of a kept element; None keeps the fine-tuned one, bit for bit.
+        score: what an element is worth.
+        value: of a kept element, from p, f and the density; None keeps the fine-tuned one, bit for bit.
         hashed: whether the score uses `u`.
     """
 
-    score: Callable[[Any, Any, Any, Any], Any] | None
-    keep: Callable[[Any, Any, Any], Any] | None = None
+    score: Score
+    value: Value | None = None
     hashed: bool = False
 
+    scopes: ClassVar[tuple[str, ...]] = ("tensor", "layer", "global")
+    parameter: ClassVar[str] = "density"
+    has_budget: ClassVar[bool] = True
 
-METHODS = {
-    "fapm": Method(fapm),
-    "magnitude": Method(magnitude),
-    "relative": Method(relative),
-    "random": Method(random, hashed=True),
-    "dare": Method(random, rescaled, hashed=True),
-    "wise-ft": Method(None, interpolated),
+
+@dataclass(frozen=True)
+class Blend:
+    """A method that makes each element from p and f alone. Its parameter is α: 0 gives p, 1 gives f, bit for bit.
+
+    Attributes:
+        value: of an element, from p, f and α.
+        score: for the engines, which want one; no element is chosen by it.
+    """
+
+    value: Value
+    score: Score = magnitude
+
+    scopes: ClassVar[tuple[str, ...]] = ("tensor",)
+    parameter: ClassVar[str] = "α"
+    has_budget: ClassVar[bool] = False
+    hashed: ClassVar[bool] = False
+
+
+Method = Selection | Blend
+
+METHODS: dict[str, Method] = {
+    "fapm": Selection(fapm),
+    "magnitude": Selection(magnitude),
+    "relative": Selection(relative),
+    "random": Selection(random, hashed=True),
+    "dare": Selection(random, rescaled, hashed=True),
+    "wise-ft": Blend(interpolated),
 }
 
 
@@ -118,7 +147,6 @@ def evaluate(method: Method, p: np.ndarray, f: np.ndarray, m: Any, stream: Any, 
         m, stream: one number (float32, int64), or one an element, (n,).
         positions: flat indices of the elements in their tensors, (n,) int64.
     """
-    assert method.score is not None
     with np.errstate(all="ignore"):
         d = np.abs(f - p)
         u = uniform(stream, positions) if method.hashed else None

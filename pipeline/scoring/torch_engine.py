@@ -17,7 +17,7 @@ import torch
 from fapm.scoring.accelerator import Accelerator, Put
 from fapm.scoring.compiled import LANES, TILE, CpuEngine
 from fapm.scoring.engine import AnyChunk, Applied, Chunk, Counted, StoredChunk
-from fapm.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, magnitude, mix
+from fapm.scoring.methods import BLOCK, GAMMA, METHODS, UNIT, mix
 from fapm.scoring.threshold import ZERO_KEY, Histograms
 
 
@@ -105,10 +105,10 @@ class TorchEngine:
         if chunk.mixed is None:
             kept = _in_dtype(f, chunk.dtype)
         else:
-            assert self._method.keep
+            assert self._method.value
             x, y = _values(p, f)
             density = torch.full((), chunk.mixed, dtype=x.dtype, device=x.device)
-            kept = _rounded(self._method.keep(x, y, density), chunk.dtype)
+            kept = _rounded(self._method.value(x, y, density), chunk.dtype)
         return _bits(pruned), _bits(kept), pruned.dtype if chunk.rounded else None
 
     def _stored(self, chunk: StoredChunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +124,7 @@ class TorchEngine:
             counter = torch.arange(loaded.start + 1, loaded.start + 1 + p.numel(), device=p.device)
             u = mix(counter * GAMMA + loaded.stream).to(torch.float32) * UNIT
         mean = torch.full((), m, dtype=d.dtype, device=p.device)
-        s = (self._method.score or magnitude)(d, p.abs(), mean, u).to(torch.float32) + 0.0
+        s = self._method.score(d, p.abs(), mean, u).to(torch.float32) + 0.0
         undefined = torch.where(d == 0, 0.0, -torch.inf).to(torch.float32)
         return d, torch.where(s.isnan(), undefined, s)
 

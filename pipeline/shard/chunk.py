@@ -25,13 +25,13 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
     if p.dtype != f.dtype:
         p, f = _common(p, f)
     pruned = convert(stored_p, tensor.base.dtype, tensor.dtype)
-    if method.keep is None or tensor.density in (0, 1):
+    if method.value is None or tensor.parameter in (0, 1):
         kept = convert(stored_f, tensor.finetuned.dtype, tensor.dtype)
     else:
         x, y = upcast(p), upcast(f)
         with np.errstate(all="ignore"):
-            kept = round_to(method.keep(x, y, x.dtype.type(tensor.density)), tensor.dtype)
-    rounded = method.keep is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
+            kept = round_to(method.value(x, y, x.dtype.type(tensor.parameter)), tensor.dtype)
+    rounded = method.value is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
     return Chunk(_starts(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
 
 
@@ -40,7 +40,7 @@ def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChu
     (tensor,) = part.tensors
     assert tensor.base is not None
     assert tensor.finetuned is not None
-    mixed = METHODS[recipe.method].keep is not None and tensor.density not in (0, 1)
+    mixed = METHODS[recipe.method].value is not None and tensor.parameter not in (0, 1)
     return StoredChunk(
         start=part.start,
         stream=int(streams(part.tensors, recipe)[0]),
@@ -50,7 +50,7 @@ def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChu
         dtype=TORCH_NAMES[tensor.dtype],
         numel=part.stop - part.start,
         repair=recipe.nonfinite == "base",
-        mixed=tensor.density if mixed else None,
+        mixed=tensor.parameter if mixed else None,
     )
 
 

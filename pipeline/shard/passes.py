@@ -389,7 +389,7 @@ def _begin_search(
         if g < 0:
             continue
         group = state.groups[tensor.group]
-        known = found[group.name] if group.cross_shard else known_threshold(state.recipe, group, tensor.density)
+        known = found[group.name] if group.cross_shard else known_threshold(state.recipe, group, tensor.parameter)
         if known:
             state.keys[g], state.quotas[g] = known.key, known.ties
             state.ties[g] = _ALL if known == KEEP_ALL else left.get(group.name, known.ties)
@@ -526,7 +526,7 @@ def _describe_many(state: SectionState, here: slice, chunk: Chunk, thresholds: n
     runs = np.diff(chunk.starts)
     method = METHODS[state.recipe.method]
     scores = np.zeros(p.size, np.float32)
-    if method.score:
+    if method.has_budget:
         positions = np.arange(p.size) - np.repeat(chunk.starts[:-1], runs)
         means = np.repeat(state.mean[here].astype(np.float32), runs)
         scores = evaluate(method, p, f, means, np.repeat(chunk.streams, runs), positions)
@@ -538,7 +538,7 @@ def _describe(state: SectionState, i: int, threshold: np.float32, rows: np.ndarr
     tensor = state.tensors[i]
     taken = state.sample(tensor, sample.REPORTED / tensor.common)
     scores = np.zeros(taken.p.size, np.float32)
-    if METHODS[state.recipe.method].score:
+    if METHODS[state.recipe.method].has_budget:
         scores = state.scores(taken, tensor, np.float32(state.mean[i]))
     before, after = change_quantiles(taken.p, taken.f, scores, np.array([threshold]), np.array([0, taken.p.size]))
     rows["before"][i], rows["after"][i] = before[0], after[0]

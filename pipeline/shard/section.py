@@ -177,7 +177,7 @@ def _slices(tensors: Sequence[PairedTensor], sizes: Sizes) -> Iterator[Slice]:
             numel = 0
             yield from _cut(tensor, i, sizes)
             continue
-        kind = (*(source.dtype for source in tensor.sources), tensor.dtype, tensor.density)
+        kind = (*(source.dtype for source in tensor.sources), tensor.dtype, tensor.parameter)
         full = numel + tensor.common > _TOGETHER or i - first >= MOST_RANGES // 2
         if numel and (kind != alike or full):
             yield from gathered(i)

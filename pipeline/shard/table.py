@@ -131,7 +131,7 @@ def to_parquet(shards: Sequence[Shard], groups: dict[str, Group], measured: np.n
         "numel": pa.array([t.numel for t in tensors], pa.int64()),
         "shard": pa.array([shard.name for shard in shards for _ in shard.tensors], pa.string()),
         "group": pa.array([group.name if group else None for group in competing], pa.string()),
-        "density": pa.array([t.density if t.common else None for t in tensors], pa.float64()),
+        "density": pa.array([t.parameter if t.common else None for t in tensors], pa.float64()),
         "k": pa.array([group.k if group else None for group in competing], pa.int64()),
         "pruned_numel": pa.array(common, mask=of_pruned),
     }

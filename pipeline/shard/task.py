@@ -88,14 +88,14 @@ class Interrupted(Exception):  # noqa: N818 - no error
     """The run was told to stop; what is finished stays."""
 
 
-def known_threshold(recipe: Recipe, group: Group, density: float) -> Threshold | None:
+def known_threshold(recipe: Recipe, group: Group, parameter: float) -> Threshold | None:
     """The threshold where no score needs to be looked at: k is 0 or all, or the method chooses nothing.
 
     Args:
-        density: of the group's one tensor, where the method chooses nothing.
+        parameter: of the group's one tensor, where the method chooses nothing.
     """
-    if METHODS[recipe.method].score is None:
-        return KEEP_ALL if density else KEEP_NONE
+    if not METHODS[recipe.method].has_budget:
+        return KEEP_ALL if parameter else KEEP_NONE
     return at_the_ends(group.numel, group.k)
 
 

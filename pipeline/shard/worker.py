@@ -524,10 +524,10 @@ def _cut_for(task: Task, names: set[str]) -> tuple[list[PairedTensor], list[str]
     widest = max(task.each, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
     tensors = [t for t in widest.shard.tensors if t.name in names]
     if task.beside:
-        densities = zip(*([t.density for t in of.shard.tensors if t.name in names] for of in task.each), strict=True)
+        densities = zip(*([t.parameter for t in of.shard.tensors if t.name in names] for of in task.each), strict=True)
         kinds: dict[tuple[float, ...], float] = {}
         marks = [kinds.setdefault(of, float(len(kinds))) for of in densities]
-        tensors = [replace(t, density=mark) for t, mark in zip(tensors, marks, strict=True)]
+        tensors = [replace(t, parameter=mark) for t, mark in zip(tensors, marks, strict=True)]
     return tensors, together(widest) if len(tensors) == len(widest.shard.tensors) else []
 
 

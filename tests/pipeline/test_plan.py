@@ -287,4 +287,4 @@ def test_each_density_of_a_group_adds_to_its_budget():
     }.items():
         plan = plan_of(shapes, scope=scope, density=0.5, rules=["*.b=0.11", "*.c=0"])
         assert {name: g.k for name, g in plan.groups.items()} == budgets
-        assert {t.name: t.density for t in plan.tensors()} == {"h.0.a": 0.5, "h.0.b": 0.11, "h.0.c": 0, "h.1.a": 0.5}
+        assert {t.name: t.parameter for t in plan.tensors()} == {"h.0.a": 0.5, "h.0.b": 0.11, "h.0.c": 0, "h.1.a": 0.5}

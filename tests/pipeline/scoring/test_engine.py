@@ -36,7 +36,7 @@ from fapm.scoring.threshold import (
 )
 from fapm.shard.section import CHUNK
 
-SCORED = [name for name, method in METHODS.items() if method.score]
+SCORED = [name for name, method in METHODS.items() if method.has_budget]
 KINDS = ["bfloat16", "float32", "float64"]
 SIZES = [1, 7, TILE + 1, BLOCK + 13]
 SEED, NAME = 3, "model.layers.0.weight"

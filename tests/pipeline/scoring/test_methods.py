@@ -17,10 +17,10 @@ from hypothesis.extra.numpy import arrays
 from fapm.run import prune
 from fapm.scoring import methods as score
 from fapm.scoring.compiled import CpuEngine
-from fapm.scoring.methods import METHODS, Method, evaluate, stream_of, uniform
+from fapm.scoring.methods import METHODS, Selection, evaluate, stream_of, uniform
 from fapm.scoring.threshold import KEEP_ALL, MAX_KEY, Bracket
 
-SCORED = [name for name, method in METHODS.items() if method.score]
+SCORED = [name for name, method in METHODS.items() if method.has_budget]
 DEFINED_BY_DELTA = ["fapm", "magnitude", "relative"]
 
 
@@ -174,7 +174,7 @@ def cubic(d, p, m, u):
 @pytest.fixture
 def new_method(monkeypatch):
     name = f"cubic-{uuid.uuid4().hex}"
-    monkeypatch.setitem(METHODS, name, Method(cubic))
+    monkeypatch.setitem(METHODS, name, Selection(cubic))
     return name
 
 

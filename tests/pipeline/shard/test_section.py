@@ -62,7 +62,7 @@ def test_slices_cover_every_tensor_once_and_in_order(found):
                 order.append(part.at)
                 if len(part.tensors) > 1:
                     assert all(0 < t.common == t.numel <= SMALL for t in part.tensors)
-                    assert len({(t.dtype, t.density) for t in part.tensors}) == 1
+                    assert len({(t.dtype, t.parameter) for t in part.tensors}) == 1
                     assert part.stop == sum(t.common for t in part.tensors)
                     for t in part.tensors:
                         position[t.name][0] = t.common
