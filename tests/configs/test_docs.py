@@ -1,0 +1,76 @@
+"""pytest tests/configs/test_docs.py: what the docs name is there, and what they show works."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fapm.scoring.methods import METHODS, Selection, evaluate
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES += sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("configs/*.md"))
+TASKS = sorted(ROOT.glob("docs/add-a-*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_are_there(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:pipeline|cluster|tests|configs|docs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs/architecture.md", *TASKS], ids=lambda page: page.name)
+def test_modules_and_what_is_in_them_are_there(page):
+    """Of `planning.make`, `storage/store.py`, `pool.Threads`, `fapm.cluster.commands` and the like."""
+    for name in re.findall(r"`((?:fapm\.)?[a-z_]+(?:\.\w+)+)`", page.read_text()):
+        if name.endswith((".py", ".md", ".json", ".toml", ".bin")):
+            continue
+        parts = name.removeprefix("fapm.").split(".")
+        for start in ("fapm", "fapm.formats", "fapm.storage", "fapm.shard"):
+            try:
+                there: Any = importlib.import_module(".".join([start, parts[0]]))
+            except ModuleNotFoundError:
+                continue
+            for part in parts[1:]:
+                if not hasattr(there, part):
+                    importlib.import_module(f"{there.__name__}.{part}")
+                there = getattr(there, part)
+            break
+        else:
+            raise AssertionError(name)
+
+
+def test_rooms_of_the_architecture_are_those_of_the_stairs():
+    rows = re.findall(r"^\| (`fapm\.[^|]*)\|", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    told = {name.removeprefix("fapm.") for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    stairs = re.search(r"layers = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert stairs
+    held = {name.removeprefix("fapm.") for name in re.findall(r"fapm\.[\w.]+", stairs[1])} - {"__main__"}
+    assert held - {"cluster"} == told - {"cluster", "cluster.commands", "cli"}
+
+
+@pytest.mark.parametrize("page", TASKS, ids=lambda page: page.name)
+def test_a_task_names_three_files_at_most(page):
+    files = set(re.findall(r"`(pipeline/[\w./]+\.py)`", page.read_text()))
+    assert 1 <= len(files) <= 3
+
+
+def test_the_method_that_is_shown_is_one():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-method.md").read_text(), re.DOTALL)
+    lines: dict[str, Any] = {"Any": Any}
+    exec("\n".join(line.removeprefix("   ") for line in code.splitlines()), lines)
+    assert "mine" not in METHODS
+    p, f = np.random.default_rng(0).standard_normal((2, 100)).astype(np.float32)
+    m = np.float32(np.abs(p).mean())
+    scores = evaluate(Selection(lines["mine"]), p, f, m, 0, np.arange(100))
+    exact = np.abs(f.astype(float) - p) / (np.abs(p.astype(float)) + m)
+    assert np.allclose(scores, exact, rtol=1e-6)
