@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def cannot_enter(address: str, error: Exception) -> UserError:
             f"--ray {address}: the cluster has another version of Ray or Python than this machine: {versions}"
         )
     number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    full = address == "local" and _free_bytes(_where(error)) < _LEAST_BYTES
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or full:
         return PassingError(f"--ray {address}: no space left for Ray's own files ({_where(error)}); free some")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
         return UserError(
@@ -167,6 +169,16 @@ def cannot_enter(address: str, error: Exception) -> UserError:
     if address == "local":
         return PassingError(f"--ray local: Ray does not start here ({why})")
     return PassingError(f"--ray {address}: no Ray cluster answers there ({why}){hint}")
+
+
+_LEAST_BYTES = 1 << 20  # for Ray's logs and sockets
+
+
+def _free_bytes(path: str) -> int:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return _LEAST_BYTES
 
 
 def _where(error: Exception) -> str:

@@ -327,6 +327,10 @@ def _init(address: str, recipe: Recipe) -> None:
         raise UserError(f"--ray {address}: {last_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise cannot_enter(address, error) from None
+    except Exception as error:
+        if type(error) is not Exception:  # so Ray says that a node of its own does not come up
+            raise
+        raise cannot_enter(address, error) from None
 
 
 def _listen_to_ray(say: Callable[[str], None]) -> None:

@@ -138,6 +138,42 @@ def test_why_ray_cannot_begin(error, passes, said):
     assert said in str(found) and isinstance(found, PassingError) == passes
 
 
+MACHINES = {
+    "/tmp/ray is full": ("/tmp/ray", "64k", 75, "--ray local: no space left for Ray's own files (/tmp/ray); free some"),
+    "/dev/shm as containers have it": ("/dev/shm", "64m", 0, ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has mounts of its own")
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_ray_of_ones_own_on_a_small_machine(tmp_path, machine):
+    """Ray itself says that its node timed out."""
+    path, size, code, said = MACHINES[machine]
+    save_pair(tmp_path, {"model.layers.0.a.weight": (60, 40)})
+    sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out", "--workers", "1", "--memory", "128MB"]
+    command = f'mkdir -p {path} && mount -t tmpfs -o size={size} tmpfs {path} && exec "$@"'
+    words = [sys.executable, "-m", "fapm", "prune", *sides, "--ray", "local"]
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", command, "bash", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_under_uv_run_no_folder_is_packed(tmp_path):
+    """Ray would send its workers the working directory, which is `/`."""
+    save_pair(tmp_path, {"model.layers.0.a.weight": (60, 40)})
+    sides = ["--base", "base", "--finetuned", "finetuned", "--out", "out", "--workers", "1", "--memory", "128MB"]
+    uv = [Path(sys.executable).with_name("uv"), "run", "--no-project", "--offline", "--python", sys.executable]
+    words = [*uv, "python", "-m", "fapm", "prune", *sides, "--ray", "local"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # A real head, with a token.
 
 
