@@ -33,11 +33,8 @@ def scheme_of(address: str) -> str:
     return found[1] if found else ""
 
 
-def open_store(address: str, token: str = "") -> Store:
-    """The folder at an address. Nothing is asked of it yet.
-
-    Args:
-        token: of the lease under which it is changed (`storage.lease`); without one nobody else may change it.
+def open_store(address: str) -> Store:
+    """The folder at an address. Nothing is asked of it yet; `storage.lease` gives one that may be changed.
 
     Raises:
         UserError: there are no such addresses.
@@ -51,7 +48,7 @@ def open_store(address: str, token: str = "") -> Store:
     if scheme in BUCKETS:
         from fapm.storage.bucket import Bucket
 
-        return Bucket(address, token)
+        return Bucket(address)
     if scheme == HUB:
         from fapm.storage.hub import Repository
 
@@ -60,7 +57,7 @@ def open_store(address: str, token: str = "") -> Store:
         return Layers(address, [open_store(part) for part in layers_of(address)])
     if scheme:
         raise UserError(f"{address}: there are paths, s3://, gs://, az:// and hf://, but no {scheme}://")
-    return Folder(address, token)
+    return Folder(address)
 
 
 def layered(addresses: Sequence[str]) -> str:
