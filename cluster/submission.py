@@ -19,7 +19,7 @@ from fapm.errors import UserError
 from fapm.formats.newest import LATEST
 from fapm.manifest.state import State, identity, look
 from fapm.recipe import PATHS, Recipe
-from fapm.storage.address import HUB, absolute, input_elsewhere, open_store, scheme_of, split
+from fapm.storage.address import absolute, input_elsewhere, is_repository, open_store, split
 
 NAME = "fapm"
 
@@ -63,7 +63,7 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
     """
     inputs = {side: input_elsewhere(getattr(recipe, side)) for side in ("base", "finetuned")}
     given = recipe.model_copy(update=inputs | {"out": absolute(recipe.out)})
-    if scheme_of(given.out) == HUB:
+    if is_repository(given.out):
         return Submission(given, _digest(given, None), None, ray, overwrite)
     if not _is_seen(given):
         say(f"note: {given.base} and {given.finetuned} are not seen from here; the cluster will look")

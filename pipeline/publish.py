@@ -29,8 +29,7 @@ from fapm.recipe import PATHS, Recipe
 from fapm.run import MakePool, Result
 from fapm.schedule import Watch
 from fapm.schemas import ManifestRecord, RunRecord
-from fapm.storage.address import HUB, open_store, repository_of, scheme_of, split
-from fapm.storage.local import Folder
+from fapm.storage.address import is_repository, open_store, repository_of, split
 from fapm.storage.records import checked
 from fapm.storage.store import Store
 from fapm.version import version
@@ -50,7 +49,7 @@ def prune_and_publish(
         UserError: as there; the Hub does not let one write, or the repository has changed meanwhile.
         PassingError: the Hub does not answer; what is uploaded stays.
     """
-    if scheme_of(recipe.out) != HUB:
+    if not is_repository(recipe.out):
         return run.prune(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=chosen)
     from fapm.storage.hub import Target
 
@@ -98,7 +97,7 @@ def _made_before(target: Any, plan: Plan) -> dict[str, Any] | None:
 
 def staged_recipe(recipe: Recipe) -> Recipe:
     """The run that puts together what goes to the Hub; of another output the recipe itself."""
-    if scheme_of(recipe.out) != HUB:
+    if not is_repository(recipe.out):
         return recipe
     return recipe.model_copy(update={"out": recipe.staging or _own_staging(recipe)})
 
@@ -181,7 +180,8 @@ class _Uploads:
 
 def _source(store: Store, name: str) -> Any:
     """A file as huggingface_hub takes it: a path, or something to read from."""
-    return str(store.path / name) if isinstance(store, Folder) else io.BufferedReader(_Ranges(store, name), 8 << 20)
+    here = store.local_path
+    return str(here / name) if here else io.BufferedReader(_Ranges(store, name), 8 << 20)
 
 
 class _Ranges(io.RawIOBase):

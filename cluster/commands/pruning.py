@@ -103,7 +103,7 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     from fapm.reporting.facts import plan_facts
     from fapm.reporting.text import plan_text
     from fapm.run import check_disk
-    from fapm.storage.address import HUB, scheme_of
+    from fapm.storage.address import is_repository, scheme_of
     from fapm.storage.rate import read_rate
 
     made, state = look(staged_recipe(recipe), overwrite)
@@ -113,6 +113,6 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     sides = [side for side in (made.base, made.finetuned) if not scheme_of(side.folder.address)]
     files = {side.folder.at(name): entry["size"] for side in sides for name, entry in side.identity.items()}
     facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)), read_rate(files))
-    if scheme_of(recipe.out) == HUB:
+    if is_repository(recipe.out):
         facts |= {"out": recipe.out, "upload_bytes": made.write_bytes}
     print_facts(facts, plan_text(facts), as_json)

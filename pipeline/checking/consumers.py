@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from fapm.formats.dtypes import TORCH_NAMES, itemsize
 from fapm.formats.tensor import TensorInfo
-from fapm.storage.local import Folder
 from fapm.storage.store import Store
 
 
@@ -43,8 +42,8 @@ def read_as_consumers_do(folder: Store, name: str, tensors: Sequence[TensorInfo]
 def _opened(folder: Store, name: str) -> Iterator[Any]:
     """A shard as the library opens it: the file itself or, of one in a store, its header before as many zeros as it has
     other bytes, since the library opens files only."""
-    if isinstance(folder, Folder):
-        with safe_open(folder.path / name, framework="pt") as opened:
+    if folder.local_path:
+        with safe_open(folder.local_path / name, framework="pt") as opened:
             yield opened
         return
     reader = folder.reader(name)
@@ -61,7 +60,7 @@ def _compare(folder: Store, tensor: TensorInfo, there: Any) -> list[str]:
     dtype, shape = there.get_dtype(), tuple(there.get_shape())
     if (dtype, shape) != (tensor.dtype, tensor.shape):
         return [f"tensor {tensor.name!r}: {dtype} {list(shape)} to the safetensors library, not {_said(tensor)}"]
-    if not isinstance(folder, Folder) or not tensor.numel or not shape or tensor.dtype not in TORCH_NAMES:
+    if not folder.local_path or not tensor.numel or not shape or tensor.dtype not in TORCH_NAMES:
         return []
     width, reader = itemsize(tensor.dtype), folder.reader(tensor.file)
     for which, row, at in (("first", slice(0, 1), 0), ("last", slice(shape[0] - 1, shape[0]), tensor.nbytes - width)):

@@ -12,7 +12,6 @@ from typing import Any
 
 from fapm.errors import UserError
 from fapm.formats.tensor import TensorInfo
-from fapm.storage.local import Folder
 from fapm.storage.records import parse
 from fapm.storage.store import Store
 
@@ -109,7 +108,7 @@ def refused_by_transformers(folder: Store) -> list[str]:
     Raises:
         UserError: it cannot be asked: the library is missing, the output is not on this machine, or names no class.
     """
-    if not isinstance(folder, Folder):
+    if not folder.local_path:
         raise UserError(f"--load: {folder.address} is not a folder of this machine")
     try:
         import transformers
@@ -123,7 +122,7 @@ def refused_by_transformers(folder: Store) -> list[str]:
         raise UserError(f"--load: config.json of {folder.address} names no class of transformers ({name or 'none'})")
     try:
         _, said = made.from_pretrained(
-            str(folder.path),
+            str(folder.local_path),
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -27,7 +27,6 @@ from fapm.choosing.skills import SKILLS, Measure, read_skills
 from fapm.choosing.sources import Source, at_hand
 from fapm.errors import PassingError, UserError
 from fapm.schemas import EvaluationRecord
-from fapm.storage.local import Folder
 from fapm.storage.records import read_record
 from fapm.storage.store import Store
 
@@ -311,8 +310,8 @@ def evaluate_all(
     missing = [source for source in sources if source.name not in found]
     for said in do(asked, missing) if missing else ():
         source = next(source for source in missing if source.name == said.name)
-        if isinstance(kept, Folder) and said.printed:  # where a file can be the user's alone
-            kept.write(_file(said.name, ".log"), said.printed.encode(), 0o600)
+        if said.printed:
+            kept.write_private(_file(said.name, ".log"), said.printed.encode())
         kept.write(_file(said.name), json.dumps(_facts(said) | {"key": key, "of": source.identity}, indent=1).encode())
         found[said.name] = said
         say(str(said))

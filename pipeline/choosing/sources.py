@@ -15,7 +15,7 @@ from typing import Any
 from fapm import run
 from fapm.planning.plan import Plan
 from fapm.recipe import EVERYTHING, Recipe
-from fapm.storage.address import HUB, absolute, open_store, scheme_of, split
+from fapm.storage.address import HUB, absolute, is_repository, open_store, scheme_of, split
 from fapm.storage.local import Folder
 
 
@@ -93,7 +93,7 @@ def at_hand(source: Source) -> Iterator[str]:
     if source.recipe is None and not scheme_of(source.address):
         yield source.address
         return
-    if source.recipe is None and scheme_of(source.address) == HUB:
+    if source.recipe is None and is_repository(source.address):
         from huggingface_hub import snapshot_download
 
         name, _, revision = source.address.removeprefix(f"{HUB}://").partition("@")

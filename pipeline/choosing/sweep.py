@@ -33,7 +33,7 @@ from fapm.run import MakePool, Result
 from fapm.schedule import LeasedRun, Watch
 from fapm.schemas import SweepRecord
 from fapm.shard.worker import runs_at_once
-from fapm.storage.address import HUB, inside, open_store, scheme_of
+from fapm.storage.address import inside, is_repository, open_store
 from fapm.storage.lease import lease
 from fapm.storage.records import read_record
 
@@ -60,7 +60,7 @@ def sweep_folder(recipe: Recipe) -> str:
     if "{" in recipe.out.replace("{{", "").replace("}}", ""):
         raise UserError(f"--out {recipe.out}: the output of a sweep has no fields in its path")
     out = staged_recipe(recipe).out
-    folder = f"{out}-{SWEEP}" if scheme_of(recipe.out) == HUB else inside(out, SWEEP)
+    folder = f"{out}-{SWEEP}" if is_repository(recipe.out) else inside(out, SWEEP)
     refuse_links(open_store(folder))
     return folder
 
@@ -181,7 +181,7 @@ def take(
     """Make `out` the chosen candidate, as a whole checkpoint; one that was chosen before by this sweep makes way."""
     recipe = _taken(swept, choice.name).model_copy(update={"out": out})
     chosen = (read_sweep(swept.folder) or {}).get("chosen")
-    there = open_store(recipe.out) if scheme_of(recipe.out) != HUB else None
+    there = open_store(recipe.out) if not is_repository(recipe.out) else None
     if chosen and there and there.has(RUN):
         now, wanted = begun(there)["recipe"], json.loads(json.dumps(recipe.decides()))
         overwrite |= now == chosen["decides"] and now != wanted

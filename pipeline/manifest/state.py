@@ -17,7 +17,7 @@ from fapm.planning.make import make_plan
 from fapm.planning.plan import Plan, Shard
 from fapm.recipe import Recipe
 from fapm.schemas import RunRecord
-from fapm.storage.address import HUB, absolute, matching, open_store, scheme_of, split
+from fapm.storage.address import absolute, is_repository, matching, open_store, split
 from fapm.storage.local import planted
 from fapm.storage.store import FileStat, Store, differing
 
@@ -87,7 +87,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
         UserError: it is one of the inputs, holds something else, or another run.
     """
     out = open_store(plan.recipe.out)
-    if scheme_of(plan.recipe.out) == HUB:
+    if is_repository(plan.recipe.out):
         raise UserError(f"--out {out.address}: an output for the Hub is made by fapm.publish")
     for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
         overlap = out.overlaps(side)

@@ -33,6 +33,11 @@ def scheme_of(address: str) -> str:
     return found[1] if found else ""
 
 
+def is_repository(address: str) -> bool:
+    """Whether an address is that of a repository of the Hub."""
+    return scheme_of(address) == HUB
+
+
 def open_store(address: str) -> Store:
     """The folder at an address. Nothing is asked of it yet; `storage.lease` gives one that may be changed.
 
@@ -49,7 +54,7 @@ def open_store(address: str) -> Store:
         from fapm.storage.bucket import Bucket
 
         return Bucket(address)
-    if scheme == HUB:
+    if is_repository(address):
         from fapm.storage.hub import Repository
 
         return Repository(address)
@@ -107,7 +112,7 @@ def input_elsewhere(address: str) -> str:
         return layered([input_elsewhere(part) for part in layers_of(address)])
     found = f"{HUB}://{address}" if _is_short(address) else absolute(address)
     with contextlib.suppress(UserError):
-        return _pinned(found, patient=False) if scheme_of(found) == HUB else found
+        return _pinned(found, patient=False) if is_repository(found) else found
     return found
 
 
@@ -140,7 +145,7 @@ def split(address: str) -> tuple[str, str]:
     if not scheme_of(address):
         path = Path(address)
         return str(path.parent), path.name
-    address = address.partition("@")[0] if scheme_of(address) == HUB else address
+    address = address.partition("@")[0] if is_repository(address) else address
     parent, _, name = address.rstrip("/").rpartition("/")
     return parent, name
 

@@ -335,6 +335,10 @@ class Bucket:
     def size(self, name: str) -> int:
         return int(self._meta(name)["size"])
 
+    @property
+    def local_path(self) -> None:
+        return None
+
     def is_here(self, name: str) -> bool:
         return False
 
@@ -356,6 +360,9 @@ class Bucket:
 
     def read(self, name: str) -> bytes:
         return patiently(self.at(name), lambda: bytes(obstore.get(self.client, self.key(name)).bytes()))
+
+    def write_private(self, name: str, data: bytes) -> bool:
+        return False
 
     def write(self, name: str, data: bytes) -> None:
         if not self.token:

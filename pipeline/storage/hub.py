@@ -172,6 +172,10 @@ class Repository:
             raise UserError(f"there is no {self.at(name)}")
         return self._snapshot.files[name]
 
+    @property
+    def local_path(self) -> None:
+        return None
+
     def is_here(self, name: str) -> bool:
         return self.cached(name) is not None
 
@@ -209,7 +213,7 @@ class Repository:
     def refuse(self, *_: Any) -> NoReturn:
         raise UserError(f"{self.address}: a repository changes by commits only")
 
-    write = append = create = remove = remove_folder = free_bytes = refuse
+    write = write_private = append = create = remove = remove_folder = free_bytes = refuse
 
 
 @functools.cache

@@ -75,6 +75,10 @@ class Layers:
         part, rest = self._of(name)
         return part.size(rest)
 
+    @property
+    def local_path(self) -> None:
+        return None
+
     def is_here(self, name: str) -> bool:
         part, rest = self._of(name)
         return part.is_here(rest)
@@ -98,4 +102,4 @@ class Layers:
     def refuse(self, *_: Any) -> NoReturn:
         raise UserError(f"{self.address}: several folders at once are only read")
 
-    write = append = create = remove = remove_folder = free_bytes = refuse
+    write = write_private = append = create = remove = remove_folder = free_bytes = refuse

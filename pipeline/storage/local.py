@@ -435,6 +435,10 @@ class Folder:
         with plain_errors(path):
             return path.stat().st_size
 
+    @property
+    def local_path(self) -> Path:
+        return self.path
+
     def is_here(self, name: str) -> bool:
         return True
 
@@ -475,7 +479,14 @@ class Folder:
         finally:
             reader.close()
 
-    def write(self, name: str, data: bytes, mode: int = 0o666) -> None:
+    def write(self, name: str, data: bytes) -> None:
+        self._write(name, data, 0o666)
+
+    def write_private(self, name: str, data: bytes) -> bool:
+        self._write(name, data, 0o600)
+        return True
+
+    def _write(self, name: str, data: bytes, mode: int) -> None:
         self._at(name)
         writer = Writer(self, name, 0, mode)
         try:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -124,6 +125,11 @@ class Store(Protocol):
 
     def size(self, name: str) -> int: ...
 
+    @property
+    def local_path(self) -> Path | None:
+        """Where the folder lies on this machine; None where it does not."""
+        ...
+
     def is_here(self, name: str) -> bool:
         """Whether a file is read from this machine, and not over a network."""
         ...
@@ -142,6 +148,10 @@ class Store(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file in one step."""
+        ...
+
+    def write_private(self, name: str, data: bytes) -> bool:
+        """Write one that only its owner may read; whether files can be that here. Where not, nothing is written."""
         ...
 
     def append(self, name: str, data: bytes, now: bool = False) -> None:
