@@ -10,8 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fapm.checking import verify as checking
-from fapm.choosing import compare as comparing
 from fapm.choosing.evaluation import Evaluate, evaluation, in_turn
 from fapm.choosing.sweep import run_sweep
 from fapm.errors import UserError
@@ -129,6 +127,8 @@ def compare(
     """
     if len(checkpoints) < 2:
         raise UserError("give two checkpoints or more")
+    from fapm.choosing import compare as comparing
+
     asked = evaluation(evaluate, tasks, texts, evaluate_seconds)
     facts = comparing.compare(checkpoints, asked, base, finetuned, evaluator).facts()
     return Facts(facts, compare_text(facts))
@@ -141,6 +141,8 @@ def verify(out: str, *, base: str | None = None, finetuned: str | None = None, l
         base, finetuned: where they are now, if not where prune found them.
         load: let transformers build the model that config.json names, too.
     """
+    from fapm.checking import verify as checking  # loads torch
+
     made = load_manifest(out)
     with Progress() as progress:
         progress.count(made["totals"]["written_bytes"], "verify")

@@ -6,10 +6,9 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCardData, RepoCard
 
 from fapm.errors import UserError, one_line
 from fapm.formats.checkpoint import Checkpoint, read_config
@@ -18,6 +17,9 @@ from fapm.planning.plan import Plan
 from fapm.recipe import EVERYTHING, option_words
 from fapm.scoring.methods import METHODS
 from fapm.storage.address import repository_of, split
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoCard
 
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _TAGS = ("fapm", "pruned", "task-vector")
@@ -53,6 +55,8 @@ def _card_of(side: Checkpoint) -> RepoCard | None:
     try:
         if not side.folder.has(CARD) or side.folder.size(CARD) > _MOST_BYTES:
             return None
+        from huggingface_hub import RepoCard  # with it comes all of the library, for a sixth of a second
+
         return RepoCard(side.folder.read(CARD).decode(), ignore_metadata_errors=True)
     except (UserError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError, RecursionError):
         return None
@@ -70,6 +74,8 @@ def _metadata(plan: Plan, own: RepoCard | None, base_s: RepoCard | None) -> str:
     if read_config(plan.finetuned).get("model_type"):
         found["library_name"] = "transformers"
     found["tags"] = list(dict.fromkeys([*_listed(of_own.get("tags")), *_TAGS]))
+    from huggingface_hub.repocard_data import ModelCardData
+
     return str(ModelCardData(**{name: value for name, value in found.items() if value}).to_yaml()).strip()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, Field, TypeAdapter
+from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter
 
 from fapm.scoring.methods import METHODS
 from fapm.storage.records import Checksum, Count, FileName, Integer, Name, Number, Record, Text
@@ -221,4 +221,4 @@ class Row(Record):
     kept_share: Number | None
 
 
-ROWS = TypeAdapter(list[Row])
+ROWS = TypeAdapter(list[Row], config=ConfigDict(defer_build=True))

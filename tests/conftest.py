@@ -9,6 +9,7 @@ import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on cores that others use lose most of both
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else hundreds of processes compile all of fapm, each for itself
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -32,7 +32,7 @@ Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 class Record(BaseModel):
     """Contents of a JSON file, as a model. What is not listed may be there too, of another version, and is not used."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, defer_build=True)
 
 
 def parse(data: bytes, most_parts: int = _MOST_PARTS) -> Any:
