@@ -207,7 +207,7 @@ def test_a_device_that_fails_is_a_lost_worker_and_no_bad_shard(model, undisturbe
         def fail(*_: Any) -> None:
             raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 
-        worker._benches = fail
+        worker._states = fail
         return Worker.write(worker, task, following)
 
     def replaced(self: RayPool, worker: int, task: int | None, method: Any, name: str, *arguments: Any) -> None:

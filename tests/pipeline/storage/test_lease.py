@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/storage/test_hold.py: one run at a time in a folder, and none that comes back from a pause."""
+"""pytest tests/pipeline/storage/test_lease.py: one run at a time in a folder, and none that comes back from a pause."""
 
 from __future__ import annotations
 
