@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from llama_pair import make
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path += map(str, Path(__file__).parents[1].glob("support/**/"))
 from checkpoints import save
 
 from fapm import Recipe, prune

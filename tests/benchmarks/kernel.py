@@ -21,7 +21,7 @@ from fapm.scoring.engine import Chunk, Engine
 from fapm.scoring.methods import METHODS, evaluate
 from fapm.scoring.threshold import Threshold, bracket_from_scores, float_thresholds, histograms
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path += map(str, Path(__file__).parents[1].glob("support/**/"))
 from chunks import torch_engine
 
 SHAPE, DENSITY, ROUNDS = (2048, 5632), 0.1, 9

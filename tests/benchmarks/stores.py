@@ -2,9 +2,10 @@
 
     python tests/benchmarks/stores.py [--layers 8] [--rounds 2]
 
-Needs Ceph (tests/ceph.py), whose one server shares the cores with all that is measured. The client uses the same
-library: it reads both inputs by ranges of 16 MiB, eight at once, and uploads one output of that size in parts, at the
-same time. Bytes and requests are counted by a proxy, in a run of their own. Hub to local: tests/hub.py's server.
+Needs Ceph (`ceph` in tests/support/servers), whose one server shares the cores with all that is measured. The client
+uses the same library: it reads both inputs by ranges of 16 MiB, eight at once, and uploads one output of that size in
+parts, at the same time. Bytes and requests are counted by a proxy, in a run of their own. Hub to local: the server in
+`hub` there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import obstore
 import pytest
 from llama_pair import make
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path += map(str, Path(__file__).parents[1].glob("support/**/"))
 import ceph
 import hub as hub_server
 import s3
@@ -84,7 +85,7 @@ def timed(recipe: Recipe, client: Any = None) -> float:
 
 SERVE = """
 import pathlib, sys
-sys.path.append("tests")
+sys.path.append("tests/support/servers")
 import hub
 with hub.served() as served:
     for side in ("base", "finetuned"):

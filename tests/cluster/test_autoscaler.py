@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -61,12 +60,11 @@ def autoscaling(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     from ray.util import get_node_ip_address
 
     CONFIG["provider"]["gcs_address"] = f"{get_node_ip_address()}:{PORT}"
-    shutil.copy(fake_nodes.__file__, folder)  # beside it lie folders that would pass for our packages
     config, log = folder / "autoscaling.json", folder / "head.log"
     config.write_text(json.dumps(CONFIG))
     switches = {
         "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": str(Path(fake_nodes.__file__).parent),
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_CLOUD_INSTANCE_ID": HEAD,
     }  # fmt: skip
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={PORT}"]

@@ -20,20 +20,19 @@ import decoder
 import minilm
 import pytest
 import torch
-from needs import needs
+from needs import ROOMS, needs
 
 from fapm import Recipe, prune
 from fapm.choosing.skills import Measure
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-TESTS = Path(__file__).parents[2]
 SEEDS = int(os.environ.get("FAPM_SEEDS", "1"))  # of fine-tuning; the README's table is of three
 METHODS = "fapm,magnitude,wise-ft" if minilm.FULL else "fapm,magnitude"
 
 
 def fapm(folder: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "fapm", *words, "--json"]
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(ROOMS)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
@@ -65,7 +64,7 @@ def follows_its_words(facts: dict[str, Any], floor: float) -> None:
 def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
     # In a process of its own: what a library has depends on what else was imported.
     keep = "import minilm, pathlib, sys; minilm.keep(pathlib.Path(sys.argv[1]))"
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(ROOMS)}
     subprocess.run([sys.executable, "-c", keep, str(tmp_path / "texts.json")], env=environment, check=True)
     monkeypatch.setenv(minilm.KEPT, str(tmp_path / "texts.json"))
     said: dict[str, list[dict[str, Any]]] = {}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from checkpoints import digests, load, save, save_pair
+from needs import ROOMS
 
 from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
@@ -141,13 +142,13 @@ def test_what_several_ranks_have_written(pair, columns):
     """Sizes that do not divide evenly; the ranks' parts are put together where they are read."""
     save_pair(pair, {"a": (41, 8), "b": (7, 19), "c": (300, 257), "norm": (5,)})
     code = (
-        "import sys; sys.path[:0] = [sys.argv[4], sys.argv[5]]; from pathlib import Path; import test_pickled as t;"
+        "import sys; sys.path[:0] = sys.argv[4:]; from pathlib import Path; import test_pickled as t;"
         "t.sharded(int(sys.argv[1]), 4, Path(sys.argv[2]), sys.argv[3] == 'True')"
     )
     here = Path(__file__)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(pair), str(columns), str(here.parents[2]), str(here.parent)],
+            [sys.executable, "-c", code, str(rank), str(pair), str(columns), str(here.parent), *ROOMS],
             cwd=here.parents[3],
         )
         for rank in range(4)

@@ -25,7 +25,7 @@ RAYJOBS = "/apis/ray.io/v1/namespaces/nightly/rayjobs"
 
 @cache
 def _definitions(name: str) -> dict[str, Any]:
-    path = Path(__file__).parent / "schemas" / f"{name}.json.gz"
+    path = Path(__file__).parents[2] / "schemas" / f"{name}.json.gz"
     return json.loads(gzip.decompress(path.read_bytes()))
 
 

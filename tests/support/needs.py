@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+ROOMS = [str(room) for room in Path(__file__).parent.glob("**/")]
+"""Of what tests share, for the path of other processes."""
 DEBIAN = ROOT / ".venv" / "debian"
 """Debian packages unpacked, not installed."""
 _BESIDE = (DEBIAN / "usr/bin", ROOT / ".venv/node/node_modules/.bin", ROOT / ".venv/bin")
