@@ -64,7 +64,7 @@ class FapmWorker:
 
     def run(self, step: Step, task: Task, following: Task | None) -> Done:
         with self._lock:
-            begun = (worker for worker in self._free if worker.has_begun(task.shard))
+            begun = (worker for worker in self._free if worker.prefetch.has_begun(task.shard))
             worker = next(begun, self._free[0])
             self._free.remove(worker)
         try:

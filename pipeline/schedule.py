@@ -103,7 +103,7 @@ def _merged(runs: Sequence[LeasedRun], wanted: dict[int, Request]) -> list[Task]
             run = runs[i]
             own = replace(task, recipe=run.plan.recipe, out=run.out.absolute())
             by_shard.setdefault(task.shard.index, []).append(own)
-    return [replace(tasks[0], beside=tuple(tasks[1:])) for _, tasks in sorted(by_shard.items())]
+    return [replace(tasks[0], others=tuple(tasks[1:])) for _, tasks in sorted(by_shard.items())]
 
 
 def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:

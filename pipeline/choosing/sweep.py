@@ -32,7 +32,7 @@ from fapm.recipe import Recipe, binary
 from fapm.run import MakePool, Result
 from fapm.schedule import LeasedRun, Watch
 from fapm.schemas import SweepRecord
-from fapm.shard.worker import runs_at_once
+from fapm.shard.budget import runs_at_once
 from fapm.storage.address import inside, is_repository, open_store
 from fapm.storage.lease import lease
 from fapm.storage.records import read_record

@@ -8,8 +8,9 @@ Where a device computes, runs of large tensors come in pieces of their own size,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fapm.formats.dtypes import itemsize
 from fapm.formats.tensor import TensorInfo
@@ -116,12 +117,16 @@ class Section:
 
 
 def sections(
-    tensors: Sequence[PairedTensor], together: Sequence[str] = (), device: Sizes | None = None
+    tensors: Sequence[PairedTensor],
+    together: Sequence[str] = (),
+    device: Sizes | None = None,
+    kinds: Mapping[str, Any] | None = None,
 ) -> list[Section]:
     """Cut a shard's tensors. Those of each group in `together` end up in one section.
 
     Args:
         device: the sizes for what goes there, if there is one.
+        kinds: what small tensors have to agree in to share a slice, by name; their own parameter by default.
     """
     wanted = set(together)
     last = {t.group: i for i, t in enumerate(tensors) if t.group in wanted}
@@ -132,22 +137,22 @@ def sections(
     for i, tensor in enumerate(tensors):
         read_bytes = tensor.read_bytes
         if batch and i > until and nbytes + read_bytes > most:
-            found.append(_section(batch, device))
+            found.append(_section(batch, device, kinds or {}))
             batch, nbytes = [], 0
         batch.append(tensor)
         nbytes += read_bytes
         until = max(until, last.get(tensor.group, i))
     if batch:
-        found.append(_section(batch, device))
+        found.append(_section(batch, device, kinds or {}))
     return found
 
 
-def _section(tensors: Sequence[PairedTensor], device: Sizes | None) -> Section:
+def _section(tensors: Sequence[PairedTensor], device: Sizes | None, kinds: Mapping[str, Any]) -> Section:
     pieces: list[Piece] = []
     here: list[Slice] = []
     size = ranges = 0
     on_device = False
-    for part in _slices(tensors, device or ON_HOST):
+    for part in _slices(tensors, device or ON_HOST, kinds):
         nbytes, count, there = part.nbytes, 2 * len(part.tensors), device is not None and part.large
         most = device.piece_bytes if device and there else PIECE_BYTES
         if here and (there != on_device or size + nbytes > most or ranges + count > MOST_RANGES):
@@ -162,7 +167,7 @@ def _section(tensors: Sequence[PairedTensor], device: Sizes | None) -> Section:
     return Section(tuple(tensors), tuple(pieces), sum(p.nbytes for p in pieces))
 
 
-def _slices(tensors: Sequence[PairedTensor], sizes: Sizes) -> Iterator[Slice]:
+def _slices(tensors: Sequence[PairedTensor], sizes: Sizes, kinds: Mapping[str, Any]) -> Iterator[Slice]:
     """Small neighbours that are pruned and alike, together; of others the common elements, then what passes through."""
     first = numel = 0
     alike: tuple[object, ...] = ()
@@ -177,7 +182,7 @@ def _slices(tensors: Sequence[PairedTensor], sizes: Sizes) -> Iterator[Slice]:
             numel = 0
             yield from _cut(tensor, i, sizes)
             continue
-        kind = (*(source.dtype for source in tensor.sources), tensor.dtype, tensor.parameter)
+        kind = (*(source.dtype for source in tensor.sources), tensor.dtype, kinds.get(tensor.name, tensor.parameter))
         full = numel + tensor.common > _TOGETHER or i - first >= MOST_RANGES // 2
         if numel and (kind != alike or full):
             yield from gathered(i)

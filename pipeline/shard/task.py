@@ -30,7 +30,7 @@ class Task:
         thresholds: for `write`, what was found for those groups, with this shard's part of the tie quota.
         round: how many times the groups have been measured.
         recipe, out: of the run that it is for, where that is not the worker's own.
-        beside: tasks for the same shard in other runs over the same inputs, to be done in the same reading.
+        others: tasks for the same shard in other runs over the same inputs, to be done in the same reading.
     """
 
     shard: Shard
@@ -40,12 +40,12 @@ class Task:
     round: int = 0
     recipe: Recipe | None = None
     out: Store | None = None
-    beside: tuple[Task, ...] = ()
+    others: tuple[Task, ...] = ()
 
     @property
-    def each(self) -> tuple[Task, ...]:
-        """This one, and those beside it."""
-        return self, *self.beside
+    def lanes(self) -> tuple[Task, ...]:
+        """This one, and the others: a lane each."""
+        return self, *self.others
 
     def cross_shard(self) -> list[PairedTensor]:
         """The shard's tensors whose groups lie in other shards too."""

@@ -27,7 +27,7 @@ def test_the_next_shard_is_being_read_when_one_is_made_durable(runner, scope):
                 following = tasks[i + 1] if i + 1 < len(tasks) else None
                 done = step(worker, task, following)
                 if step is not Worker.sample:
-                    begun.append(following is not None and worker.has_begun(following.shard))
+                    begun.append(following is not None and worker.prefetch.has_begun(following.shard))
                 yield done
 
     recipe = runner.recipe(shard_size="300kB", scope=scope)
@@ -49,7 +49,7 @@ def test_what_was_read_for_another_shard_is_thrown_away(runner):
             room = worker._reader.memory.room
             for i, task in enumerate(tasks):
                 yield step(worker, task, tasks[i - 2])
-            worker._forget_ahead()
+            worker.prefetch.forget()
             assert worker._reader.memory.room == room
 
     recipe = runner.recipe(shard_size="300kB")

@@ -1,0 +1,57 @@
+"""Cutting: what of a shard a step works on, and which of it has to be together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fapm.planning.plan import PairedTensor
+from fapm.shard.task import Task
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tensors to be cut into sections.
+
+    Attributes:
+        together: groups whose tensors have to lie in one section.
+        kinds: by name, what small tensors have to agree in to share a slice; their own parameter where it is empty.
+    """
+
+    tensors: list[PairedTensor]
+    together: list[str]
+    kinds: Mapping[str, Any]
+
+
+HowToCut = Callable[[Task], Cut]
+
+
+def to_measure(task: Task) -> Cut:
+    """The tensors of the groups that are counted."""
+    return cut_for(task, {t.name for of in task.lanes for t in of.cross_shard() if t.group in of.brackets})
+
+
+def to_write(task: Task) -> Cut:
+    """All tensors of the shard."""
+    return cut_for(task, {t.name for t in task.shard.tensors})
+
+
+def cut_for(task: Task, names: set[str]) -> Cut:
+    """The shard's tensors of these names.
+
+    Of several lanes the one with the widest groups says what has to be together: the groups of the others lie inside
+    them, or are single tensors. Small tensors share a slice only if they have one parameter in every lane.
+    """
+
+    def together(of: Task) -> list[str]:
+        return [name for name, group in of.groups.items() if not group.cross_shard and group.tensors > 1]
+
+    widest = max(task.lanes, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
+    tensors = [t for t in widest.shard.tensors if t.name in names]
+    whole = len(tensors) == len(widest.shard.tensors)
+    kinds: dict[str, Any] = {}
+    if len(task.lanes) > 1:
+        by_lane = [{t.name: t.parameter for t in of.shard.tensors} for of in task.lanes]
+        kinds = {t.name: tuple(lane[t.name] for lane in by_lane) for t in tensors}
+    return Cut(tensors, together(widest) if whole else [], kinds)

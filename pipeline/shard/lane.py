@@ -1,0 +1,39 @@
+"""Lanes: the runs for which a task is done, over one reading of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fapm.recipe import Recipe
+from fapm.shard.task import Task
+from fapm.storage.store import Store
+
+
+@dataclass
+class Lane:
+    """One of the runs that a task is for: its recipe, and the folder in which it writes.
+
+    Attributes:
+        means: (t, 2) float64 of the shard's tensors, as of `load_means`.
+    """
+
+    task: Task
+    recipe: Recipe
+    out: Store
+    means: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+
+    def __post_init__(self) -> None:
+        self.place = {t.name: i for i, t in enumerate(self.task.shard.tensors)}
+        self.tensors = {t.name: t for t in self.task.shard.tensors}
+
+
+def share_means(lanes: Sequence[Lane]) -> None:
+    """Let all lanes know the means that one of them knows."""
+    means = [lane.means for lane in lanes]
+    for one in means[1:]:
+        means[0][:] = np.where(np.isnan(means[0]), one, means[0])
+    for one in means[1:]:
+        one[:] = means[0]
