@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on cores that others use lose most of both
@@ -22,6 +23,9 @@ from pace import patience
 
 from fapm import Recipe, prune
 from fapm.run import Result
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a script starts in the background, its children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_TOKEN = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "/not/there"}
 """For Ray, which makes one in the home from 2.60 on, and uses it. Tests about tokens have their own."""
