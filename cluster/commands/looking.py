@@ -125,9 +125,9 @@ def demo(folder: str) -> None:
 
     from fapm.demo import demo
     from fapm.reporting.facts import prune_facts
-    from fapm.reporting.progress import Progress
+    from fapm.reporting.progress import watched
     from fapm.reporting.text import run_text
 
-    with Progress() as progress:
-        done = demo(Path(folder), progress.watch())
+    with watched() as watch:
+        done = demo(Path(folder), watch)
     click.echo(printable(f"{run_text(prune_facts(done.result))}\n\n{done.checked}"))

@@ -34,12 +34,12 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
 
 
 def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) -> None:
-    from fapm import api
+    from fapm.publish import prune_and_publish
     from fapm.reporting.facts import prune_facts
-    from fapm.reporting.progress import Progress
+    from fapm.reporting.progress import watched
 
-    with Progress() as progress:
-        result = api.prune(recipe, overwrite=overwrite, pool=pool_at(ray, by), watch=progress.watch())
+    with watched() as watch:
+        result = prune_and_publish(recipe, overwrite=overwrite, pool=pool_at(ray, by), watch=watch)
     print_result(prune_facts(result), as_json)
 
 

@@ -275,7 +275,7 @@ def read_sweep(folder: str) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Done:
+class EndedSweep:
     """A sweep that has ended: its facts, its output folder, and the evaluations that failed, of how many."""
 
     facts: dict[str, Any]
@@ -301,7 +301,7 @@ def run_sweep(
     pool: MakePool | None = None,
     evaluator: Callable[[Recipe], Evaluate] | None = None,
     watching: Callable[[], AbstractContextManager[Watch]] = lambda: nullcontext(Watch()),
-) -> Done:
+) -> EndedSweep:
     """Make the candidates, evaluate them, and make the output of the chosen one.
 
     Args:
@@ -336,4 +336,4 @@ def run_sweep(
             take(swept, choice, one.out, overwrite=overwrite, pool=pool, watch=watch)
         facts = write_sweep(replace(swept, choice=choice))
     failed = [said for said in swept.said.values() if said.error]
-    return Done({"out": one.out, **facts}, one.out, failed, len(swept.said))
+    return EndedSweep({"out": one.out, **facts}, one.out, failed, len(swept.said))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fapm.errors import listed
 from fapm.formats.checkpoint import Checkpoint
 from fapm.planning.plan import PairedTensor, Plan
 from fapm.planning.shards import group_of
@@ -20,15 +21,13 @@ from fapm.storage.address import scheme_of
 if TYPE_CHECKING:
     from fapm.run import Result
 
-_LISTED = 3  # names in a line of text, of a longer list
-
 
 _EXTREMES = 5  # tensors at each end of the kept share
 
 
 def named(names: Sequence[str]) -> str:
     """How many names there are, and the first of them."""
-    return f"{len(names)}: " + ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+    return f"{len(names)}: {listed(names)}"
 
 
 # A run.
@@ -95,6 +94,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
     """
     from fapm.selection import to_measure
 
+    twice = to_measure(plan)
     elements = sum(tensor.numel for tensor in plan.tensors())
     kept, weights = sum(g.k for g in plan.groups.values()), plan.weights
     kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
@@ -124,12 +124,12 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "inputs": {side.role: _where(side) for side in (plan.base, plan.finetuned)},
         "upload_bytes": plan.write_bytes if scheme_of(plan.recipe.out) else 0,
         "read_bytes": plan.pair_bytes,
-        "read_twice_bytes": to_measure(plan),
+        "read_twice_bytes": twice,
         "write_bytes": plan.write_bytes,
         "memory_bytes_per_worker": plan.recipe.memory,
         "workers": workers,
         "workers_worth_having": len(plan.shards),
-        "storage": advise(rate, elements, plan.pair_bytes, to_measure(plan), cores()) if rate else None,
+        "storage": advise(rate, elements, plan.pair_bytes, twice, cores()) if rate else None,
         "oddities": list(plan.warnings),
     }
 

@@ -77,7 +77,6 @@ class Selection:
     hashed: bool = False
 
     scopes: ClassVar[tuple[str, ...]] = ("tensor", "layer", "global")
-    parameter: ClassVar[str] = "density"
     has_budget: ClassVar[bool] = True
 
 
@@ -94,7 +93,6 @@ class Blend:
     score: Score = magnitude
 
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
-    parameter: ClassVar[str] = "α"
     has_budget: ClassVar[bool] = False
     hashed: ClassVar[bool] = False
 

@@ -73,10 +73,9 @@ def on_pair(command: str, *args: str, out: str = "out") -> Result:
 
 
 def process(*args: str, **options: object) -> subprocess.Popen[bytes]:
-    """The command in a process of its own, where Ctrl-C works even if this one ignores it."""
+    """The command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "fapm", *args],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **options,  # type: ignore[arg-type]
     )
 

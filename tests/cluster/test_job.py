@@ -47,7 +47,6 @@ class Fapm:
             [sys.executable, "-m", "fapm", *args, "--address", head.address],
             env={**head.environment, **environment}, cwd=folder,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         self.said: list[str] = []
         self._reader = threading.Thread(target=lambda: self.said.extend(iter(self.process.stderr.readline, "")))
