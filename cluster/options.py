@@ -27,6 +27,8 @@ _RECIPE_OPTIONS = (
     click.option("--out", metavar="FOLDER", help=DESCRIPTIONS["out"]),
     click.option("--density", metavar="SHARE", help=DESCRIPTIONS["density"]),
     click.option("--method", metavar="NAME", help=DESCRIPTIONS["method"]),
+    click.option("--strength", metavar="FACTOR", help=DESCRIPTIONS["strength"]),
+    click.option("--tail", metavar="SHARE", help=DESCRIPTIONS["tail"]),
     click.option("--scope", metavar="SCOPE", help=DESCRIPTIONS["scope"]),
     click.option("--rule", "rules", metavar="PATTERN=ACTION", multiple=True, help=DESCRIPTIONS["rules"]),
     click.option("--rename", "renames", metavar="FROM=TO", multiple=True, help=DESCRIPTIONS["renames"]),
@@ -77,7 +79,10 @@ def choice_options(command: Command) -> Command:
     return command
 
 
-_OF_CONTENT = {"finetuned", "density", "method", "scope", "rules", "dtype", "seed", "nonfinite", "emit", "unpaired"}
+_OF_CONTENT = {
+    "finetuned", "method", "density", "strength", "tail", "scope", "rules", "dtype", "seed", "nonfinite", "emit",
+    "unpaired",
+}  # fmt: skip
 
 
 def work_options(*left_out: str) -> Callable[[Command], Command]:

@@ -14,8 +14,8 @@ from fapm.errors import UserError, one_line
 from fapm.formats.checkpoint import Checkpoint, read_config
 from fapm.formats.side_files import CARD
 from fapm.planning.plan import Plan
-from fapm.recipe import EVERYTHING, option_words
-from fapm.scoring.methods import METHODS
+from fapm.recipe import EVERYTHING, how, option_words
+from fapm.scoring.methods import METHODS, PARAMETERS
 from fapm.storage.address import repository_of, split
 
 if TYPE_CHECKING:
@@ -131,7 +131,13 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         )
     if recipe.rules == EVERYTHING:
         return f"All of {finetuned}."
-    if not METHODS[recipe.method].has_budget:
+    if METHODS[recipe.method].kind == "matrix":
+        rank, full = (sum(row.get(key) or 0 for row in rows) for key in ("rank", "full_rank"))
+        return (
+            f"{base} with a part of what {finetuned} has changed, matrix by matrix: {rank:,} of {full:,} singular "
+            f"values of the change, chosen by `{how(recipe.model_dump())}`. What is no matrix is {finetuned}'s."
+        )
+    if METHODS[recipe.method].kind == "blend":
         return (
             f"{base} and {finetuned}, mixed: in every element {recipe.density:g} of the change that fine-tuning made."
         )
@@ -178,9 +184,9 @@ def _again(plan: Plan) -> str:
     words = ["fapm", "prune"]
     for role, side in (("base", plan.base), ("finetuned", plan.finetuned)):
         words += [f"--{role}", repository_of(side.folder.address, pinned=True) or shlex.quote(_name(side))]
-    words += ["--out", "OUT", "--density", f"{plan.recipe.density:g}"]
+    words += ["--out", "OUT", f"--{METHODS[plan.recipe.method].parameter}", f"{plan.recipe.parameter:g}"]
     for name in plan.recipe.decides():
-        if name in given and name != "density":
+        if name in given and name not in PARAMETERS:
             words += map(shlex.quote, option_words(name, given[name]))
     line = one_line(" ".join(words)).replace("`", "'")
     return (

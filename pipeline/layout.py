@@ -36,6 +36,10 @@ def measure_name(shard: int, round_: int) -> str:
     return f"{WORK}/measure-{round_}-{shard:05d}{ARRAYS}"
 
 
+LIBRARY = f"{WORK}/library"
+"""Name of the linear algebra with which the matrices of a run are worked on."""
+
+
 def record_name(shard: int) -> str:
     return f"{WORK}/shard-{shard:05d}.json"
 

@@ -25,7 +25,7 @@ from fapm.layout import LOG, MANIFEST, RECIPE, RUN
 from fapm.manifest.state import differences, identity, shard_files
 from fapm.planning.make import make_plan
 from fapm.planning.plan import Plan
-from fapm.recipe import PATHS, Recipe
+from fapm.recipe import PATHS, Recipe, how
 from fapm.run import MakePool, Result
 from fapm.schedule import Watch
 from fapm.schemas import ManifestRecord, RunRecord
@@ -128,7 +128,7 @@ def _stored(made: dict[str, Any]) -> list[str]:
 
 
 def _commit(target: Any, plan: Plan, uploads: _Uploads, files: dict[str, bytes]) -> None:
-    message = f"{plan.recipe.method}, density {plan.recipe.density:g}, scope {plan.recipe.scope} (fapm {version()})"
+    message = f"{how(plan.recipe.model_dump())} (fapm {version()})"
     try:
         target.commit(uploads.done, files, message)
     except PassingError:

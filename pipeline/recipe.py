@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -31,7 +32,7 @@ from fapm.scoring.methods import METHODS
 
 _LATER = (
     "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",
-    "unpaired",
+    "unpaired", "strength", "tail",
 )  # fmt: skip
 
 EVERYTHING = ("*=finetuned",)
@@ -145,6 +146,8 @@ class Recipe(BaseModel):
     out: str
     method: str = "fapm"
     density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
+    strength: float = Field(1.0, ge=0, le=1e6, allow_inf_nan=False)
+    tail: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
     rules: tuple[str, ...] = ()
     renames: tuple[str, ...] = ()
@@ -244,6 +247,12 @@ class Recipe(BaseModel):
         return {k: v for k, v in found.items() if k not in usual or v not in (usual[k], [])}
 
     @property
+    def parameter(self) -> float:
+        """The method's: a density, α, a strength or a tail."""
+        value: float = getattr(self, METHODS[self.method].parameter)
+        return value
+
+    @property
     def parsed_rules(self) -> tuple[Rule, ...]:
         return _parse_rules(self.rules)
 
@@ -324,6 +333,14 @@ def binary(nbytes: int) -> str:
 def option_of(field: str) -> str:
     """Option of the command line for a field."""
     return "--" + {"rules": "rule", "renames": "rename", "labels": "label"}.get(field, field.replace("_", "-"))
+
+
+def how(choices: Mapping[str, Any]) -> str:
+    """`fapm, density 0.1, scope tensor`: the method of a recipe's choices, and what it is given."""
+    method = METHODS[choices["method"]]
+    scope = f", scope {choices['scope']}" if len(method.scopes) > 1 else ""
+    value = choices.get(method.parameter, Recipe.model_fields[method.parameter].default)
+    return f"{choices['method']}, {method.symbol} {value:g}{scope}"
 
 
 def _sentence(error: Any, choices: dict[str, Any]) -> str:

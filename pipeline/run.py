@@ -16,7 +16,7 @@ from fapm.manifest.read import load_manifest
 from fapm.manifest.state import State, begin, check_folder, look, unfinished_shards
 from fapm.planning.plan import Plan
 from fapm.pool import Pool, Threads, default_workers
-from fapm.recipe import Recipe, format_bytes
+from fapm.recipe import Recipe, format_bytes, how
 from fapm.schedule import WRITTEN, LeasedRun, Request, Schedule, Watch, in_lockstep
 from fapm.scoring.threshold import Threshold
 from fapm.selection import find_thresholds, groups_of, load_thresholds, to_measure
@@ -52,10 +52,9 @@ class Result:
 
     def _line(self) -> str:
         totals, recipe = self.manifest["totals"], self.plan.recipe
-        how = f"{recipe.method}, density {recipe.density:g}, scope {recipe.scope}"
         wrote = f"{plural(len(self.plan.shards), 'shard')} of {format_bytes(totals['written_bytes'])}"
         when = "finished before" if self.nothing_to_do else f"{self.seconds:.3g} s"
-        return f"{recipe.out}: {how}; {plural(totals['tensors'], 'tensor')} in {wrote}, {when}"
+        return f"{recipe.out}: {how(recipe.model_dump())}; {plural(totals['tensors'], 'tensor')} in {wrote}, {when}"
 
 
 MakePool = Callable[[Plan, Store, Watch], Pool]

@@ -20,6 +20,8 @@ class Choices(Record):
 
     method: _Method
     density: _Density
+    strength: Number = 1.0
+    tail: _Density = 0.0
     scope: Name
     rules: list[Text]
 
@@ -64,6 +66,7 @@ class ShardRecord(FileRecord):
     read_bytes: Count
     seconds: _Seconds
     delta: FileRecord | None = None
+    library: Text | None = None
 
 
 class Totals(Record):
@@ -83,6 +86,8 @@ class Totals(Record):
     weights: Count | None = None
     unpaired: Count | None = None
     density_of_all: Number | None = None
+    rank: Count = 0
+    full_rank: Count = 0
 
 
 class Account(Record):
@@ -142,6 +147,8 @@ class CandidateRecord(PointRecord):
     method: _Method
     scope: Name
     density: _Density
+    strength: Number = 1.0
+    tail: _Density = 0.0
     decides: dict[Name, Any]
     kept: Count
     pruned_numel: Count
@@ -214,6 +221,8 @@ class Row(Record):
     kept_changed: Count | None
     threshold_key: Integer | None
     ties: Count | None
+    rank: Count | None = None
+    full_rank: Count | None = None
     threshold: Number | None
     mean_abs_base: Number | None
     norm_delta: Annotated[float, Field(ge=0, lt=1e150)] | None

@@ -16,15 +16,17 @@ from fapm.formats.dtypes import convert, is_weight, itemsize, nonfinite, round_t
 from fapm.formats.tensor import Part, Sides, TensorInfo
 from fapm.layout import TABLE
 from fapm.planning.plan import PairedTensor, Plan
-from fapm.scoring.methods import METHODS, evaluate, stream_of
+from fapm.scoring.methods import METHODS, Matrix, evaluate, stream_of
 from fapm.scoring.threshold import key_of, score_of
 from fapm.storage.store import Store
 
 CHUNK = 1 << 18
-"""Elements looked at at once; a multiple of CHUNK."""
+"""Elements looked at at once; a multiple of ADDED."""
 
-CHUNK = 1 << 16
+ADDED = 1 << 16
 """Elements whose |p| is added up in float64 before the sums are added exactly."""
+
+_ROUNDING = 2.0**-52  # of a float64
 
 _SAME_MEAN = 1e-12  # relative; what the order of float64 additions inside a block may do, and far below float32
 
@@ -164,6 +166,63 @@ class Comparison:
         self._compare("finetuned", tensor.common, rest)
         return problems + self._differs("finetuned", rest)
 
+    def projected(self, row: dict[str, Any]) -> list[str]:
+        """Every matrix is base's and what the method keeps of Δ, but for rounding; added rows are finetuned's.
+
+        The singular values are found once more, from strips along the longer side.
+        """
+        tensor, method = self._tensor, METHODS[self._recipe.method]
+        assert isinstance(method, Matrix)
+        count, rows, columns = tensor.matrices
+        rank, strange = 0, _Finding()
+        for matrix in range(count):
+            spans = list(_strips(matrix * rows * columns, rows, columns))
+            gram, largest = np.zeros((min(rows, columns),) * 2), 0.0
+            for strip in spans:
+                delta = self._turned(strip, rows, columns)
+                largest = max(largest, float(np.abs(delta).max(initial=0)))
+                gram += delta.T @ delta
+            squares, vectors = np.linalg.eigh(gram)
+            sigma = np.sqrt(np.maximum(squares, 0))
+            if squares[0] <= 1e-10 * squares[-1]:  # too small to be seen in squares: the matrix as a whole
+                sigma, vectors = _decomposed(np.concatenate([self._turned(strip, rows, columns) for strip in spans]))
+            gains = method.gains(sigma[::-1], (rows, columns), self._recipe.parameter)[::-1]
+            rank += int(np.count_nonzero(gains))
+            for strip in spans:
+                p, f, out = self._strip(strip)
+                delta = _along(f - p, rows, columns)
+                wanted = p + _along(((delta @ vectors) * gains) @ vectors.T, rows, columns)
+                allowed = 1e-5 * largest + 1e-6 * np.abs(wanted)
+                low, high = (self._rounded((wanted + by).astype(p.dtype)) for by in (-allowed, allowed))
+                strange.add(((out < low) | (out > high)).reshape(-1), strip[0][0])
+                self._progress(out.size * itemsize(tensor.dtype))
+        problems = []
+        if strange.count:
+            problems.append(f"tensor {tensor.name!r}: {strange} are not what {self._recipe.method} keeps")
+        if row.get("rank") not in (None, rank):
+            said = f"{TABLE} says that {row['rank']} singular values are kept, it is {rank}"
+            problems.append(f"tensor {tensor.name!r}: {said}")
+        rest = _Finding()
+        self._compare("finetuned", tensor.common, rest)
+        return problems + self._differs("finetuned", rest)
+
+    def _turned(self, spans: list[tuple[int, int]], rows: int, columns: int) -> np.ndarray:
+        """Δ of a strip, its columns the smaller side of the matrix; the difference in p's and f's dtype, as float64."""
+        p, f, _ = self._strip(spans)
+        return _along(f - p, rows, columns)
+
+    def _strip(self, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values of elements in spans of one length, a row each: p and f in one real dtype, and the output's."""
+        pairs = [self._pair(*span)[:2] for span in spans]
+        out = np.stack([upcast(values(self._elements("out", *span), self._tensor.dtype)) for span in spans])
+        return np.stack([p for p, _ in pairs]), np.stack([f for _, f in pairs]), out
+
+    def _rounded(self, wanted: np.ndarray) -> np.ndarray:
+        dtype = self._tensor.dtype
+        with np.errstate(all="ignore"):
+            bits = round_to(wanted, dtype)
+        return upcast(values(bits.reshape(-1).view(np.uint8), dtype)).reshape(wanted.shape)
+
     def _mean(self) -> float:
         """mean |p| over the common elements: an exact sum of float64 sums of blocks."""
         tensor = self._tensor
@@ -171,7 +230,7 @@ class Comparison:
         sums: list[float] = []
         for start, stop in _chunks(0, tensor.common):
             p = np.abs(upcast(values(self._elements("base", start, stop), tensor.base.dtype)))
-            sums += (float(p[i : i + CHUNK].sum(dtype=np.float64)) for i in range(0, p.size, CHUNK))
+            sums += (float(p[i : i + ADDED].sum(dtype=np.float64)) for i in range(0, p.size, ADDED))
         return math.fsum(sums) / tensor.common if tensor.common else 0.0
 
     def _pair(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -219,6 +278,30 @@ class Comparison:
             keep[tied] = True
             budget.ties_left -= tied.size
         return keep, scores
+
+
+def _strips(start: int, rows: int, columns: int) -> Iterator[list[tuple[int, int]]]:
+    """Spans of elements of a matrix that begins at `start`: whole rows of a tall one, of a wide one some columns."""
+    if rows >= columns:
+        step = max(1, CHUNK // columns)
+        for row in range(0, rows, step):
+            yield [(start + i * columns, start + (i + 1) * columns) for i in range(row, min(row + step, rows))]
+    else:
+        step = max(1, CHUNK // rows)
+        for left in range(0, columns, step):
+            right = min(left + step, columns)
+            yield [(start + i * columns + left, start + i * columns + right) for i in range(rows)]
+
+
+def _decomposed(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Singular values in ascending order, 0 for what is rounding, and vectors of the smaller side, a column each."""
+    _, sigma, vectors = np.linalg.svd(delta, full_matrices=False)
+    return np.where(sigma > max(delta.shape) * _ROUNDING * sigma[0], sigma, 0)[::-1], vectors[::-1].T
+
+
+def _along(strip: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A strip of a matrix turned so that its columns are the smaller side, and back; float64."""
+    return (strip if rows >= columns else strip.T).astype(np.float64)
 
 
 def _chunks(first: int, end: int) -> Iterator[tuple[int, int]]:

@@ -81,7 +81,12 @@ def verify(
             if tensor.name in tensors:
                 compared = Comparison(plan, folder, tensor, tensors[tensor.name], progress or (lambda nbytes: None))
                 row = rows.get(tensor.name, {})
-                problems += compared.pruned(row, budgets) if tensor.action == "prune" else compared.passed_through()
+                if tensor.operation == "matrices":
+                    problems += compared.projected(row)
+                elif tensor.operation:
+                    problems += compared.pruned(row, budgets)
+                else:
+                    problems += compared.passed_through()
         problems += _check_counts(plan, budgets)
     finally:
         for opened in (folder, plan.base.folder, plan.finetuned.folder):

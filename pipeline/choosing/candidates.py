@@ -9,10 +9,10 @@ from typing import Any
 
 from fapm.errors import UserError
 from fapm.recipe import Recipe
-from fapm.scoring.methods import METHODS
+from fapm.scoring.methods import METHODS, PARAMETERS
 from fapm.storage.address import inside
 
-SWEPT = ("method", "scope", "density")
+SWEPT = ("method", "scope", *PARAMETERS)
 """The choices that a sweep may have several of."""
 
 MOST = 200
@@ -28,8 +28,8 @@ class Candidate:
 
 
 def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
-    """Every combination of the methods, scopes and densities in `choices`, each of which may be a list, or words
-    between commas; in `folder`, each under its name.
+    """Every combination of the methods in `choices`, the scopes that each has and the values of its parameter, all of
+    which may be lists, or words between commas; in `folder`, each under its name.
 
     Raises:
         UserError: a choice cannot be, or there are too many.
@@ -41,18 +41,21 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
         recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True))})
         if recipe.scope not in METHODS[recipe.method].scopes:
             recipe = recipe.model_copy(update={"scope": "tensor"})
+        others = (field for field in PARAMETERS if field != METHODS[recipe.method].parameter)
+        recipe = recipe.model_copy(update={field: Recipe.model_fields[field].default for field in others})
         name = _name(recipe, several_scopes=len(set(lists["scope"])) > 1)
         recipe = recipe.model_copy(update={"out": inside(folder, name)})
         found.setdefault(name, Candidate(name, recipe))
         if len(found) > MOST:
-            raise UserError(f"these are more than {MOST} candidates; sweep fewer methods, scopes or densities at once")
+            raise UserError(f"these are more than {MOST} candidates; sweep fewer methods, scopes or values at once")
     return list(found.values())
 
 
 def _name(recipe: Recipe, several_scopes: bool) -> str:
     scope = several_scopes and len(METHODS[recipe.method].scopes) > 1
-    words = [recipe.method, *([recipe.scope] if scope else []), f"{recipe.density:.17g}"]
-    words[-1] = next(text for text in (f"{recipe.density:g}", words[-1]) if float(text) == recipe.density)
+    value = recipe.parameter
+    words = [recipe.method, *([recipe.scope] if scope else []), f"{value:.17g}"]
+    words[-1] = next(text for text in (f"{value:g}", words[-1]) if float(text) == value)
     return "-".join(words)
 
 

@@ -14,6 +14,7 @@ from fapm.errors import UserError
 from fapm.layout import MANIFEST
 from fapm.manifest.read import load_manifest
 from fapm.recipe import Recipe
+from fapm.scoring.methods import PARAMETERS
 from fapm.storage.address import absolute, input_address, open_store
 
 
@@ -31,7 +32,7 @@ class Compared:
             made = self.manifests.get(name)
             row: dict[str, Any] = {"name": name, "error": self.said[name].error if name in self.said else ""}
             if made:
-                row |= {key: made["recipe"][key] for key in ("method", "scope", "density")}
+                row |= {key: made["recipe"][key] for key in ("method", "scope", *PARAMETERS) if key in made["recipe"]}
                 row |= {key: made["totals"][key] for key in ("kept", "pruned_numel", "kept_share", "written_bytes")}
             rows.append(row | point_facts(found.get(name)))
         return {"checkpoints": rows}

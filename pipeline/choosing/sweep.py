@@ -120,8 +120,13 @@ Todo = tuple[Candidate, Plan, State]
 
 def _batches(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
     """As many candidates at once as the memory of a worker allows."""
-    if not todo:
-        return []
+    by_kind = [
+        [one for one in todo if (one[1].operation == "matrices") is as_matrices] for as_matrices in (False, True)
+    ]
+    return [batch for alike in by_kind if alike for batch in _batches_of(alike, watch)]
+
+
+def _batches_of(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
     recipe = todo[0][1].recipe
     slots = recipe.cpus_per_worker or 1
     most = runs_at_once(recipe.model_copy(update={"memory": recipe.memory // slots}), open_store(recipe.out))
@@ -225,6 +230,8 @@ def sweep_facts(swept: Swept) -> dict[str, Any]:
                 "method": recipe.method,
                 "scope": recipe.scope,
                 "density": recipe.density,
+                "strength": recipe.strength,
+                "tail": recipe.tail,
                 "decides": recipe.decides(),
                 "kept": totals["kept"],
                 "pruned_numel": totals["pruned_numel"],

@@ -82,6 +82,20 @@ def _check_kept(plan: Plan, measured: np.ndarray) -> None:
         )
 
 
+def _check_libraries(records: list[dict[str, Any]]) -> None:
+    """Whether all shards were made with one linear algebra.
+
+    Raises:
+        UserError: they were not, as where two workers of different processors began at once.
+    """
+    used = sorted({record["library"] for record in records if record.get("library")})
+    if len(used) > 1:
+        raise UserError(
+            f"the shards were made with different linear algebra ({'; '.join(used)}), whose bits differ; start again "
+            "with --overwrite, on Ray with a --label for nodes of one kind"
+        )
+
+
 def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     """Write all that makes the shards a checkpoint, the manifest last; returns the manifest.
 
@@ -93,6 +107,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     records = list(overlapped(functools.partial(read_run_file, out, model=ShardRecord), names, at_once))
     measured = np.concatenate(list(overlapped(functools.partial(_measured, out), plan.shards, at_once)))
     _check_kept(plan, measured)
+    _check_libraries(records)
     literal = {side: fields.literal(path) for side, path in _paths(plan.recipe).items()}
     out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
     table = to_parquet(plan.shards, plan.groups, measured)

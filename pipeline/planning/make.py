@@ -17,12 +17,13 @@ from fapm.formats.side_files import is_code
 from fapm.formats.tensor import Side, TensorInfo
 from fapm.formats.unpaired import refuse_strangers
 from fapm.formats.vocabulary import tied_to
+from fapm.planning.matrices import refuse_large_matrices
 from fapm.planning.pairing import as_finetuned_names_it, pair_all, refuse_unpaired_of
 from fapm.planning.plan import PairedTensor, Plan
 from fapm.planning.shards import cut, default_shard_size, group
 from fapm.planning.vocabulary import compare_vocabularies, tied_heads
 from fapm.recipe import Recipe
-from fapm.scoring.methods import METHODS
+from fapm.scoring.methods import METHODS, PARAMETERS
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -98,6 +99,7 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
             f"--emit {recipe.emit}: finetuned has weights in {next(t.folder for t in paired if t.folder)} too, and a "
             "sparse task vector is of one folder; prune it as a checkpoint"
         )
+    refuse_large_matrices(recipe, paired)
     accounts = _accounts(base, finetuned, paired, left_out)
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
     said = tuple(map(printable, warnings))
@@ -137,6 +139,10 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     for text, rule in zip(recipe.rules, recipe.parsed_rules, strict=True):
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             found.append(f"the rule {text!r} matches no tensor")
-    if recipe.scope not in METHODS[recipe.method].scopes:
+    method = METHODS[recipe.method]
+    if recipe.scope not in method.scopes:
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")
+    for field in PARAMETERS:
+        if field in recipe.model_fields_set and field != method.parameter and field != "density":
+            found.append(f"--{field} has no meaning for {recipe.method}, whose parameter is --{method.parameter}")
     return found

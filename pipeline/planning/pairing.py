@@ -14,7 +14,7 @@ from fapm.formats.names import packed_like, renamed
 from fapm.formats.tensor import TensorInfo
 from fapm.formats.unpaired import refuse_unpaired
 from fapm.formats.vocabulary import tied_to
-from fapm.planning.plan import PairedTensor
+from fapm.planning.plan import Operation, PairedTensor
 from fapm.planning.shards import group_of
 from fapm.planning.vocabulary import is_vocabulary
 from fapm.recipe import Recipe, Rule
@@ -54,13 +54,19 @@ def pair_all(
     heads: dict[str, TensorInfo],
     warnings: list[str],
 ) -> list[PairedTensor]:
-    paired, wrong, passed, grown = [], [], [], []
+    paired, wrong, passed, grown, flat = [], [], [], [], []
+    as_matrices = METHODS[recipe.method].kind == "matrix"
+    operation: Operation = "matrices" if as_matrices else "elements"
+    for text, given in zip(recipe.rules, recipe.parsed_rules, strict=True):
+        if as_matrices and given.density is not None:
+            raise UserError(f"--rule {text}: {recipe.method} has no density; write =prune, =base or =finetuned")
     scope = recipe.scope if recipe.scope in METHODS[recipe.method].scopes else "tensor"
     for name in sorted(finetuned.tensors):
         f, p = finetuned.tensors[name], base.tensors.get(name) or heads.get(name)
         rule = recipe.rule_of(name) if p else Rule(name, "finetuned")
         action = rule.action if rule else None
         density = recipe.density if rule is None or rule.density is None else rule.density
+        density = 1.0 if as_matrices else density
         dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and is_weight(f.dtype) else f.dtype
         if action == "base":
             assert p
@@ -72,11 +78,20 @@ def pair_all(
         elif not (is_weight(f.dtype) and is_weight(p.dtype)):
             passed.append(f"{name} ({f.dtype})")
             paired.append(_paired(name, "finetuned", p, f, f.dtype, f.shape))
+        elif (
+            as_matrices
+            and not _is_matrix(name, p.shape)
+            and (f.shape == p.shape or (_rows_added(p, f) and (action == "prune" or is_vocabulary(name))))
+        ):
+            flat.append(name)
+            paired.append(_paired(name, "finetuned", p, f, dtype, f.shape))
         elif f.shape == p.shape:
-            paired.append(_paired(name, "prune", p, f, dtype, f.shape, f.numel, group_of(name, scope), density))
+            competing = group_of(name, scope), density, operation
+            paired.append(_paired(name, "prune", p, f, dtype, f.shape, f.numel, *competing))
         elif _rows_added(p, f) and (action == "prune" or is_vocabulary(name)):
             grown.append(f"{name} ({p.shape[0]} → {f.shape[0]} rows)")
-            paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, group_of(name, scope), density))
+            competing = group_of(name, scope), density, operation
+            paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, *competing))
         else:
             if 0 in (f.numel, p.numel):
                 _refuse_empty("base" if f.numel else "finetuned", name, p if f.numel else f)
@@ -90,9 +105,25 @@ def pair_all(
         warnings.append(
             f"{len(passed)} tensor(s) are not floating point and pass through from finetuned: {listed(passed)}"
         )
+    if flat:
+        warnings.append(
+            f"{len(flat)} tensor(s) are no matrices of {LEAST_ELEMENTS:,} elements, and {recipe.method} takes them "
+            f"from finetuned: {listed(flat)}; --rule NAME=base takes base's"
+        )
     if grown:
         warnings.append(f"rows that only finetuned has are taken from it: {listed(grown)}")
     return paired
+
+
+LEAST_ELEMENTS = 1024
+"""Of a matrix whose singular values say something (SEMANTICS.md, "Matrix methods")."""
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix, or a stack of experts, which by its shape alone another tensor may be too."""
+    if len(shape) != 2 and not (len(shape) == 3 and "experts" in name.split(".")):
+        return False
+    return min(shape[-2:]) > 1 and shape[-2] * shape[-1] >= LEAST_ELEMENTS
 
 
 def _refuse_empty(side: str, name: str, info: TensorInfo) -> None:
@@ -113,13 +144,14 @@ def _paired(
     common: int = 0,
     group: str = "",
     parameter: float = 0.0,
+    operation: Operation = "",
 ) -> PairedTensor:
     numel = math.prod(shape)
     source = p if action == "base" and p else f
     nbytes = numel * itemsize(dtype) if is_weight(dtype) else source.nbytes
     folder = f.file.rpartition("/")[0]
     folder = folder if name.startswith(f"{folder}/") else ""
-    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, parameter, folder)
+    return PairedTensor(name, action, p, f, dtype, shape, numel, common, group, nbytes, parameter, folder, operation)
 
 
 def _rows_added(p: TensorInfo, f: TensorInfo) -> bool:

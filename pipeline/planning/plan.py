@@ -14,6 +14,8 @@ from fapm.formats.dtypes import is_weight
 from fapm.formats.tensor import TensorInfo
 from fapm.recipe import Recipe, format_bytes
 
+Operation = Literal["", "elements", "matrices"]
+
 
 @dataclass(frozen=True, slots=True)
 class PairedTensor:
@@ -25,7 +27,8 @@ class PairedTensor:
         common: elements that are pruned: all of them, or those of the rows that base has too.
         group: the group it competes in; empty if it is not pruned.
         parameter: the method's for this tensor: of a selection the density, a share of `common` that it adds to its
-            group's budget; of a blend α.
+            group's budget; of a blend α; of a matrix method 1.
+        operation: what a worker does with it, by the method's kind; empty if it passes through.
         folder: of a model of several folders the one in which it lies, with which its name then begins.
     """
 
@@ -41,11 +44,25 @@ class PairedTensor:
     nbytes: int
     parameter: float = 0.0
     folder: str = ""
+    operation: Operation = ""
 
     @property
     def stored_name(self) -> str:
         """Its name in its file."""
         return self.name[len(self.folder) + 1 :] if self.folder else self.name
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Of a tensor that is pruned as matrices how many they are, and their rows and columns."""
+        *_, rows, columns = (1, *self.shape)
+        rows = rows if len(self.shape) > 2 else self.common // columns  # of a vocabulary that has grown, base's
+        return self.common // (rows * columns), rows, columns
+
+    @property
+    def full_rank(self) -> int:
+        """Singular values of its matrices; 0 where it is not pruned as such."""
+        count, rows, columns = self.matrices if self.operation == "matrices" else (0, 0, 0)
+        return count * min(rows, columns)
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
@@ -144,6 +161,11 @@ class Plan:
         nbytes = f"{format_bytes(self.pair_bytes)} of inputs, {format_bytes(self.write_bytes)} to write"
         said = f"; {plural(len(self.warnings), 'warning')}" if self.warnings else ""
         return f"{self.recipe.out}: {' in '.join(counts)}, {nbytes}{said}"
+
+    @property
+    def operation(self) -> Operation:
+        """What a worker does with the tensors that are pruned; they are all of one."""
+        return next((t.operation for t in self.tensors() if t.operation), "")
 
     @property
     def write_bytes(self) -> int:

@@ -16,6 +16,7 @@ from fapm.planning.plan import PairedTensor, Plan
 from fapm.planning.shards import group_of
 from fapm.pool import cores
 from fapm.reporting.advice import advise
+from fapm.scoring.methods import PARAMETERS
 from fapm.storage.address import scheme_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "out": out,
         "base": manifest["paths"]["base"],
         "finetuned": manifest["paths"]["finetuned"],
-        **{choice: recipe[choice] for choice in ("method", "density", "scope", "rules")},
+        **{choice: recipe[choice] for choice in ("method", *PARAMETERS, "scope", "rules") if choice in recipe},
         "shards": len(manifest["shards"]),
         "totals": manifest["totals"],
         "finished": manifest["finished"],
@@ -108,7 +109,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "recipe": plan.recipe.decides(),
         "tensors": sum(1 for _ in plan.tensors()),
         **kinds | {"pruned": len(kinds["pruned"])},
-        "densities": densities((t.name, t.parameter) for t in plan.tensors() if t.group),
+        "densities": densities((t.name, t.parameter) for t in plan.tensors() if t.operation == "elements"),
         "left_out": list(plan.left_out),
         "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
         "shards": len(plan.shards),
@@ -126,6 +127,7 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "read_bytes": plan.pair_bytes,
         "read_twice_bytes": twice,
         "write_bytes": plan.write_bytes,
+        "matrices": sum(t.matrices[0] for t in plan.tensors() if t.operation == "matrices"),
         "memory_bytes_per_worker": plan.recipe.memory,
         "workers": workers,
         "workers_worth_having": len(plan.shards),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fapm.choosing.skills import AXES, DEFINITIONS
 from fapm.errors import one_line, plural
-from fapm.recipe import EVERYTHING, format_bytes, parse_rule
+from fapm.recipe import EVERYTHING, format_bytes, how, parse_rule
 from fapm.reporting.advice import advice_text
 from fapm.reporting.facts import named
 from fapm.scoring.methods import METHODS
@@ -55,9 +55,8 @@ def seconds_text(seconds: float) -> str:
 
 def run_text(facts: dict[str, Any]) -> str:
     """The table at the end of a prune, from `prune_facts` or `run_facts`."""
-    totals, blends = facts["totals"], not METHODS[facts["method"]].has_budget
-    heading = f"{facts['out']}: {facts['method']}, {'α' if blends else 'density'} {facts['density']:g}"
-    heading += "" if blends else f", scope {facts['scope']}"
+    totals, kind = facts["totals"], METHODS[facts["method"]].kind
+    heading = f"{facts['out']}: {how(facts)}"
     if tuple(facts["rules"]) == EVERYTHING:
         heading = f"{facts['out']}: all of {facts['finetuned']}"
     if facts.get("nothing_to_do"):
@@ -66,14 +65,18 @@ def run_text(facts: dict[str, Any]) -> str:
         heading += f"\nwent on from {facts['resumed']} of {plural(facts['shards'], 'shard')} that were finished"
     tensors = f"{totals['tensors']:,}, {totals['pruned_tensors']:,} of them pruned"
     fields = [("tensors", f"{tensors}, in {plural(facts['shards'], 'shard')}"), *_accounts(facts["accounts"])]
-    if blends:
+    same = "Δ is 0 everywhere: finetuned equals base"
+    kept_share = same if totals["kept_share"] is None else _share(totals["kept_share"])
+    if kind == "blend":
         fields.append(("α", f"{facts['density']:g} of Δ in every element"))
+    elif kind == "matrix":
+        fields.append(("rank", f"{totals.get('rank', 0):,} of {totals.get('full_rank', 0):,} singular values"))
+        fields.append(("kept ‖Δ‖²", kept_share))
     elif totals["density"] is not None:
         effective = f"{totals['effective_density']:.4g} effective (kept and changed)"
         asked = f"{facts['density']:g} asked" + (", others by rule" if _with_density(facts["rules"]) else "")
         fields.append(("density", f"{asked}, {totals['density']:.4g} kept, {effective}"))
-        same = "Δ is 0 everywhere: finetuned equals base"
-        fields.append(("kept ‖Δ‖²", same if totals["kept_share"] is None else _share(totals["kept_share"])))
+        fields.append(("kept ‖Δ‖²", kept_share))
     fields += _of_all(totals.get("weights"), totals.get("density_of_all"), totals.get("unpaired"))
     rate = facts.get("read_bytes_per_second")
     fields += [
@@ -165,9 +168,8 @@ _APART = {
 
 def plan_text(facts: dict[str, Any]) -> str:
     """A plan as a table."""
-    recipe, blends = facts["recipe"], not METHODS[facts["recipe"]["method"]].has_budget
-    heading = f"{facts['out']}: {recipe['method']}, {'α' if blends else 'density'} {recipe['density']:g}"
-    heading += ("" if blends else f", scope {recipe['scope']}") + _STATES[facts["state"]]
+    recipe, kind = facts["recipe"], METHODS[facts["recipe"]["method"]].kind
+    heading = f"{facts['out']}: {how(recipe)}" + _STATES[facts["state"]]
     fields = [(role, _where_text(where)) for role, where in facts["inputs"].items()]
     fields.append(("tensors", f"{facts['tensors']:,}, {facts['pruned'] + len(facts['grown']):,} of them pruned"))
     fields += [(what, named(facts[key])) for key, what in _APART.items() if facts[key]]
@@ -189,7 +191,9 @@ def plan_text(facts: dict[str, Any]) -> str:
     ]
     if facts["storage"]:
         fields.append(("GPUs", advice_text(facts["storage"])))
-    if blends:
+    if kind == "matrix":
+        fields.insert(-2, ("matrices", f"{facts['matrices']:,}, with the processor's linear algebra"))
+    if kind != "selection":
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
     return _with_warnings(heading, fields, facts["oddities"])
 
@@ -249,8 +253,9 @@ def kept_text(facts: dict[str, Any]) -> str:
     """Density of a candidate, or its share of Δ where its method mixes."""
     if not facts.get("pruned_numel"):
         return ""
-    if not METHODS[facts["method"]].has_budget:
-        return f"α {facts['density']:g}"
+    method = METHODS[facts["method"]]
+    if method.kind != "selection":
+        return f"{method.symbol} {facts.get(method.parameter, 1.0):g}"
     return _share(facts["kept"] / facts["pruned_numel"])
 
 

@@ -1,7 +1,8 @@
 """The methods, each of a kind: what an element is worth, and what a kept element becomes.
 
-A kind (SEMANTICS.md) says which scopes a method has, what its parameter is, and whether a group has a budget; nothing
-else in the program asks which method it is. A method of the kind `Selection` is one function of
+A kind (SEMANTICS.md) says which scopes a method has, which field of a recipe is its parameter (`symbol` is what people
+call it), and whether a group has a budget; nothing else in the program asks which method it is. A method of the kind
+`Selection` is one function of
 
     d  = |f − p|      the size of the change
     p  = |p|          the size of the pre-trained weight
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+
+from fapm.scoring.spectrum import above_noise, effective_rank
 
 BLOCK = 1 << 16
 """Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Never change it: m depends on it."""
@@ -60,6 +63,7 @@ def interpolated(p: Any, f: Any, alpha: Any) -> Any:
 
 Score = Callable[[Any, Any, Any, Any], Any]
 Value = Callable[[Any, Any, Any], Any]
+Gains = Callable[[np.ndarray, tuple[int, int], float], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class Selection:
     value: Value | None = None
     hashed: bool = False
 
+    kind: ClassVar[str] = "selection"
+    parameter: ClassVar[str] = "density"
+    symbol: ClassVar[str] = "density"
     scopes: ClassVar[tuple[str, ...]] = ("tensor", "layer", "global")
     has_budget: ClassVar[bool] = True
 
@@ -92,12 +99,40 @@ class Blend:
     value: Value
     score: Score = magnitude
 
+    kind: ClassVar[str] = "blend"
+    parameter: ClassVar[str] = "density"
+    symbol: ClassVar[str] = "α"
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
     has_budget: ClassVar[bool] = False
     hashed: ClassVar[bool] = False
 
 
-Method = Selection | Blend
+@dataclass(frozen=True)
+class Matrix:
+    """A method that keeps a part of Δ = U·diag(σ)·Vᵀ, a matrix: U·diag(g·σ)·Vᵀ.
+
+    Attributes:
+        gains: g, (k,) float64 of (k,) σ in descending order, the shape (m, n) of Δ, and the parameter.
+        parameter: the field of the recipe that is given to it.
+        score, value: as of a blend; no element is chosen or made alone.
+    """
+
+    gains: Gains
+    parameter: str
+    score: Score = magnitude
+    value: Value | None = None
+
+    @property
+    def symbol(self) -> str:
+        return self.parameter
+
+    kind: ClassVar[str] = "matrix"
+    scopes: ClassVar[tuple[str, ...]] = ("tensor",)
+    has_budget: ClassVar[bool] = False
+    hashed: ClassVar[bool] = False
+
+
+Method = Selection | Blend | Matrix
 
 METHODS: dict[str, Method] = {
     "fapm": Selection(fapm),
@@ -106,7 +141,12 @@ METHODS: dict[str, Method] = {
     "random": Selection(random, hashed=True),
     "dare": Selection(random, rescaled, hashed=True),
     "wise-ft": Blend(interpolated),
+    "dg-hard": Matrix(above_noise, "strength"),
+    "timber": Matrix(effective_rank, "tail"),
 }
+
+PARAMETERS = tuple(dict.fromkeys(method.parameter for method in METHODS.values()))
+"""The fields of a recipe that are a parameter of some method."""
 
 
 def stream_of(seed: int, name: str) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fapm.recipe import Recipe
+from fapm.shard import passes
+from fapm.shard.passes import SectionState
 from fapm.shard.task import Task
 from fapm.storage.store import Store
 
@@ -37,3 +39,12 @@ def share_means(lanes: Sequence[Lane]) -> None:
         means[0][:] = np.where(np.isnan(means[0]), one, means[0])
     for one in means[1:]:
         one[:] = means[0]
+
+
+def find_means(lanes: Sequence[Lane], states: Sequence[SectionState]) -> None:
+    """Find the means of a section once for all lanes, in which they are the same."""
+    here = [lanes[0].place[t.name] for t in states[0].tensors]
+    passes.find_means(states[0], lanes[0].means[here])
+    for lane, state in zip(lanes, states, strict=True):
+        state.mean, state.base_squares = states[0].mean, states[0].base_squares
+        lane.means[here] = np.stack([state.mean, state.base_squares], 1)

@@ -11,6 +11,7 @@ import numpy as np
 from fapm.formats.tensor import Sides
 from fapm.layout import delta_facts_name, record_name, rows_name
 from fapm.scoring.engine import DeviceEngine
+from fapm.scoring.matrices import library
 from fapm.shard.delta import Checked, DeltaWriter, promised
 from fapm.shard.lane import Lane
 from fapm.shard.meter import Meter
@@ -43,6 +44,8 @@ class Output:
         if sparse and self.delta:
             record = sparse if emit == "delta" else {**record, "delta": sparse}
             out.write(delta_facts_name(shard.index), json.dumps(self.delta.tensors).encode())
+        if any(tensor.operation == "matrices" for tensor in shard.tensors):
+            record["library"] = library()
         record |= {"read_bytes": meter.read_bytes, "seconds": round(meter.seconds, 3)}
         out.write(record_name(shard.index), json.dumps(record).encode())
         self.writer.publish()

@@ -483,7 +483,7 @@ class _Applying:
         part = state.own(part)
         if part.raw:
             assert isinstance(held, list)
-            _pass_through(part, held[0], self._sink)
+            pass_through(part, held[0], self._sink)
             return
         chunk, width, thresholds = state.chunk(part, held), itemsize(part.tensors[0].dtype), self._thresholds[here]
         out = self._sink.reserve(chunk.numel * width, width).view(f"u{width}")
@@ -544,7 +544,8 @@ def _describe(state: SectionState, i: int, threshold: np.float32, rows: np.ndarr
     rows["before"][i], rows["after"][i] = before[0], after[0]
 
 
-def _pass_through(part: Slice, stored: np.ndarray, sink: AnySink) -> None:
+def pass_through(part: Slice, stored: np.ndarray, sink: AnySink) -> None:
+    """Write bytes of a tensor that is taken as it is, in the output's dtype."""
     (tensor,) = part.tensors
     source, target = tensor.sources[-1].dtype, tensor.dtype
     if source == target or not is_weight(source):

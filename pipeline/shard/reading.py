@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -357,6 +357,16 @@ class Pieces:
             pieces = self._of_host()
         for loaded in pieces:
             yield from loaded.slices()
+
+    def of(self, wanted: Callable[[Slice], bool]) -> Iterator[tuple[Slice, list[np.ndarray]]]:
+        """The slices that are wanted, with the bytes of their sides; a piece without any is not read again."""
+        chosen = [i for i, piece in enumerate(self.section.on_host) if any(map(wanted, piece.slices))]
+        if self._held.host is None:
+            loaded = self.reader.stream([self.section.on_host[i] for i in chosen])
+        else:
+            loaded = (self._held.host[i].future.result() for i in chosen)
+        for one in loaded:
+            yield from ((part, held) for part, held in one.slices() if wanted(part))
 
     def parts(self, tensor: PairedTensor) -> list[tuple[Slice, list[np.ndarray] | StoredChunk]]:
         """The slices that hold a pruned tensor's elements alone, if they are in memory, else none."""

@@ -24,6 +24,7 @@ MEASURED = np.dtype(
         ("kept_changed", np.int64),
         ("threshold_key", np.int64),
         ("ties", np.int64),
+        ("rank", np.int64),
         ("mean_abs_base", np.float64),
         ("norm_delta", np.float64),
         ("norm_base", np.float64),
@@ -37,7 +38,8 @@ MEASURED = np.dtype(
 not pruned only `seconds` means something.
 
 `before` are quantiles of |Δ|/|p| over the elements that fine-tuning changed, `after` over those of them that were kept,
-both from a sample. `ties` is the part of its group's tie quota that its shard hands out.
+both from a sample. `ties` is the part of its group's tie quota that its shard hands out, `rank` how many singular
+values of a matrix are kept.
 """
 
 
@@ -94,7 +96,7 @@ def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, A
     squares = [norm**2 for norm in rows["norm_delta"].tolist() if not math.isnan(norm)]
     shares = [share for norm, share in zip(rows["norm_delta"], rows["kept_share"], strict=True) if not math.isnan(norm)]
     kept_squares = math.fsum(square * share for square, share in zip(squares, shares, strict=True) if square)
-    kept, changed, kept_changed = (int(rows[key].sum()) for key in ("kept", "changed", "kept_changed"))
+    kept, changed, kept_changed, rank = (int(rows[key].sum()) for key in ("kept", "changed", "kept_changed", "rank"))
     weights = weights_of(tensors)
     return {
         "tensors": len(tensors),
@@ -107,6 +109,8 @@ def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, A
         "effective_density": kept_changed / numel if numel else None,
         "kept_share": kept_squares / math.fsum(squares) if math.fsum(squares) else None,
         "norm_delta": math.sqrt(math.fsum(squares)),
+        "rank": rank,
+        "full_rank": sum(t.full_rank for t in tensors),
         "weights": weights.numel,
         "unpaired": weights.unpaired,
         "density_of_all": (kept + weights.taken) / weights.numel if weights.numel else None,
@@ -121,38 +125,73 @@ def to_parquet(shards: Sequence[Shard], groups: dict[str, Group], measured: np.n
 
     tensors = [t for shard in shards for t in shard.tensors]
     common = np.array([t.common for t in tensors], np.int64)
-    of_pruned = common == 0  # a mask: true where there is nothing to tell
+    pruned = common > 0
     competing = [groups[t.group] if t.common else None for t in tensors]
+    integers, reals = pa.int64(), pa.float64()
     columns: dict[str, pa.Array] = {
-        "name": pa.array([t.name for t in tensors], pa.string()),
-        "action": pa.array([t.action for t in tensors], pa.string()),
-        "dtype": pa.array([t.dtype for t in tensors], pa.string()),
-        "shape": pa.array([t.shape for t in tensors], pa.list_(pa.int64())),
-        "numel": pa.array([t.numel for t in tensors], pa.int64()),
-        "shard": pa.array([shard.name for shard in shards for _ in shard.tensors], pa.string()),
-        "group": pa.array([group.name if group else None for group in competing], pa.string()),
-        "density": pa.array([t.parameter if t.common else None for t in tensors], pa.float64()),
-        "k": pa.array([group.k if group else None for group in competing], pa.int64()),
-        "pruned_numel": pa.array(common, mask=of_pruned),
+        "name": _texts([t.name for t in tensors]),
+        "action": _texts([t.action for t in tensors]),
+        "dtype": _texts([t.dtype for t in tensors]),
+        "shape": _lists([t.shape for t in tensors]),
+        "numel": _numbers([t.numel for t in tensors], integers),
+        "shard": _texts([shard.name for shard in shards for _ in shard.tensors]),
+        "group": _texts([group.name if group else None for group in competing]),
+        "density": _numbers([t.parameter for t in tensors], reals, [t.operation == "elements" for t in tensors]),
+        "k": _numbers([group.k if group else 0 for group in competing], integers, pruned),
+        "full_rank": _numbers([t.full_rank for t in tensors], integers, [t.full_rank > 0 for t in tensors]),
+        "pruned_numel": _numbers(common, integers, pruned),
     }
-    for key in ("kept", "changed", "kept_changed", "threshold_key", "ties"):
-        columns[key] = pa.array(measured[key], mask=of_pruned)
-    columns["threshold"] = _reals(score_of(measured["threshold_key"]).astype(np.float64), of_pruned)
-    for key in ("mean_abs_base", "norm_delta", "norm_base", "kept_share"):
-        columns[key] = _reals(measured[key], of_pruned)
-    for when in ("before", "after"):
-        for i, q in enumerate(QUANTILES):
-            columns[quantile_name(when, q)] = _reals(measured[when][:, i], of_pruned)
-    columns["seconds"] = pa.array(measured["seconds"])
+    for key in ("kept", "changed", "kept_changed", "threshold_key", "ties", "rank"):
+        columns[key] = _numbers(measured[key], integers, pruned)
+    told = {"threshold": score_of(measured["threshold_key"]).astype(np.float64)}
+    told |= {key: measured[key] for key in ("mean_abs_base", "norm_delta", "norm_base", "kept_share")}
+    told |= {
+        quantile_name(when, q): measured[when][:, i] for when in ("before", "after") for i, q in enumerate(QUANTILES)
+    }
+    columns |= {key: _numbers(values, reals, pruned & np.isfinite(values)) for key, values in told.items()}
+    columns["seconds"] = _numbers(measured["seconds"], reals)
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()
 
 
-def _reals(values: np.ndarray, missing: np.ndarray) -> pa.Array:
+# Columns are made of buffers: `pa.array` would import pandas, if it is there, for a third of a second.
+
+
+def _numbers(values: Any, kind: pa.DataType, there: Any = None) -> pa.Array:
+    """A column of numbers; null where they are not `there`."""
     import pyarrow as pa
 
-    return pa.array(values, mask=missing | ~np.isfinite(values))
+    of = np.ascontiguousarray(values, {"int64": np.int64, "double": np.float64}[str(kind)])
+    return pa.Array.from_buffers(kind, of.size, [_bits(there), pa.py_buffer(of)])
+
+
+def _texts(texts: Sequence[str | None]) -> pa.Array:
+    import pyarrow as pa
+
+    stored = [(text or "").encode() for text in texts]
+    buffers = [_bits([text is not None for text in texts]), _ends(stored), pa.py_buffer(b"".join(stored))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def _lists(lists: Sequence[Sequence[int]]) -> pa.Array:
+    import pyarrow as pa
+
+    items = _numbers([item for one in lists for item in one], pa.int64())
+    return pa.Array.from_buffers(pa.list_(pa.int64()), len(lists), [None, _ends(lists)], children=[items])
+
+
+def _ends(parts: Sequence[Sequence[Any]]) -> pa.Buffer:
+    """Where each part begins among all of them, and the last one ends."""
+    import pyarrow as pa
+
+    return pa.py_buffer(np.cumsum([0, *map(len, parts)], dtype=np.int32))
+
+
+def _bits(there: Any) -> pa.Buffer | None:
+    import pyarrow as pa
+
+    return None if there is None else pa.py_buffer(np.packbits(np.asarray(there, bool), bitorder="little"))
 
 
 def from_parquet(data: bytes) -> list[dict[str, Any]]:

@@ -32,8 +32,9 @@ from fapm.scoring.engine import Engine
 from fapm.shard import passes
 from fapm.shard.budget import device_memory, lane_bytes
 from fapm.shard.cutting import Cut, cut_for, to_measure, to_write
-from fapm.shard.lane import Lane, share_means
+from fapm.shard.lane import Lane, find_means, share_means
 from fapm.shard.meter import Meter, StepProgress
+from fapm.shard.operations import operation_of
 from fapm.shard.output import Output, begin_output
 from fapm.shard.passes import HistogramMemory, SampleCache, SectionState, Tally, tallies
 from fapm.shard.prefetch import Prefetch
@@ -121,10 +122,11 @@ class Worker:
         self.tell = StepProgress(progress or (lambda nbytes: None))
         self._cancelled = cancelled or threading.Event()
         with _failures():
-            self._engine = make_engine(recipe.method, recipe.device)
+            device = recipe.device if operation_of(recipe.method).on_device else "cpu"
+            self._engine = make_engine(recipe.method, device)
             self._engines = {recipe.method: self._engine}
-            device = self._engine.device
-            self._device_memory = device_memory(device, recipe, share) if device else 0
+            staged = self._engine.device
+            self._device_memory = device_memory(staged, recipe, share) if staged else 0
             self._equip(Use.RESIDENT if self._device_memory >= LEAST_DEVICE_MEMORY else Use.NONE)
 
     def _equip(self, use: Use) -> None:
@@ -170,7 +172,7 @@ class Worker:
         for section in self._cut(cut_for(task, wide)):
             if not self._reader.fits(section):
                 states = self._states(lanes, Pieces(self._reader, section))
-                self._find_means(lanes, states)
+                find_means(lanes, states)
                 progress += _half(section)
                 self.tell(_half(section))
         taken = SampleCache() if len(lanes) > 1 else None
@@ -214,7 +216,7 @@ class Worker:
             place = [lanes[0].place[t.name] for t in pieces.section.tensors]
             half_done = first and not np.isnan(lanes[0].means[place]).any()  # by `sample`
             states = self._states(lanes, pieces)
-            self._find_means(lanes, states)
+            find_means(lanes, states)
             if not counted:
                 brackets = [lane.task.brackets for lane in lanes]
                 wanted = [(list(of.values()), None) for of in brackets]
@@ -236,6 +238,8 @@ class Worker:
         """Write the pruned shard, with `record_name` and `rows_name` about it; the shard appears whole and last."""
         meter = Meter(self._reader)
         lanes = self._lanes(task)
+        operation = operation_of(self._recipe.method)
+        operation.begin(lanes)
         outputs: list[Output] = []
         try:
             for lane in lanes:
@@ -248,12 +252,9 @@ class Worker:
                 started = time.perf_counter()
                 here = slice(first, first + len(pieces.section.tensors))
                 states = self._states(lanes, pieces)
-                self._find_means(lanes, states)
-                passes.search(states, [lane.task.thresholds for lane in lanes], [of.ties for of in outputs])
                 nbytes = np.array([t.nbytes for t in pieces.section.tensors])
-                for output, state, rows in zip(outputs, states, passes.apply(states, sinks, self.tell), strict=True):
+                for output, rows in zip(outputs, operation.write(lanes, states, outputs, self.tell), strict=True):
                     output.rows[here] = rows
-                    output.ties |= zip(state.names, state.ties.tolist(), strict=True)
                     output.rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
                 first = here.stop
             checksums = [sink.finish() for sink in sinks]
@@ -277,6 +278,7 @@ class Worker:
         """Those that a task is for, with what is known of the means of the shard's tensors."""
         lanes = [Lane(of, of.recipe or self._recipe, of.out or self._out) for of in task.lanes]
         lent = sum(lane_bytes(lane.recipe, lane.out, self._buffer) for lane in lanes[1:])
+        lent += operation_of(self._recipe.method).memory(lanes)
         if lent != self._lent:
             self.prefetch.forget()
             self._reader.lend(lent)
@@ -298,14 +300,6 @@ class Worker:
             given = lane.recipe, engine, pieces, lane.task.groups, self._check, self._histograms
             states.append(SectionState(*given, tensors, taken))
         return states
-
-    def _find_means(self, lanes: Sequence[Lane], states: Sequence[SectionState]) -> None:
-        """Once for all lanes: which tensors are pruned, and their means, are the same in all."""
-        here = [lanes[0].place[t.name] for t in states[0].tensors]
-        passes.find_means(states[0], lanes[0].means[here])
-        for lane, state in zip(lanes, states, strict=True):
-            state.mean, state.base_squares = states[0].mean, states[0].base_squares
-            lane.means[here] = np.stack([state.mean, state.base_squares], 1)
 
     def _engine_for(self, method: str) -> Engine:
         if method not in self._engines:

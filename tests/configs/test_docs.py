@@ -74,3 +74,12 @@ def test_the_method_that_is_shown_is_one():
     scores = evaluate(Selection(lines["mine"]), p, f, m, 0, np.arange(100))
     exact = np.abs(f.astype(float) - p) / (np.abs(p.astype(float)) + m)
     assert np.allclose(scores, exact, rtol=1e-6)
+
+
+def test_the_matrix_method_that_is_shown_is_one():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-matrix-method.md").read_text(), re.DOTALL)
+    lines: dict[str, Any] = {"np": np}
+    exec("\n".join(line.removeprefix("   ") for line in code.splitlines()), lines)
+    sigma = np.array([4.0, 2.0, 1.0, 0.5])
+    assert lines["energy"](sigma, (4, 9), 16 / 21.25).tolist() == [1, 0, 0, 0]
+    assert lines["energy"](sigma, (4, 9), 0.76).tolist() == [1, 1, 0, 0]

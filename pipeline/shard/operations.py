@@ -1,0 +1,93 @@
+"""Operations: what a worker does with a section for its lanes, whose methods are of kinds with one operation.
+
+Selections and blends go over elements (`fapm.shard.passes`), matrix methods over matrices (`fapm.shard.projection`).
+A worker knows no method: it reads sections, and runs the operation of its lanes on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fapm.planning.matrices import matrix_bytes
+from fapm.scoring.methods import METHODS
+from fapm.shard import passes, projection
+from fapm.shard.lane import Lane, find_means
+from fapm.shard.output import Output
+from fapm.shard.passes import SectionState
+
+Tell = Callable[[int], None]
+"""Told progress bytes."""
+
+
+class Operation(Protocol):
+    on_device: bool
+    """Whether a device takes large tensors as they are stored."""
+
+    def memory(self, lanes: Sequence[Lane]) -> int:
+        """Bytes that it takes on a shard, beside what is read."""
+        ...
+
+    def begin(self, lanes: Sequence[Lane]) -> None:
+        """Get ready for a shard.
+
+        Raises:
+            UserError: it cannot be done here.
+        """
+        ...
+
+    def write(
+        self, lanes: Sequence[Lane], states: Sequence[SectionState], outputs: Sequence[Output], tell: Tell
+    ) -> list[np.ndarray]:
+        """Write the bytes of a section to the outputs of the lanes; returns what was measured of it, (t,) MEASURED,
+        of each lane."""
+        ...
+
+
+class Elements:
+    """Finds thresholds, and makes each element of p and f by them."""
+
+    on_device = True
+
+    def memory(self, lanes: Sequence[Lane]) -> int:
+        return 0
+
+    def begin(self, lanes: Sequence[Lane]) -> None:
+        pass
+
+    def write(
+        self, lanes: Sequence[Lane], states: Sequence[SectionState], outputs: Sequence[Output], tell: Tell
+    ) -> list[np.ndarray]:
+        find_means(lanes, states)
+        passes.search(states, [lane.task.thresholds for lane in lanes], [of.ties for of in outputs])
+        rows = passes.apply(states, [output.sink for output in outputs], tell)
+        for output, state in zip(outputs, states, strict=True):
+            output.ties |= zip(state.names, state.ties.tolist(), strict=True)
+        return rows
+
+
+class Projections:
+    """Keeps of each matrix the part that its singular values say, which are found once for all lanes."""
+
+    on_device = False
+
+    def memory(self, lanes: Sequence[Lane]) -> int:
+        return matrix_bytes(lanes[0].task.shard.tensors)
+
+    def begin(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            projection.check_library(lane.out)
+
+    def write(
+        self, lanes: Sequence[Lane], states: Sequence[SectionState], outputs: Sequence[Output], tell: Tell
+    ) -> list[np.ndarray]:
+        return projection.write(states, [output.sink for output in outputs], tell)
+
+
+_OPERATIONS: dict[str, Operation] = {"selection": Elements(), "blend": Elements(), "matrix": Projections()}
+
+
+def operation_of(method: str) -> Operation:
+    return _OPERATIONS[METHODS[method].kind]
