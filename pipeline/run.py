@@ -20,9 +20,8 @@ from fapm.recipe import Recipe, format_bytes, how
 from fapm.schedule import WRITTEN, LeasedRun, Request, Schedule, Watch, in_lockstep
 from fapm.scoring.threshold import Threshold
 from fapm.selection import find_thresholds, groups_of, load_thresholds, to_measure
-from fapm.shard.task import Task
+from fapm.shard.task import LaneTask
 from fapm.shard.worker import Worker
-from fapm.storage.address import open_store
 from fapm.storage.lease import lease
 from fapm.storage.store import Store
 from fapm.version import version
@@ -144,7 +143,9 @@ def prune_all(
         if todo:
             watch.begin(plan, to_go)
             with closing(pool(plan, runs[0].out, watch)) as workers:
-                schedules = [schedule(run.plan, run.out, left) for run, left in zip(runs, unfinished, strict=True)]
+                schedules = [
+                    schedule(run.plan, run.out.absolute(), left) for run, left in zip(runs, unfinished, strict=True)
+                ]
                 rounds = in_lockstep(runs, schedules, workers, watch)
                 facts |= {"workers": workers.workers, "lost_workers": workers.lost}
         facts["seconds"] = round(time.perf_counter() - began, 3)
@@ -169,7 +170,7 @@ def schedule(plan: Plan, out: Store, todo: Iterable[int]) -> Schedule:
     for index in todo:
         shard = plan.shards[index]
         mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
-        tasks.append(Task(shard, groups_of(plan, shard), thresholds=mine))
+        tasks.append(LaneTask(plan.recipe, out, shard, groups_of(plan, shard), thresholds=mine))
     yield Request(Worker.write, tasks, WRITTEN)
     return rounds
 
@@ -177,7 +178,7 @@ def schedule(plan: Plan, out: Store, todo: Iterable[int]) -> Schedule:
 def bytes_to_go(plan: Plan, todo: Iterable[int]) -> int:
     """Input bytes of the steps that are left, for the progress."""
     to_write = sum(t.read_bytes for i in todo for t in plan.shards[i].tensors)
-    known = load_thresholds(open_store(plan.recipe.out)) is not None
+    known = load_thresholds(plan.out) is not None
     return to_write + (0 if known else to_measure(plan))
 
 
@@ -200,7 +201,7 @@ def check_disk_for(runs: Sequence[tuple[Plan, State]]) -> None:
     runs = [run for run in runs if run[0].recipe.emit != "delta"]  # how large that is, is known when it is there
     if not runs:
         return
-    out = open_store(runs[0][0].recipe.out)
+    out = runs[0][0].out
     needed = sum(plan.write_bytes - replaceable_bytes(plan, state) for plan, state in runs)
     free = out.free_bytes()
     if free is not None and needed > free:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from fapm.planning.plan import Plan
 from fapm.pool import Pool, Step
 from fapm.recipe import format_bytes
-from fapm.shard.task import Done, Task
+from fapm.shard.task import Done, LaneTask, Task
 from fapm.storage.store import Store
 
 
@@ -51,7 +51,7 @@ class Request:
     """
 
     step: Step
-    tasks: Sequence[Task]
+    tasks: Sequence[LaneTask]
     event: str
     more: int = 0
 
@@ -86,24 +86,20 @@ def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: 
         if more:
             watch.expect(more)
             watch.note("expect", bytes=more)
-        done = _each(runs[0].plan, pool.map(step, _merged(runs, now)), event, watch)
+        done = _each(runs[0].plan, pool.map(step, _merged(now.values())), event, watch)
         said = {result.shard: result for result in done}
         for i, request in now.items():
             go_on(i, [said[task.shard.index] for task in request.tasks])
     return returned
 
 
-def _merged(runs: Sequence[LeasedRun], wanted: dict[int, Request]) -> list[Task]:
-    """The tasks of several runs, those for one shard as one."""
-    if len(runs) == 1:
-        return list(wanted[0].tasks)
-    by_shard: dict[int, list[Task]] = {}
-    for i, request in wanted.items():
+def _merged(wanted: Iterable[Request]) -> list[Task]:
+    """The tasks of all runs, those for one shard as one."""
+    by_shard: dict[int, list[LaneTask]] = {}
+    for request in wanted:
         for task in request.tasks:
-            run = runs[i]
-            own = replace(task, recipe=run.plan.recipe, out=run.out.absolute())
-            by_shard.setdefault(task.shard.index, []).append(own)
-    return [replace(tasks[0], others=tuple(tasks[1:])) for _, tasks in sorted(by_shard.items())]
+            by_shard.setdefault(task.shard.index, []).append(task)
+    return [Task(tuple(lanes)) for _, lanes in sorted(by_shard.items())]
 
 
 def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:

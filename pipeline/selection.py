@@ -18,7 +18,7 @@ from fapm.schedule import COUNTED, SAMPLED, Request
 from fapm.schemas import ThresholdsRecord
 from fapm.scoring.threshold import Bracket, Histograms, Threshold, bins_of, histograms
 from fapm.shard.sample import Survey
-from fapm.shard.task import Done, Task, known_threshold, load_arrays
+from fapm.shard.task import Done, LaneTask, known_threshold, load_arrays
 from fapm.shard.worker import Worker
 from fapm.storage.store import Store, overlapped
 
@@ -66,7 +66,7 @@ def first_brackets(plan: Plan, out: Store, names: Sequence[str]) -> Generator[Re
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
     there = out.files(WORK)
-    tasks = [Task(s, groups_of(plan, s)) for s in shards if sample_name(s.index) not in there]
+    tasks = [LaneTask(plan.recipe, out, s, groups_of(plan, s)) for s in shards if sample_name(s.index) not in there]
     if tasks:
         yield Request(Worker.sample, tasks, SAMPLED)
     surveys = {name: Survey() for name in names}
@@ -102,7 +102,7 @@ def measured(
         else:
             groups = groups_of(plan, shard)
             mine = {name: brackets[name] for name in groups if name in brackets}
-            tasks.append(Task(shard, groups, brackets=mine, round=round_))
+            tasks.append(LaneTask(plan.recipe, out, shard, groups, brackets=mine, round=round_))
     if tasks:
         done = yield Request(Worker.measure, tasks, COUNTED, bytes_of(plan, brackets) if round_ > 1 else 0)
         for one in done:

@@ -129,7 +129,7 @@ def _batches(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
 def _batches_of(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
     recipe = todo[0][1].recipe
     slots = recipe.cpus_per_worker or 1
-    most = runs_at_once(recipe.model_copy(update={"memory": recipe.memory // slots}), open_store(recipe.out))
+    most = runs_at_once(recipe.model_copy(update={"memory": recipe.memory // slots}), todo[0][1].out)
     count = -(-len(todo) // most)
     if count > 1:
         watch.say(
@@ -168,8 +168,8 @@ def evaluate_sweep(
         return Swept(folder, made, {})
     sources = inputs(made[0].plan)
     for one in made:
-        recipe = one.plan.recipe
-        sources.append(output(one.candidate.name, open_store(recipe.out).absolute().address, one.manifest, recipe))
+        where = one.plan.out.absolute().address
+        sources.append(output(one.candidate.name, where, one.manifest, one.plan.recipe))
     kept = open_store(folder)
     return Swept(folder, made, evaluate_all(asked, sources, kept, do, watch.say))
 

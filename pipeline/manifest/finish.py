@@ -40,7 +40,7 @@ from fapm.schemas import ShardRecord
 from fapm.scoring.methods import METHODS
 from fapm.shard.table import MEASURED, from_parquet, to_parquet, totals
 from fapm.shard.task import saved_read_bytes
-from fapm.storage.address import open_store, scheme_of, split
+from fapm.storage.address import scheme_of, split
 from fapm.storage.records import parse
 from fapm.storage.store import Store, differing, overlapped
 from fapm.version import version
@@ -194,7 +194,7 @@ def _side_file(plan: Plan, name: str) -> bytes:
 
 def is_tidy(plan: Plan) -> bool:
     """Whether a finished run has all that lies beside its shards, and nothing that it has no use for."""
-    out = open_store(plan.recipe.out)
+    out = plan.out
     useless = any(out.has_folder(name) for name in (WORK, TEMPORARY, LOCKS))
     return all(out.has(name) for name, _ in _beside(plan, list)) and not useless
 
@@ -209,7 +209,7 @@ def tidy(plan: Plan, out: Store) -> None:
 
 def replaceable_bytes(plan: Plan, state: State) -> int:
     """Bytes in the output folder that this run will not have to find room for: finished shards, and what it removes."""
-    out = open_store(plan.recipe.out)
+    out = plan.out
     if state == "unfinished":
         shards = {name for s in plan.shards for name in (s.name, delta_name(s.name))}
         return sum(f.size for name, f in out.files().items() if name in shards or name.startswith(TEMPORARY))

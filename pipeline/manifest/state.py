@@ -86,7 +86,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     Raises:
         UserError: it is one of the inputs, holds something else, or another run.
     """
-    out = open_store(plan.recipe.out)
+    out = plan.out
     if is_repository(plan.recipe.out):
         raise UserError(f"--out {out.address}: an output for the Hub is made by fapm.publish")
     for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
@@ -195,8 +195,7 @@ def _clear(out: Store) -> None:
 
 def unfinished_shards(plan: Plan) -> list[int]:
     """The shards that are not there, or without the record that belongs to them."""
-    out = open_store(plan.recipe.out)
-    there = out.files()
+    there = plan.out.files()
     done = MANIFEST in there
     return [
         s.index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from fapm.errors import plural
@@ -13,6 +14,8 @@ from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.dtypes import is_weight
 from fapm.formats.tensor import TensorInfo
 from fapm.recipe import Recipe, format_bytes
+from fapm.storage.address import open_store
+from fapm.storage.store import Store
 
 Operation = Literal["", "elements", "matrices"]
 
@@ -161,6 +164,11 @@ class Plan:
         nbytes = f"{format_bytes(self.pair_bytes)} of inputs, {format_bytes(self.write_bytes)} to write"
         said = f"; {plural(len(self.warnings), 'warning')}" if self.warnings else ""
         return f"{self.recipe.out}: {' in '.join(counts)}, {nbytes}{said}"
+
+    @cached_property
+    def out(self) -> Store:
+        """The output folder, opened once; its path has to be settled."""
+        return open_store(self.recipe.out)
 
     @property
     def operation(self) -> Operation:

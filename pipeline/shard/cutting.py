@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fapm.planning.plan import PairedTensor
-from fapm.shard.task import Task
+from fapm.shard.task import LaneTask, Task
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,12 @@ def cut_for(task: Task, names: set[str]) -> Cut:
     them, or are single tensors. Small tensors share a slice only if they have one parameter in every lane.
     """
 
-    def together(of: Task) -> list[str]:
+    def together(of: LaneTask) -> list[str]:
         return [name for name, group in of.groups.items() if not group.cross_shard and group.tensors > 1]
 
     widest = max(task.lanes, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
     tensors = [t for t in widest.shard.tensors if t.name in names]
     whole = len(tensors) == len(widest.shard.tensors)
-    kinds: dict[str, Any] = {}
-    if len(task.lanes) > 1:
-        by_lane = [{t.name: t.parameter for t in of.shard.tensors} for of in task.lanes]
-        kinds = {t.name: tuple(lane[t.name] for lane in by_lane) for t in tensors}
+    by_lane = [{t.name: t.parameter for t in of.shard.tensors} for of in task.lanes]
+    kinds = {t.name: tuple(lane[t.name] for lane in by_lane) for t in tensors}
     return Cut(tensors, together(widest) if whole else [], kinds)

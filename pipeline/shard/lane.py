@@ -10,22 +10,26 @@ import numpy as np
 from fapm.recipe import Recipe
 from fapm.shard import passes
 from fapm.shard.passes import SectionState
-from fapm.shard.task import Task
+from fapm.shard.task import LaneTask
 from fapm.storage.store import Store
 
 
 @dataclass
 class Lane:
-    """One of the runs that a task is for: its recipe, and the folder in which it writes.
+    """One of the runs that a task is for.
 
     Attributes:
+        out: the folder in which it writes.
         means: (t, 2) float64 of the shard's tensors, as of `load_means`.
     """
 
-    task: Task
-    recipe: Recipe
+    task: LaneTask
     out: Store
     means: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.task.recipe
 
     def __post_init__(self) -> None:
         self.place = {t.name: i for i, t in enumerate(self.task.shard.tensors)}

@@ -80,14 +80,21 @@ class HistogramMemory:
 
 
 class SampleCache:
-    """Samples and their scores that several runs look at, a few at a time."""
+    """Samples and their scores that several lanes look at, a few at a time.
+
+    Args:
+        lanes: how many they are; for one alone nothing is kept.
+    """
 
     _MOST = 64
 
-    def __init__(self) -> None:
+    def __init__(self, lanes: int = 1) -> None:
         self._found: dict[Any, Any] = {}
+        self._keeps = lanes > 1
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if not self._keeps:
+            return make()
         if key not in self._found:
             if len(self._found) >= self._MOST:
                 self._found.clear()
@@ -102,7 +109,7 @@ class SectionState:
     Attributes:
         groups: every group of its tensors, by name.
         tensors: the section's, as this recipe's plan has them.
-        taken: what the states of a section share of their samples, if there are several.
+        taken: what the states of a section share of their samples.
         names: the groups in the order of the arrays.
         group_of: (t,) int64, each tensor's group; −1 where it is not pruned.
         mean, base_squares: (t,) float64, mean|p| and Σp².
@@ -117,7 +124,7 @@ class SectionState:
     check: Check = lambda: None
     memory: HistogramMemory = field(default_factory=HistogramMemory)
     tensors: tuple[PairedTensor, ...] = ()
-    taken: SampleCache | None = None
+    taken: SampleCache = field(default_factory=SampleCache)
 
     def __post_init__(self) -> None:
         self.tensors = self.tensors or self.pieces.section.tensors
@@ -143,18 +150,13 @@ class SectionState:
 
     def own(self, part: Slice) -> Slice:
         """A slice of the section with the tensors as this recipe's plan has them."""
-        return part if self._is_only else replace(part, tensors=self.tensors[places(part)])
-
-    @property
-    def _is_only(self) -> bool:
-        """Whether the section was cut for this state."""
-        return self.tensors is self.pieces.section.tensors
+        return replace(part, tensors=self.tensors[places(part)])
 
     def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
         """Chunk for the engine, of a slice of its own."""
         if not isinstance(held, StoredChunk):
             return make_chunk(part, held, self.recipe)
-        return held if self._is_only else stored_chunk(part, held.put, self.recipe)
+        return stored_chunk(part, held.put, self.recipe)
 
     @property
     def on_device(self) -> bool:
@@ -180,13 +182,12 @@ class SectionState:
                 return sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
             return sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
 
-        return self.taken.get((tensor.name, share, longest), take) if self.taken else take()
+        found: Sample = self.taken.get((tensor.name, share, longest), take)
+        return found
 
     def scores(self, taken: Sample, tensor: PairedTensor, mean: np.float32) -> np.ndarray:
         """The scores of a sample's elements (float32)."""
         key = self.recipe.method, tensor.name, taken.p.size
-        if self.taken is None:
-            return taken.scores(tensor, self.recipe, mean)
         found: np.ndarray = self.taken.get(key, lambda: taken.scores(tensor, self.recipe, mean))
         return found
 

@@ -21,35 +21,44 @@ from fapm.storage.store import Store
 
 
 @dataclass(frozen=True)
-class Task:
-    """Work on one shard, as it is told to a worker.
+class LaneTask:
+    """Work on one shard for one run.
 
     Attributes:
+        recipe, out: of the run.
         groups: the groups that have tensors in the shard.
         brackets: for `measure`, the keys to count, for groups over several shards.
         thresholds: for `write`, what was found for those groups, with this shard's part of the tie quota.
         round: how many times the groups have been measured.
-        recipe, out: of the run that it is for, where that is not the worker's own.
-        others: tasks for the same shard in other runs over the same inputs, to be done in the same reading.
     """
 
+    recipe: Recipe
+    out: Store
     shard: Shard
     groups: dict[str, Group]
     brackets: dict[str, Bracket] = field(default_factory=dict)
     thresholds: dict[str, Threshold] = field(default_factory=dict)
     round: int = 0
-    recipe: Recipe | None = None
-    out: Store | None = None
-    others: tuple[Task, ...] = ()
-
-    @property
-    def lanes(self) -> tuple[Task, ...]:
-        """This one, and the others: a lane each."""
-        return self, *self.others
 
     def cross_shard(self) -> list[PairedTensor]:
         """The shard's tensors whose groups lie in other shards too."""
         return [t for t in self.shard.tensors if t.group and t.common and self.groups[t.group].cross_shard]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work on one shard for one or several runs over the same inputs, in one reading, as it is told to a worker."""
+
+    lanes: tuple[LaneTask, ...]
+
+    @property
+    def shard(self) -> Shard:
+        """The first run's: that of the others has the same tensors."""
+        return self.lanes[0].shard
+
+    @property
+    def round(self) -> int:
+        return self.lanes[0].round
 
 
 def here() -> str:

@@ -116,6 +116,7 @@ class Worker:
     ):
         self._recipe = recipe
         self._out = out
+        self._outs = {out.address: out}  # kept from task to task, with what they know and their connections
         self._inputs = open_store(recipe.base), open_store(recipe.finetuned)
         self._histograms = HistogramMemory()
         self._lent = 0
@@ -175,12 +176,13 @@ class Worker:
                 find_means(lanes, states)
                 progress += _half(section)
                 self.tell(_half(section))
-        taken = SampleCache() if len(lanes) > 1 else None
+        taken = SampleCache(len(lanes))
 
         def take(tensor: PairedTensor, share: float) -> Sample:
             longest = LONG_RUN if self._reader.is_far else RUN
             given = self._reader, tensor, share, self._recipe, longest
-            return taken.get((tensor.name, share), lambda: far(*given)) if taken else far(*given)
+            found: Sample = taken.get((tensor.name, share), lambda: far(*given))
+            return found
 
         for lane in lanes:
             members: dict[str, list[PairedTensor]] = {}
@@ -276,7 +278,7 @@ class Worker:
 
     def _lanes(self, task: Task) -> list[Lane]:
         """Those that a task is for, with what is known of the means of the shard's tensors."""
-        lanes = [Lane(of, of.recipe or self._recipe, of.out or self._out) for of in task.lanes]
+        lanes = [Lane(of, self._outs.setdefault(of.out.address, of.out)) for of in task.lanes]
         lent = sum(lane_bytes(lane.recipe, lane.out, self._buffer) for lane in lanes[1:])
         lent += operation_of(self._recipe.method).memory(lanes)
         if lent != self._lent:
@@ -290,12 +292,10 @@ class Worker:
 
     def _states(self, lanes: Sequence[Lane], pieces: Pieces) -> list[SectionState]:
         """One for each lane, over the same pieces."""
-        tensors = pieces.section.tensors
         states: list[SectionState] = []
-        taken = SampleCache() if len(lanes) > 1 else None
+        taken = SampleCache(len(lanes))
         for lane in lanes:
-            if len(lanes) > 1:
-                tensors = tuple(lane.tensors[t.name] for t in pieces.section.tensors)
+            tensors = tuple(lane.tensors[t.name] for t in pieces.section.tensors)
             engine = self._engine_for(lane.recipe.method)
             given = lane.recipe, engine, pieces, lane.task.groups, self._check, self._histograms
             states.append(SectionState(*given, tensors, taken))

@@ -196,7 +196,7 @@ def on_ray(folder: Path, shards: int, workers: int) -> None:
     from fapm.manifest import state
     from fapm.schedule import Watch
     from fapm.selection import groups_of
-    from fapm.shard.task import Task
+    from fapm.shard.task import LaneTask, Task
     from fapm.storage.lease import lease
 
     size = 2 * SIDE * SIDE * 100_000 // shards
@@ -209,7 +209,7 @@ def on_ray(folder: Path, shards: int, workers: int) -> None:
         state.begin(plan, "new", out)
         pool = RayPool(plan, out, Watch(), "local")
         pool.wait_until_ready()
-        tasks = [Task(shard, groups_of(plan, shard)) for shard in plan.shards]
+        tasks = [Task((LaneTask(recipe, out, shard, groups_of(plan, shard)),)) for shard in plan.shards]
         for first in (0, 1):  # the first time actors load what they need
             cpu, began = time.process_time(), time.perf_counter()
             assert sum(1 for _ in pool.map(nothing, tasks)) == len(tasks)

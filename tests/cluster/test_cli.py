@@ -104,6 +104,7 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 
 def test_every_option_arrives(pair):
     given = {
+        "strength": "2", "tail": "0.5",
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
@@ -119,7 +120,8 @@ def test_every_option_arrives(pair):
         == 0
     )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
-        "base": "base", "finetuned": "finetuned", "out": "out", "density": 0.25, "method": "random", "scope": "layer",
+        "base": "base", "finetuned": "finetuned", "out": "out", "strength": 2.0, "tail": 0.5,
+        "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
         "staging": "st", "visibility": "public", "alone": True, "device_memory": 2_000_000_000,
@@ -631,7 +633,8 @@ def test_the_help_says_what_is_allowed():
 
     shown = " ".join(fapm("prune", "--help").stdout.split())
     limited = [field for field in Recipe.model_fields if bounds(field)]
-    assert limited == ["density", "seed", "shard_size", "memory", "device_memory", "cpus_per_worker", "gpus_per_worker"]
+    sizes = ["shard_size", "memory", "device_memory"]
+    assert limited == ["density", "strength", "tail", "seed", *sizes, "cpus_per_worker", "gpus_per_worker"]
     for field in limited:
         assert bounds(field) in shown, field
 

@@ -1,4 +1,4 @@
-"""pytest tests/pipeline/shard/test_table.py: the table is written and read without a thread of pyarrow's and without pandas."""
+"""pytest tests/pipeline/shard/test_table.py: the table is written and read without threads of pyarrow's, and pandas."""
 
 from __future__ import annotations
 
