@@ -308,7 +308,7 @@ def bounds(field: str) -> str:
             value = getattr(limit, kind, None)
             if value is not None:
                 value = value - 1 if kind == "lt" else value
-                found["ge" if kind == "ge" else "le"] = binary(value) if field in sized else f"{value:,}"
+                found["ge" if kind == "ge" else "le"] = binary(value) if field in sized else f"{int(value):,}"
     if len(found) == 2:
         return f"{found['ge']} to {found['le']}"
     words = {"ge": "at least", "le": "at most"}
