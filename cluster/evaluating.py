@@ -17,12 +17,14 @@ from fapm.recipe import Recipe
 def on_ray(address: str, recipe: Recipe, say: Callable[[str], None]) -> Evaluate:
     """Evaluator on the cluster at `address`; `local` starts one on this machine for the time that it takes."""
 
-    def do(asked: Evaluation, sources: Sequence[Source]) -> Iterator[Said]:
+    def do(asked: Evaluation, sources: Sequence[Source], begun: Callable[[str], None]) -> Iterator[Said]:
         with connected(address, recipe, say):
             gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
             means = {"num_gpus": 1} if gpus else {"num_cpus": 1}
             task: Any = ray.remote(evaluate)
             calls = {task.options(name=f"fapm evaluate {s.name}", **means).remote(asked, s): s for s in sources}
+            for source in sources:  # the cluster has to know of all of them, to grow
+                begun(source.name)
             while calls:
                 (call,), _ = ray.wait(list(calls), num_returns=1)
                 source = calls.pop(call)

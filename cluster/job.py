@@ -29,10 +29,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import fapm
 import fapm.cluster
 from fapm.cluster.submission import NAME, Job, Submission, exit_code
-from fapm.errors import PassingError, UserError
+from fapm.errors import PassingError, UserError, duration
 from fapm.recipe import read_yaml
 from fapm.reporting.progress import TELL
-from fapm.reporting.text import layout, seconds_text
+from fapm.reporting.text import layout
 from fapm.version import version
 
 _POLL_SECONDS = 1.0
@@ -284,6 +284,6 @@ def table(found: Sequence[Job]) -> str:
     rows = [("job", "state", "exit", "begun", "took", "out")]
     for job in found:
         begun = datetime.datetime.fromtimestamp(job.begun).isoformat(" ", "seconds") if job.begun else ""
-        took = seconds_text((job.ended or time.time()) - job.begun) if job.begun else ""
+        took = duration((job.ended or time.time()) - job.begun) if job.begun else ""
         rows.append((job.id, job.state, "" if job.code is None else str(job.code), begun, took, job.out))
     return layout(rows, right=(2, 4))

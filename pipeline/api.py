@@ -86,6 +86,7 @@ def sweep(
     texts: Sequence[str] = (),
     evaluate_seconds: float | None = None,
     choose: str | None = None,
+    choose_anyway: bool = False,
     overwrite: bool = False,
     pool: MakePool | None = None,
     evaluator: Callable[[Recipe], Evaluate] | None = None,
@@ -96,16 +97,23 @@ def sweep(
 
     Args:
         evaluate, tasks, texts: as `--evaluate`, `--tasks` and `--text` take them.
-        choose: as `--choose` takes it.
+        choose: as `--choose` takes it; `choose_anyway`: where the evaluations show neither skill.
         evaluator: makes what evaluates, for a recipe; one after the other in this process by default.
-        choices: a recipe's; `method`, `scope` and `density` may be lists.
+        choices: a recipe's; `method`, `scope`, `density`, `strength` and `tail` may be lists.
 
     Raises:
         UserError, PassingError: as of `prune`; no candidate can be chosen so.
     """
     asked = evaluation(evaluate, tasks, texts, evaluate_seconds)
     done = run_sweep(
-        choices, asked, choose, overwrite=overwrite, pool=pool, evaluator=evaluator, watching=lambda: watching(watch)
+        choices,
+        asked,
+        choose,
+        choose_anyway=choose_anyway,
+        overwrite=overwrite,
+        pool=pool,
+        evaluator=evaluator,
+        watching=lambda: watching(watch),
     )
     return Facts(done.facts, sweep_text(done.facts, done.out))
 

@@ -14,7 +14,7 @@ DESCRIPTIONS = {
     ),
     "density": "Share of the elements that stay fine-tuned, 0 to 1; for wise-ft it is α.  [0.1]",
     "method": "fapm, magnitude, relative, random, dare, wise-ft, dg-hard or timber.  [fapm]",
-    "strength": "Of dg-hard: by how much its threshold of singular values is higher than that for noise, 0 to 1,000,000.  [1]",
+    "strength": "Of dg-hard: by how much its threshold is higher than that for noise, 0 to 1,000,000.  [1]",
     "tail": "Of timber: what singular values beyond the effective rank are multiplied by, 0 to 1.  [0]",
     "scope": "What shares one budget: tensor, layer or global.  [tensor]",
     "rules": (

@@ -74,3 +74,11 @@ def listed(names: Iterable[str], count: int = 3) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `4 min 05 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

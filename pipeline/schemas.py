@@ -124,6 +124,7 @@ class ThresholdsRecord(Record, strict=False):  # a tuple is a list in JSON
 class MeasureRecord(Record):
     value: Number
     stderr: Number | None
+    loss: Number | None = None
 
 
 class PointRecord(Record):

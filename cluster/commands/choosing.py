@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     help="Make OUT of a candidate: 'retained>=0.99' (of those the one with the least forgetting), 'forgetting<=0.02' "
     "(the one that retains most), knee, or its name.",
 )
+@click.option(
+    "--choose-anyway",
+    is_flag=True,
+    help="Choose also where the evaluations do not show that finetuned has learned something, and forgotten something.",
+)
 def sweep(
     config: str | None,
     overwrite: bool,
@@ -35,13 +40,14 @@ def sweep(
     texts: tuple[str, ...],
     seconds: float | None,
     choose: str | None,
+    choose_anyway: bool,
     **choices: Any,
 ) -> None:
     """Prune in many ways from one reading, evaluate each by your own means, and choose.
 
-    --method, --scope and --density take several values between commas, or lists in the recipe. The candidates are in
-    OUT/sweep/, each as complete as prune makes it; what is chosen becomes OUT. The same command again does what is
-    missing.
+    --method, --scope, --density, --strength and --tail take several values between commas, or lists in the recipe. base
+    and finetuned are evaluated first. The candidates are in OUT/sweep/, each as complete as prune makes it; what is
+    chosen becomes OUT, where --overwrite replaces another choice. The same command again does what is missing.
 
     \b
     Examples:
@@ -62,6 +68,7 @@ def sweep(
             given,
             asked,
             choose,
+            choose_anyway=choose_anyway,
             overwrite=overwrite,
             pool=pool_at(ray, by),
             evaluator=lambda recipe: evaluator_at(ray, recipe),

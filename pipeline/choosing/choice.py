@@ -38,9 +38,10 @@ def check_choice(how: str, names: Sequence[str]) -> None:
         )
 
 
-def by_name(name: str, of: int) -> Choice:
-    """The one candidate `of` so many that the user names."""
-    return Choice(name, f"it was chosen by name, out of {of} candidates")
+def by_name(name: str, of: int, found: Mapping[str, Point]) -> Choice:
+    """The one candidate `of` so many that the user names; `found` are those that were evaluated."""
+    little = _little(found[name]) if name in found else ""
+    return Choice(name, f"it was chosen by name, out of {of} candidates{little}")
 
 
 def choose(how: str, found: Mapping[str, Point]) -> Choice:
@@ -58,8 +59,15 @@ def choose(how: str, found: Mapping[str, Point]) -> Choice:
             f"--choose {how} needs the new and the old skill of at least one candidate, of base and of finetuned"
         )
     if how == KNEE:
+        apart = _told_apart(both)
+        if apart < _FEWEST:
+            raise UserError(
+                f"--choose knee: the errors tell {apart} of {len(both)} candidate(s) apart, and a knee wants "
+                f"{_FEWEST}; evaluate on more examples, sweep more widely, or ask for 'retained>=0.95' or a name"
+            )
         name = _knee(both)
-        return Choice(name, f"it is the knee of the trade-off of {len(both)} candidates", _alike(name, both))
+        why = f"it is the knee of the trade-off of {len(both)} candidates{_little(both[name])}"
+        return Choice(name, why, _alike(name, both))
     rule = _RULE.fullmatch(how)
     assert rule
     axis, bound = rule[1], float(rule[3]) / (100 if rule[4] else 1)
@@ -74,7 +82,31 @@ def choose(how: str, found: Mapping[str, Point]) -> Choice:
     alike = [p for p in fits.values() if not _of(p, aim).apart(_of(first, aim))]
     taken = min(alike, key=lambda p: (-sign * _of(p, axis).value, sign * _of(p, aim).value))
     others = tuple(p.name for p in alike if p is not taken)
-    return Choice(taken.name, f"it has the {least} of {len(fits)} of {len(both)} candidates with {how}", others)
+    why = f"it has the {least} of {len(fits)} of {len(both)} candidates with {how}{_little(taken)}"
+    return Choice(taken.name, why, others)
+
+
+_FEWEST = 3
+"""Candidates of a trade-off that has a knee, at least."""
+
+
+def _told_apart(found: Mapping[str, Point]) -> int:
+    """How many of the candidates the standard errors tell from each other, by what they retain and forget."""
+    apart: list[Point] = []
+    for point in sorted(found.values(), key=lambda p: _of(p, "retained").value):
+        if all(any(_of(point, axis).apart(_of(p, axis)) for axis in ("retained", "forgetting")) for p in apart):
+            apart.append(point)
+    return len(apart)
+
+
+def _little(point: Point) -> str:
+    """A remark on a choice that gives away most of the new skill."""
+    retained = point.retained
+    return (
+        f"; it retains less than half of the new skill, {retained.value:.1%}"
+        if retained and retained.value < 0.5
+        else ""
+    )
 
 
 def _of(point: Point, axis: str) -> Measure:

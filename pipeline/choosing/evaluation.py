@@ -25,7 +25,7 @@ from typing import Any
 
 from fapm.choosing.skills import SKILLS, Measure, read_skills
 from fapm.choosing.sources import Source, at_hand
-from fapm.errors import PassingError, UserError
+from fapm.errors import PassingError, UserError, duration
 from fapm.schemas import EvaluationRecord
 from fapm.storage.records import read_record
 from fapm.storage.store import Store
@@ -283,13 +283,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-Evaluate = Callable[[Evaluation, Sequence[Source]], Iterator[Said]]
-"""Evaluates checkpoints, in any order, and says each result as it comes."""
+Evaluate = Callable[[Evaluation, Sequence[Source], Callable[[str], None]], Iterator[Said]]
+"""Evaluates checkpoints, in any order, tells the name of each that it begins with, and says each result as it comes."""
 
 
-def in_turn(asked: Evaluation, sources: Sequence[Source]) -> Iterator[Said]:
+def in_turn(asked: Evaluation, sources: Sequence[Source], begun: Callable[[str], None]) -> Iterator[Said]:
     """One after the other, here."""
     for source in sources:
+        begun(source.name)
         yield evaluate(asked, source)
 
 
@@ -308,14 +309,34 @@ def evaluate_all(
     key = asked.key()
     found = {source.name: said for source in sources if (said := _kept(kept, source, key))}
     missing = [source for source in sources if source.name not in found]
-    for said in do(asked, missing) if missing else ():
+    began, started = time.perf_counter(), list[str]()
+
+    def begun(name: str) -> None:
+        done, seconds = len([one for one in missing if one.name in found]), time.perf_counter() - began
+        started.append(name)
+        left = f", some {duration(seconds / done * (len(missing) - done))} left" if done else ""
+        say(f"evaluating {name} ({len(started)} of {len(missing)}){left}")
+
+    for said in do(asked, missing, begun) if missing else ():
         source = next(source for source in missing if source.name == said.name)
         if said.printed:
             kept.write_private(_file(said.name, ".log"), said.printed.encode())
         kept.write(_file(said.name), json.dumps(_facts(said) | {"key": key, "of": source.identity}, indent=1).encode())
         found[said.name] = said
-        say(str(said))
+        where = (
+            f"; all that it printed is in {kept.at(_file(said.name, '.log'))}" if said.error and said.printed else ""
+        )
+        say(f"{said}, {duration(said.seconds)}{where}")
     return {source.name: found[source.name] for source in sources}
+
+
+def printed_by(said: Said) -> list[str]:
+    """The last lines that a failed evaluation has printed."""
+    lines = [line.strip()[:300] for line in said.printed.splitlines() if line.strip()]
+    return lines[-_LINES:]
+
+
+_LINES = 5
 
 
 def _facts(said: Said) -> dict[str, Any]:
@@ -342,7 +363,7 @@ def _kept(folder: Store, source: Source, key: str) -> Said | None:
         return None
     if data["key"] != key or data["of"] != source.identity or data["error"]:
         return None
-    skills = {skill: Measure(measure["value"], measure["stderr"]) for skill, measure in data["skills"].items()}
+    skills = {skill: Measure(**measure) for skill, measure in data["skills"].items()}
     return Said(source.name, skills, "", data["seconds"])
 
 

@@ -28,10 +28,11 @@ DEFINITIONS = (
 
 @dataclass(frozen=True)
 class Measure:
-    """A number and its standard error, None where it is not known."""
+    """A number and its standard error, None where it is not known; and the loss in nats a token, if it was one."""
 
     value: float
     stderr: float | None = None
+    loss: float | None = None
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + (f" ±{self.stderr:.2g}" if self.stderr else "")
@@ -76,8 +77,9 @@ def _measure(said: Any, name: str) -> Measure:
         stderr = None if said.get("stderr") is None else abs(_number(said["stderr"], f"{name}.stderr"))
         if "value" in said:
             return Measure(_number(said["value"], name), stderr)
-        probability = math.exp(-_number(said["loss"], name))
-        return Measure(probability, None if stderr is None else stderr * probability)
+        loss = _number(said["loss"], name)
+        probability = math.exp(-loss)
+        return Measure(probability, None if stderr is None else stderr * probability, loss)
     if not said:
         raise UserError(f"an evaluation says nothing of {name!r}")
     return mean([_measure(one, f"{name}.{key}") for key, one in said.items()])
@@ -86,9 +88,11 @@ def _measure(said: Any, name: str) -> Measure:
 def mean(measures: Sequence[Measure]) -> Measure:
     """The mean of independent measures."""
     value = sum(one.value for one in measures) / len(measures)
+    losses = [one.loss for one in measures if one.loss is not None]
+    loss = sum(losses) / len(losses) if len(losses) == len(measures) else None
     if any(one.stderr is None for one in measures):
-        return Measure(value)
-    return Measure(value, math.hypot(*(one.stderr or 0.0 for one in measures)) / len(measures))
+        return Measure(value, None, loss)
+    return Measure(value, math.hypot(*(one.stderr or 0.0 for one in measures)) / len(measures), loss)
 
 
 def _number(said: Any, name: str) -> float:
@@ -115,6 +119,35 @@ def point_facts(point: Point | None) -> dict[str, Any]:
     """Answers about a checkpoint, as JSON; of one that was not evaluated, that there are none."""
     measures = {axis: getattr(point, axis, None) for axis in AXES}
     return {axis: asdict(measure) if measure else None for axis, measure in measures.items()}
+
+
+def doubts(base: Point, finetuned: Point) -> list[str]:
+    """Why nothing should be chosen by these evaluations: they do not show that finetuned has learned and forgotten."""
+    found = []
+    for skill, better, worse, what in (
+        ("new", finetuned, base, "finetuned is not better than base at the new skill"),
+        (
+            "old",
+            base,
+            finetuned,
+            "finetuned is not worse than base at the old skill, so there is nothing to bring back",
+        ),
+    ):
+        high, low = getattr(better, skill), getattr(worse, skill)
+        if high and low and high.apart(low) <= 0:
+            of = {worse.name: low, better.name: high}
+            found.append(f"{what} (base {of['base']}, finetuned {of['finetuned']})")
+    return found
+
+
+def remarks(point: Point) -> list[str]:
+    """What is strange about a candidate, in words."""
+    found = []
+    if point.retained and point.retained.apart(Measure(1.0)) > 0:
+        found.append(f"{point.name} is better than finetuned at the new skill: it retains {point.retained.value:.1%}")
+    if point.forgetting and point.forgetting.apart(Measure(0.0)) < 0:
+        found.append(f"{point.name} is better than base at the old skill: it forgets {point.forgetting.value:.1%}")
+    return found
 
 
 def points(skills: Mapping[str, Mapping[str, Measure]], base: str, finetuned: str) -> dict[str, Point]:

@@ -16,15 +16,15 @@ from fapm import run
 from fapm.card import model_card
 from fapm.choosing.candidates import SWEPT, Candidate, candidates
 from fapm.choosing.choice import Choice, by_name, check_choice, choose, front
-from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, skills_of
-from fapm.choosing.skills import DEFINITIONS, Point, point_facts, points
+from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, printed_by, skills_of
+from fapm.choosing.skills import DEFINITIONS, Point, doubts, point_facts, points, remarks
 from fapm.choosing.sources import BASE, FINETUNED, inputs, output
-from fapm.errors import UserError
+from fapm.errors import PassingError, UserError
 from fapm.formats.side_files import CARD
 from fapm.layout import RUN, SWEEP
 from fapm.manifest.finish import is_tidy, tidy
 from fapm.manifest.read import load_manifest, read_table
-from fapm.manifest.state import State, begin, begun, check_folder, refuse_links, settle
+from fapm.manifest.state import State, begin, begun, check_folder, differences, identity, refuse_links, settle
 from fapm.planning.make import make_plans
 from fapm.planning.plan import Plan
 from fapm.publish import prune_and_publish, staged_recipe
@@ -91,7 +91,7 @@ def sweep(
             leased = []
             for _, plan, _ in batch:
                 out = held.enter_context(lease(plan.recipe.out, watch.say, plan.recipe.alone))
-                state = check_folder(plan, overwrite)  # another run may have held it until now
+                _, state = _settled(plan, overwrite)  # another run may have held it until now
                 if state == "finished":
                     tidy(plan, out)
                     continue
@@ -108,7 +108,19 @@ def sweep(
 def _plans(candidates: Sequence[Candidate], overwrite: bool) -> list[tuple[Plan, State]]:
     plans = make_plans([candidate.recipe for candidate in candidates])
     assert all(plan.shards[0].header == plans[0].shards[0].header for plan in plans)
-    return [settle(plan, overwrite) for plan in plans]
+    return [_settled(plan, overwrite) for plan in plans]
+
+
+def _settled(plan: Plan, overwrite: bool) -> tuple[Plan, State]:
+    """A candidate that is there stays, also where another run in its place would be overwritten."""
+    try:
+        return settle(plan)
+    except PassingError:
+        raise
+    except UserError:
+        if not overwrite:
+            raise
+        return settle(plan, overwrite)
 
 
 def _is_done(plan: Plan, state: State) -> bool:
@@ -159,6 +171,24 @@ class Swept:
         return {name: point for name, point in self.points.items() if name not in (BASE, FINETUNED)}
 
 
+def evaluate_inputs(folder: str, plan: Plan, asked: Evaluation, do: Evaluate, watch: Watch) -> dict[str, Said]:
+    """Evaluate base and finetuned, before anything is pruned, and keep what is said in the sweep's folder.
+
+    Raises:
+        UserError: one cannot be evaluated, and so nothing else could.
+    """
+    said = evaluate_all(asked, inputs(plan), open_store(folder), do, watch.say)
+    for one in said.values():
+        if one.error:
+            for line in printed_by(one):
+                watch.say(f"  {line}")
+            raise UserError(
+                f"{one}; nothing was pruned, since no candidate could be evaluated either. All that it printed is in "
+                f"{open_store(folder).at('evaluations')}"
+            )
+    return said
+
+
 def evaluate_sweep(
     folder: str, made: Sequence[Made], asked: Evaluation, do: Evaluate = in_turn, watch: Watch | None = None
 ) -> Swept:
@@ -183,13 +213,13 @@ def take(
     pool: MakePool | None = None,
     watch: Watch | None = None,
 ) -> Result:
-    """Make `out` the chosen candidate, as a whole checkpoint; one that was chosen before by this sweep makes way."""
+    """Make `out` the chosen candidate, as a whole checkpoint.
+
+    Raises:
+        UserError: as of `run.prune`; `out` is another model, and it is not said that it is to be replaced.
+    """
     recipe = _taken(swept, choice.name).model_copy(update={"out": out})
-    chosen = (read_sweep(swept.folder) or {}).get("chosen")
     there = open_store(recipe.out) if not is_repository(recipe.out) else None
-    if chosen and there and there.has(RUN):
-        now, wanted = begun(there)["recipe"], json.loads(json.dumps(recipe.decides()))
-        overwrite |= now == chosen["decides"] and now != wanted
     how = chosen_text(swept, choice)
     result = prune_and_publish(recipe, overwrite=overwrite, pool=pool, watch=watch, chosen=how)
     if result.nothing_to_do and there and how not in there.read(CARD).decode(errors="replace"):
@@ -281,6 +311,24 @@ def read_sweep(folder: str) -> dict[str, Any] | None:
     return read_record(store, SWEEP_FILE, SweepRecord, "not what a sweep of this version has come to")
 
 
+def _doubts(said: dict[str, Said]) -> list[str]:
+    found = points(skills_of(said.values()), BASE, FINETUNED)
+    return doubts(found[BASE], found[FINETUNED])
+
+
+def _check_out(out: str, plans: Sequence[Plan]) -> None:
+    """Find out before anything is evaluated that the output is another model than any candidate.
+
+    Raises:
+        UserError: it is, or something else.
+    """
+    wholes = [replace(p, recipe=p.recipe.model_copy(update={"out": out, "emit": "checkpoint"})) for p in plans]
+    there = open_store(out)
+    if there.has(RUN) and any(not differences(begun(there), identity(plan)) for plan in wholes):
+        return
+    check_folder(wholes[0], overwrite=False)
+
+
 @dataclass(frozen=True)
 class EndedSweep:
     """A sweep that has ended: its facts, its output folder, and the evaluations that failed, of how many."""
@@ -304,6 +352,7 @@ def run_sweep(
     asked: Evaluation,
     how: str | None = None,
     *,
+    choose_anyway: bool = False,
     overwrite: bool = False,
     pool: MakePool | None = None,
     evaluator: Callable[[Recipe], Evaluate] | None = None,
@@ -313,6 +362,7 @@ def run_sweep(
 
     Args:
         how: one is chosen; none if it is None.
+        choose_anyway: also where the evaluations of base and finetuned do not show what was learned and forgotten.
         evaluator: makes what evaluates, for a recipe.
         watching: what is told about the progress of a prune, for as long as it goes.
 
@@ -328,15 +378,34 @@ def run_sweep(
         check_choice(how, names)
         if asked.is_none and how not in names:
             raise UserError(f"--choose {how} needs --evaluate, --tasks or --text")
+    plans = [plan for plan, _ in _plans(wanted, overwrite)]
+    if how and not overwrite and not is_repository(one.out):
+        _check_out(one.out, plans)
+    do = evaluator(plans[0].recipe) if evaluator else in_turn
+    said: dict[str, Said] = {}
+    if not asked.is_none:
+        with watching() as watch:
+            said = evaluate_inputs(folder, plans[0], asked, do, watch)
+        unsure = _doubts(said)
+        for line in unsure:
+            watch.say(f"note: {line}")
+        if unsure and how and how not in names and not choose_anyway:
+            raise UserError(
+                f"nothing is chosen where the evaluation does not show what was learned and forgotten: {unsure[0]}. "
+                "Are the two swapped, or is it the wrong test? --choose-anyway goes on"
+            )
     with watching() as watch:
         made = sweep(wanted, overwrite=overwrite, pool=pool, watch=watch)
     watch.say(f"{len(made)} candidate(s) in {folder}")
-    do = evaluator(made[0].plan.recipe) if evaluator else in_turn
     swept = evaluate_sweep(folder, made, asked, do, watch)
+    for point in swept.candidate_points.values():
+        for line in remarks(point):
+            watch.say(f"note: {line}")
     facts = write_sweep(swept)
     if how:
         try:
-            choice = by_name(how, len(names)) if how in names else choose(how, swept.candidate_points)
+            found = swept.candidate_points
+            choice = by_name(how, len(names), found) if how in names else choose(how, found)
         except UserError as error:
             raise NoChoiceError(str(error), {"out": one.out, **facts}, one.out) from None
         with watching() as watch:

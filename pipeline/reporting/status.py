@@ -6,11 +6,11 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from fapm.errors import UserError, plural
+from fapm.errors import UserError, duration, plural
 from fapm.layout import MANIFEST, RUN
 from fapm.log import read_log
 from fapm.recipe import format_bytes
-from fapm.reporting.text import fields_text, layout, seconds_text
+from fapm.reporting.text import fields_text, layout
 from fapm.schedule import COUNTED, SAMPLED, WRITTEN
 from fapm.storage.address import open_store
 from fapm.storage.lease import LEASE_SECONDS, last_sign_of_life
@@ -140,9 +140,9 @@ def status_text(facts: dict[str, Any]) -> str:
         ),
     ]
     if facts["seconds_left"] is not None:
-        fields.append(("left", seconds_text(facts["seconds_left"])))
+        fields.append(("left", duration(facts["seconds_left"])))
     if facts["held_by"]:
-        heard = f", last heard of {seconds_text(facts['silent_seconds'])} ago"
+        heard = f", last heard of {duration(facts['silent_seconds'])} ago"
         fields.append(("driver", facts["held_by"] + heard))
     fields.append(("begun", facts["begun"] + (f", try {facts['tries']}" if facts["tries"] > 1 else "")))
     if facts["error"]:
@@ -150,7 +150,7 @@ def status_text(facts: dict[str, Any]) -> str:
     fields += _workers_text(facts)
     spent = {what: seconds for what, seconds in facts["seconds"].items() if seconds}
     if spent:
-        fields.append(("spent", ", ".join(f"{seconds_text(s)} {what}" for what, s in spent.items())))
+        fields.append(("spent", ", ".join(f"{duration(s)} {what}" for what, s in spent.items())))
     return f"{facts['out']}: {_STATES[facts['state']]}\n" + fields_text(fields)
 
 

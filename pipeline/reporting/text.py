@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fapm.choosing.skills import AXES, DEFINITIONS
-from fapm.errors import one_line, plural
+from fapm.errors import duration, one_line, plural
 from fapm.recipe import EVERYTHING, format_bytes, how, parse_rule
 from fapm.reporting.advice import advice_text
 from fapm.reporting.facts import named
@@ -45,14 +45,6 @@ def _share(share: float | None) -> str:
     return "–" if share is None else f"{share:.3%}" if share < 0.1 else f"{share:.1%}"
 
 
-def seconds_text(seconds: float) -> str:
-    """`12.3 s`, `4 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def run_text(facts: dict[str, Any]) -> str:
     """The table at the end of a prune, from `prune_facts` or `run_facts`."""
     totals, kind = facts["totals"], METHODS[facts["method"]].kind
@@ -83,7 +75,7 @@ def run_text(facts: dict[str, Any]) -> str:
         ("read", format_bytes(totals["read_bytes"]) + (f", {format_bytes(rate)}/s" if rate else "")),
         ("written", format_bytes(totals["written_bytes"])),
         *([("delta", _delta_text(totals))] if totals.get("delta_bytes") else []),
-        ("time", f"{seconds_text(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
+        ("time", f"{duration(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
     return _with_warnings(heading, fields, facts["oddities"])
 
@@ -233,7 +225,13 @@ def measure_text(measure: dict[str, Any] | None) -> str:
         return "–"
     value, stderr = measure["value"], measure["stderr"]
     places = 4 if abs(value) >= 0.1 or value == 0 else min(8, 3 - math.floor(math.log10(abs(value))))
-    return f"{value:.{places}f}" + (f" ±{stderr:.{places}f}" if stderr is not None else "")
+    shown = f"{value:.{places}f}" + (f" ±{stderr:.{places}f}" if stderr is not None else "")
+    loss = measure.get("loss")
+    return shown if loss is None else f"{shown} ({loss:.3f} nats a token, perplexity {_perplexity(loss)})"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
 
 
 def _compared(heading: str, facts: Iterable[dict[str, Any]], notes: dict[str, str]) -> str:

@@ -77,7 +77,8 @@ def arguments(cluster: Cluster) -> list[str]:
 def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
     (pair.folder / "r.yaml").write_text("base: base\nfinetuned: finetuned\nout: out\ndensity: 0.3\nray: local\n")
     given = {
-        "density": "0.25", "strength": "2", "tail": "0.5", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
+        "strength": "2", "tail": "0.5",
+        "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base", "ray": "off",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
         "on-conflict": "last", "unpaired": "pass",

@@ -81,9 +81,14 @@ def test_the_whole_of_it(pair: Path) -> None:
     again, err = fapm(pair, *SWEEP, "--out", "out", "--choose", "retained>=0.8", "--json")
     assert json.loads(again) == facts
     assert (pair / "asked").read_text() == asked  # nothing was evaluated twice
-    fapm(pair, *SWEEP, "--out", "out", "--choose", "fapm-tensor-0.1")  # takes the place of what was chosen before
+    words = *SWEEP, "--out", "out", "--choose", "fapm-tensor-0.1"
+    _, err = fapm(pair, *words, code=1)  # something else was chosen before
+    assert "belongs to another run" in err and "--overwrite" in err
+    made = stored(pair / "out" / "sweep")
+    _, err = fapm(pair, *words, "--overwrite")
+    assert "from one reading" not in err and stored(pair / "out" / "sweep") == made  # the candidates stay
     assert json.loads((pair / "out/fapm/manifest.json").read_text())["recipe"]["density"] == 0.1
-    fapm(pair, *SWEEP, "--out", "out", "--choose", "retained>=0.8")
+    fapm(pair, *SWEEP, "--out", "out", "--choose", "retained>=0.8", "--overwrite")
     shown = fapm(pair, "report", "out")[0]
     assert "chosen" in shown and "on the front" in shown and "written" in shown
     fapm(pair, "report", "out", "--html", "page.html")
@@ -128,8 +133,39 @@ def test_without_an_evaluation_one_is_chosen_by_name(pair: Path) -> None:
     assert json.loads((pair / "out/fapm/manifest.json").read_text())["recipe"]["scope"] == "global"
     _, err = fapm(pair, *words, "--out", "other", "--choose", "knee", code=1)
     assert "--choose knee needs --evaluate, --tasks or --text" in err
+
+
+def test_base_and_finetuned_are_evaluated_before_anything_is_pruned(pair: Path) -> None:
+    words = [word for word in SWEEP if word not in ("--evaluate", "score:score")]
     _, err = fapm(pair, *words, "--out", "out", "--evaluate", "score:nothing", code=1)
-    assert "8 of 8 evaluations failed; the same command tries them again" in err
+    assert "evaluating base (1 of 2)" in err
+    assert err.count("could not be evaluated") == 3  # base, finetuned, and why it ends
+    assert "has no attribute 'nothing'" in err and "nothing was pruned" in err.splitlines()[-1]
+    assert str(pair / "out/sweep/evaluations") in err or "out/sweep/evaluations" in err
+    assert not list(pair.glob("out/sweep/*/*.safetensors")) and not list(pair.glob("out/*.safetensors"))
+    _, err = fapm(pair, *SWEEP, "--out", "out")
+    assert re.search(r"evaluating fapm-global-0\.3 \(4 of 6\), some [\d.]+ s left", err)
+
+
+def test_the_wrong_way_round_nothing_is_chosen(pair: Path) -> None:
+    (pair / "score.py").write_text(SCORE + "\nright = score\ndef score(folder):\n    said = right(folder)\n"
+                                   "    return {'new': said['old'], 'old': said['new']}\n")  # fmt: skip
+    words = *SWEEP, "--out", "out", "--choose", "retained>=0.5"
+    _, err = fapm(pair, *words, code=1)
+    assert "finetuned is not better than base at the new skill" in err
+    assert "Are the two swapped, or is it the wrong test? --choose-anyway goes on" in err.splitlines()[-1]
+    assert not list(pair.glob("out/sweep/*/*.safetensors"))
+    _, err = fapm(pair, *words, "--choose-anyway")
+    assert "is better than finetuned at the new skill: it retains" in err
+    assert (pair / "out/fapm/manifest.json").exists()
+
+
+def test_an_output_that_is_another_model_is_refused_before_anything_is_evaluated(pair: Path) -> None:
+    (pair / "out").mkdir()
+    (pair / "out" / "model.safetensors").write_bytes(b"precious")
+    _, err = fapm(pair, *SWEEP, "--out", "out", "--choose", "retained>=0.5", code=1)
+    assert "is not empty and was not made by fapm" in err.splitlines()[-1]
+    assert not (pair / "asked").exists()
 
 
 def test_the_commands_of_the_readme(pair: Path) -> None:

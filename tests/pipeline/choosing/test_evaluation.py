@@ -205,7 +205,7 @@ def test_what_cannot_be_asked(pair, given, why):
 def test_what_is_kept_is_not_asked_again(pair):
     kept, how, calls = open_store(str(pair / "kept")), asked(COMMAND), []
 
-    def do(how: Evaluation, sources: Sequence[Source]):
+    def do(how: Evaluation, sources: Sequence[Source], begun):
         calls.append([source.name for source in sources])
         for source in sources:
             yield Said(source.name, {}, "broken") if source.name == "b" else evaluate(how, source)
@@ -253,11 +253,16 @@ def test_a_sweep_is_evaluated_and_one_becomes_the_output(pair, emit):
 
 
 @pytest.mark.parametrize("emit", ["checkpoint", "delta"])
-def test_another_choice_of_the_same_sweep_takes_its_place(pair, emit):
+def test_another_choice_of_the_same_sweep_takes_its_place_where_that_is_said(pair, emit):
     found = swept(pair, asked(COMMAND), density="0.1,0.3", emit=emit)
     for name in ("fapm-0.1", "fapm-0.3", "fapm-0.3"):
         choice = Choice(name, "it was wanted")
         write_sweep(found)  # as the command does before it chooses
+        if name != "fapm-0.1" and json.loads((pair / "out/fapm/manifest.json").read_text())["recipe"]["density"] == 0.1:
+            with pytest.raises(UserError, match=r"density was 0\.1 and is 0\.3; give another folder, or --overwrite"):
+                take(found, choice, "out")
+            assert verify("out") == []
+            take(found, choice, "out", overwrite=True)
         take(found, choice, "out")
         write_sweep(Swept(found.folder, found.made, found.said, choice))
         manifest = json.loads((pair / "out" / "fapm" / "manifest.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from fapm import UserError
 from fapm.choosing.choice import Choice, by_name, check_choice, choose, front
-from fapm.choosing.skills import Measure, Point, points, read_skills
+from fapm.choosing.skills import Measure, Point, doubts, points, read_skills, remarks
 
 
 def test_retained_and_forgetting_are_the_field_s():
@@ -47,7 +47,9 @@ def test_what_an_evaluation_may_say():
     assert read_skills({"new": 1, "old": None, "seconds": 3}) == {"new": Measure(1.0)}
     assert read_skills({"old": {"value": 0.5, "stderr": 0.1}}) == {"old": Measure(0.5, 0.1)}
     loss = read_skills({"old": {"loss": 2.0, "stderr": 0.1}})["old"]
-    assert loss == Measure(pytest.approx(math.exp(-2)), pytest.approx(0.1 * math.exp(-2)))
+    assert loss == Measure(pytest.approx(math.exp(-2)), pytest.approx(0.1 * math.exp(-2)), 2.0)
+    two = read_skills({"old": {"a": {"loss": 1.0}, "b": {"loss": 3.0}}})["old"]
+    assert two == Measure(pytest.approx((math.exp(-1) + math.exp(-3)) / 2), None, 2.0)
     several = read_skills(
         {"old": {"mmlu": {"value": 0.4, "stderr": 0.03}, "hellaswag": {"value": 0.6, "stderr": 0.04}}}
     )
@@ -97,10 +99,50 @@ def test_none_is_called_better_within_the_errors():
 def test_the_front_and_its_knee():
     assert [p.name for p in front(FOUR)] == ["a", "b", "c"]
     assert choose("knee", FOUR).name == "b"
-    assert choose("knee", among(*list(FOUR.values())[:1])).name == "a"
-    two = among(point("a", 0.5, 0.0), point("b", 0.99, 0.02))
-    assert choose("knee", two).name == "b"  # nearer to everything kept and nothing forgotten
-    assert by_name("c", 4).name == "c"
+    straight = among(point("a", 0.5, 0.0), point("b", 0.745, 0.01), point("c", 0.99, 0.02))
+    assert choose("knee", straight).name == "c"  # nearest to everything kept and nothing forgotten
+    assert by_name("c", 4, FOUR) == Choice("c", "it was chosen by name, out of 4 candidates")
+
+
+def test_a_knee_wants_three_that_the_errors_tell_apart():
+    for found in (among(*list(FOUR.values())[:2]), {n: point(n, p.retained.value, 0.1, 0.05) for n, p in FOUR.items()}):
+        with pytest.raises(UserError, match=r"the errors tell [12] of [24] candidate\(s\) apart, and a knee wants 3"):
+            choose("knee", found)
+
+
+def test_a_choice_that_gives_the_skill_away_says_so():
+    poor = among(point("a", 0.3, 0.01), point("b", 0.2, 0.02), point("c", 0.45, 0.3))
+    for how in ("retained>=0.1", "forgetting<=0.02", "knee"):
+        assert "; it retains less than half of the new skill, " in choose(how, poor).why
+    assert by_name("b", 3, poor).why.endswith("less than half of the new skill, 20.0%")
+
+
+@pytest.mark.parametrize(
+    ("base", "finetuned", "said"),
+    [
+        ((0.1, 0.8), (0.9, 0.5), []),
+        ((0.9, 0.5), (0.1, 0.8), ["not better than base at the new skill", "not worse than base at the old skill"]),
+        ((0.5, 0.8), (0.51, 0.5), ["not better than base at the new skill (base 0.5 ±0.02, finetuned 0.51 ±0.02)"]),
+        ((0.1, 0.8), (0.9, 0.79), ["not worse than base at the old skill"]),
+    ],
+)
+def test_evaluations_that_show_neither_skill_are_doubted(base, finetuned, said):
+    skills = {
+        name: {"new": Measure(new, 0.02), "old": Measure(old, 0.02)}
+        for name, (new, old) in (("base", base), ("finetuned", finetuned))
+    }
+    found = points(skills, "base", "finetuned")
+    why = doubts(found["base"], found["finetuned"])
+    assert len(why) == len(said)
+    assert all(words in line for words, line in zip(said, why, strict=True))
+
+
+def test_more_than_all_is_said_in_words():
+    assert remarks(point("a", 1.02, -0.03)) == [
+        "a is better than finetuned at the new skill: it retains 102.0%",
+        "a is better than base at the old skill: it forgets -3.0%",
+    ]
+    assert remarks(point("a", 1.02, -0.03, 0.05)) == remarks(point("a", 0.9, 0.1)) == []
 
 
 @pytest.mark.parametrize("how", ["", "best", "retained<=0.9", "forgetting>=0.1", "retained>=x", "retained>0.9"])
