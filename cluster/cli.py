@@ -14,7 +14,9 @@ import sys
 from typing import Any
 
 import click
+import cloup
 
+from fapm.cluster.commands.beginning import completion, init
 from fapm.cluster.commands.choosing import compare, sweep
 from fapm.cluster.commands.jobs import jobs, logs, stop, submit
 from fapm.cluster.commands.looking import demo, inspect, report, status, verify
@@ -23,7 +25,7 @@ from fapm.cluster.commands.saying import log, signalled
 from fapm.errors import PassingError, UserError
 
 
-class Commands(click.Group):
+class Commands(cloup.Group):
     """The commands, and what becomes of their errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -53,6 +55,20 @@ class Commands(click.Group):
             ctx.exit(signalled(stopped))
 
 
+_STYLE = cloup.Style(fg="cyan")
+_SETTINGS: Any = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "align_option_groups": False,
+    "align_sections": True,
+    "show_subcommand_aliases": False,
+    "formatter_settings": cloup.HelpFormatter.settings(
+        col1_max_width=28,
+        theme=cloup.HelpTheme(heading=cloup.Style(bold=True), col1=_STYLE, invoked_command=_STYLE),
+    ),
+}
+
+
 def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
         from fapm.version import version
@@ -61,8 +77,8 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option(
+@cloup.group(cls=Commands, context_settings=cloup.Context.settings(**_SETTINGS))
+@cloup.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="The version."
 )
 def cli() -> None:
@@ -77,10 +93,16 @@ def cli() -> None:
     """
 
 
-for command in (
-    prune, plan, apply, extract, sweep, compare, submit, jobs, logs, stop, inspect, report, status, verify, demo,
-):  # fmt: skip
-    cli.add_command(command)
+_SECTIONS = {
+    "Begin": (demo, init, plan),
+    "Prune": (prune, apply, extract),
+    "Choose": (sweep, compare),
+    "Look": (inspect, status, report, verify),
+    "On a cluster": (submit, jobs, logs, stop),
+    "For the shell": (completion,),
+}
+for title, commands in _SECTIONS.items():
+    cli.add_section(cloup.Section(title, commands))
 
 
 def _terminated(*_: object) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import cloup
 
 from fapm.descriptions import DESCRIPTIONS
 from fapm.errors import UserError
@@ -18,55 +19,121 @@ if TYPE_CHECKING:
     from fapm.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
-_RECIPE_OPTIONS = (
-    click.option("--base", metavar="FOLDER", help=DESCRIPTIONS["base"]),
-    click.option("--finetuned", metavar="FOLDER", help=DESCRIPTIONS["finetuned"]),
-    click.option("--out", metavar="FOLDER", help=DESCRIPTIONS["out"]),
-    click.option("--density", metavar="SHARE", help=DESCRIPTIONS["density"]),
-    click.option("--method", metavar="NAME", help=DESCRIPTIONS["method"]),
-    click.option("--strength", metavar="FACTOR", help=DESCRIPTIONS["strength"]),
-    click.option("--tail", metavar="SHARE", help=DESCRIPTIONS["tail"]),
-    click.option("--scope", metavar="SCOPE", help=DESCRIPTIONS["scope"]),
-    click.option("--rule", "rules", metavar="PATTERN=ACTION", multiple=True, help=DESCRIPTIONS["rules"]),
-    click.option("--rename", "renames", metavar="FROM=TO", multiple=True, help=DESCRIPTIONS["renames"]),
-    click.option("--unpaired", metavar="WHAT", help=DESCRIPTIONS["unpaired"]),
-    click.option("--plain-codes", is_flag=True, default=None, help=DESCRIPTIONS["plain_codes"]),
-    click.option("--allow-pickle", is_flag=True, default=None, help=DESCRIPTIONS["allow_pickle"]),
-    click.option("--allow-code", is_flag=True, default=None, help=DESCRIPTIONS["allow_code"]),
-    click.option("--emit", metavar="WHAT", help=DESCRIPTIONS["emit"]),
-    click.option("--on-conflict", metavar="WHAT", help=DESCRIPTIONS["on_conflict"]),
-    click.option("--reversible", is_flag=True, default=None, help=DESCRIPTIONS["reversible"]),
-    click.option("--delta-compression", metavar="HOW", help=DESCRIPTIONS["delta_compression"]),
-    click.option("--dtype", metavar="DTYPE", help=DESCRIPTIONS["dtype"]),
-    click.option("--seed", metavar="N", help=DESCRIPTIONS["seed"]),
-    click.option("--nonfinite", metavar="POLICY", help=DESCRIPTIONS["nonfinite"]),
-    click.option("--shard-size", metavar="SIZE", help=DESCRIPTIONS["shard_size"]),
-    click.option("--memory", metavar="SIZE", help=DESCRIPTIONS["memory"]),
-    click.option("--device", metavar="DEVICE", help=DESCRIPTIONS["device"]),
-    click.option("--device-memory", metavar="SIZE", help=DESCRIPTIONS["device_memory"]),
-    click.option("--staging", metavar="FOLDER", help=DESCRIPTIONS["staging"]),
-    click.option("--alone", is_flag=True, default=None, help=DESCRIPTIONS["alone"]),
-    click.option("--visibility", metavar="WHOSE", help=DESCRIPTIONS["visibility"]),
-    click.option("--workers", metavar="N|MIN-MAX", help=DESCRIPTIONS["workers"]),
-    click.option(
-        "--ray", metavar="WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"
-    ),
-    click.option("--cpus-per-worker", metavar="N", help=DESCRIPTIONS["cpus_per_worker"]),
-    click.option("--gpus-per-worker", metavar="SHARE", help=DESCRIPTIONS["gpus_per_worker"]),
-    click.option("--accelerator", metavar="TYPE", help=DESCRIPTIONS["accelerator"]),
-    click.option("--label", "labels", metavar="KEY=VALUE", multiple=True, help=DESCRIPTIONS["labels"]),
-    click.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),
-    json_option,
+def _as_detail(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        ctx.meta[DETAIL] = -1 if parameter.name == "quiet" else 1
+
+
+DETAIL = "fapm.detail"
+"""In the context of a command, what of its progress is shown, as `Progress` takes it."""
+_quiet_option = cloup.option(
+    "-q", "--quiet", is_flag=True, expose_value=False, callback=_as_detail, help="Say nothing on stderr but errors."
 )
+_verbose_option = cloup.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_as_detail, help="Say all that the log is told."
+)
+json_option = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
-_config_option = click.option(
+def _flag(name: str) -> Any:
+    """A flag that the recipe knows; None where it is not given."""
+    field = name.removeprefix("--").replace("-", "_")
+    return cloup.option(name, is_flag=True, default=None, help=DESCRIPTIONS[field])
+
+
+def _option(name: str, metavar: str, field: str = "", help: str = "", **more: Any) -> Any:
+    """An option for a field of the recipe, of the same name unless another is given."""
+    names = (name, field) if field else (name,)
+    text = help or DESCRIPTIONS[field or name.removeprefix("--").replace("-", "_")]
+    return cloup.option(*names, metavar=metavar, help=text, **more)
+
+
+_SECTIONS: dict[str, tuple[Any, ...]] = {
+    "Checkpoints": (_option("--base", "FOLDER"), _option("--finetuned", "FOLDER"), _option("--out", "FOLDER")),
+    "What is kept": (
+        _option("--method", "NAME"),
+        _option("--density", "SHARE"),
+        _option("--strength", "FACTOR"),
+        _option("--tail", "SHARE"),
+        _option("--scope", "SCOPE"),
+        _option("--rule", "PATTERN=ACTION", "rules", multiple=True),
+    ),
+    "What is written": (
+        _option("--emit", "WHAT"),
+        _option("--dtype", "DTYPE"),
+        cloup.option("--overwrite", is_flag=True, help="Replace the checkpoint that the output folder holds."),
+    ),
+    "Means": (
+        _option("--memory", "SIZE"),
+        _option("--workers", "N|MIN-MAX"),
+        _option("--device", "DEVICE"),
+        _option("--ray", "WHERE", help="off, local, or a cluster's ADDRESS.  [RAY_ADDRESS if it is set, else off]"),
+    ),
+    "More about the inputs": (
+        _option("--rename", "FROM=TO", "renames", multiple=True),
+        _option("--unpaired", "WHAT"),
+        _option("--nonfinite", "POLICY"),
+        _option("--seed", "N"),
+        _flag("--plain-codes"),
+        _flag("--allow-same"),
+        _flag("--strict"),
+        _flag("--allow-pickle"),
+        _option("--on-conflict", "WHAT"),
+    ),
+    "More about the output": (
+        _option("--shard-size", "SIZE"),
+        _flag("--reversible"),
+        _option("--delta-compression", "HOW"),
+        _flag("--allow-code"),
+        _option("--staging", "FOLDER"),
+        _option("--visibility", "WHOSE"),
+        _flag("--alone"),
+    ),
+    "More about workers": (
+        _option("--device-memory", "SIZE"),
+        _option("--cpus-per-worker", "N"),
+        _option("--gpus-per-worker", "SHARE"),
+        _option("--accelerator", "TYPE"),
+        _option("--label", "KEY=VALUE", "labels", multiple=True),
+    ),
+}
+"""The options of a prune by what they are about. `--help` leaves out those with more, `--help-all` shows all."""
+
+
+class RecipeCommand(cloup.Command):
+    """A command with so many options that its help shows the core of them."""
+
+    _shows_all = "fapm.help_all"
+
+    def format_params(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups = self.option_groups
+        if not ctx.meta.get(self._shows_all):
+            self.option_groups = [group for group in groups if not group.title.startswith("More about")]
+        try:
+            super().format_params(ctx, formatter)
+        finally:
+            self.option_groups = groups
+
+    @classmethod
+    def help_all(cls, ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+        if wanted and not ctx.resilient_parsing:
+            ctx.meta[cls._shows_all] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+
+_help_all_option = cloup.option(
+    "--help-all", is_flag=True, expose_value=False, is_eager=True, callback=RecipeCommand.help_all,
+    help="Show this message with all options.",
+)  # fmt: skip
+
+
+_config_option = cloup.option(
     "--config", metavar="FILE", help="A recipe in YAML with these options; those given here override it."
 )
-address_option = click.option(
+address_option = cloup.option(
     "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265",
     help="The cluster's Jobs API, as http://HEAD:8265.  [RAY_API_SERVER_ADDRESS if it is set, else this machine]",
 )  # fmt: skip
@@ -74,8 +141,14 @@ address_option = click.option(
 
 def choice_options(command: Command) -> Command:
     """Every option of a prune but the recipe's file."""
-    for option in reversed(_RECIPE_OPTIONS):
-        command = option(command)
+    return _with_sections(command, set())
+
+
+def _with_sections(command: Command, left_out: set[str]) -> Command:
+    command = _quiet_option(_verbose_option(json_option(_help_all_option(command))))
+    for title, options in reversed(_SECTIONS.items()):
+        wanted = [option for option in options if _name_of(option) not in left_out]
+        command = cloup.option_group(title, *wanted)(command) if wanted else command
     return command
 
 
@@ -92,13 +165,7 @@ def work_options(*left_out: str) -> Callable[[Command], Command]:
         left_out: others that are not wanted.
     """
 
-    def decorate(command: Command) -> Command:
-        for option in reversed(_RECIPE_OPTIONS):
-            if _name_of(option) not in _OF_CONTENT | set(left_out):
-                command = option(command)
-        return command
-
-    return decorate
+    return lambda command: _with_sections(command, _OF_CONTENT | set(left_out))
 
 
 def _name_of(option: Any) -> str:
@@ -138,13 +205,13 @@ def gather_choices(
     config: str | None, choices: dict[str, Any], ray: str | None = None
 ) -> tuple[dict[str, Any], str, str]:
     """The same, the choices as they were given."""
-    from fapm.recipe import read_yaml
+    from fapm.recipe import read_recipe
 
     given, by = choices.pop("ray"), "--ray"
     ray = ray if given is None else given
     choices = {name: value for name, value in choices.items() if value not in (None, ())}
     if config:
-        from_file = read_yaml(config)
+        from_file = read_recipe(config)
         in_file = from_file.pop("ray", None)
         choices = from_file | choices
         if ray is None and in_file is not None:
@@ -160,21 +227,21 @@ def gather_choices(
 
 
 _EVALUATION_OPTIONS = (
-    click.option(
+    cloup.option(
         "--evaluate", "commands", metavar="COMMAND", multiple=True,
         help="Evaluate every checkpoint by a command (no shell) with {checkpoint} in it, that prints JSON like "
         '{"new": 0.93, "old": 0.81}, or by package.module:function, that returns such. Repeatable.',
     ),
-    click.option(
+    cloup.option(
         "--tasks", metavar="SKILL=TASK,…", multiple=True,
         help="Evaluate by tasks of lm-evaluation-harness, names or YAML files: new=gsm8k old=mmlu,hellaswag. "
         "Needs fapm[eval].",
     ),
-    click.option(
+    cloup.option(
         "--text", "texts", metavar="SKILL=FILE", multiple=True,
         help="Evaluate a language model by its cross entropy on a text: old=corpus.txt. Needs fapm[eval].",
     ),
-    click.option(
+    cloup.option(
         "--evaluate-seconds", "seconds", metavar="S", type=float, help="How long an evaluation may take.  [3600]"
     ),
 )  # fmt: skip
@@ -187,7 +254,7 @@ def evaluation_options(command: Command) -> Command:
     return command
 
 
-class Evaluating(click.Command):
+class Evaluating(RecipeCommand):
     """A command whose --tasks and --text take all the words that follow them and say which skill they are about."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

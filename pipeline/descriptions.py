@@ -33,6 +33,8 @@ DESCRIPTIONS = {
     "allow_pickle": (
         "Look into pickled checkpoints (.bin, .distcp), in a process without network that can write nothing."
     ),
+    "allow_same": "base and finetuned may be one checkpoint, whose copy the output then is.",
+    "strict": "Let warnings be errors: nothing is written where there is anything to warn of.",
     "allow_code": "Copy Python and auto_map of the fine-tuned checkpoint too; it is never run.",
     "emit": "checkpoint; delta, the sparse task vector: what differs from base; or both.  [checkpoint]",
     "on_conflict": (

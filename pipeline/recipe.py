@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +58,7 @@ def parse_rule(text: Any) -> Rule:
     if pattern and action in ("prune", "base", "finetuned"):
         return Rule(pattern, action)  # type: ignore[arg-type]
     shown = text if isinstance(text, str) else reprlib.repr(text)
+    action = str(parse_share(action))
     if not pattern or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", action):
         raise ValueError(f"{shown} is not a rule; write it like '*.bias=base' (or =prune, =finetuned, =0.05)")
     if float(action) > 1:
@@ -90,6 +93,15 @@ def format_bytes(n: float) -> str:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def parse_share(value: Any) -> Any:
+    """`10%` → 0.1; anything else as it is."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*%\s*", value) if isinstance(value, str) else None
+    return float(Decimal(match[1]) / 100) if match else value
+
+
+Share = Annotated[float, BeforeValidator(parse_share)]
 
 LEAST_MEMORY, LEAST_DEVICE_MEMORY = 1 << 26, 1 << 28
 """Bytes, of a worker."""
@@ -145,14 +157,16 @@ class Recipe(BaseModel):
     finetuned: str
     out: str
     method: str = "fapm"
-    density: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
+    density: Share = Field(0.1, ge=0, le=1, allow_inf_nan=False)
     strength: float = Field(1.0, ge=0, le=1e6, allow_inf_nan=False)
-    tail: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    tail: Share = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
     rules: tuple[str, ...] = ()
     renames: tuple[str, ...] = ()
     allow_pickle: bool = False
     allow_code: bool = False
+    allow_same: bool = False
+    strict: bool = False
     emit: Literal["checkpoint", "delta", "both"] = "checkpoint"
     delta_compression: Literal["zstd", "none"] = "zstd"
     reversible: bool = False
@@ -232,7 +246,7 @@ class Recipe(BaseModel):
     @classmethod
     def load(cls, path: str | Path, /, **overrides: Any) -> Recipe:
         """A recipe from a YAML file, its fields overridden by the keyword arguments that are not None."""
-        return cls.of(**{**read_yaml(path), **{k: v for k, v in overrides.items() if v is not None}})
+        return cls.of(**{**read_recipe(path), **{k: v for k, v in overrides.items() if v is not None}})
 
     def to_yaml(self) -> str:
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -240,7 +254,8 @@ class Recipe(BaseModel):
 
     def decides(self) -> dict[str, Any]:
         """The choices that the output's bytes depend on; the others only say by what means."""
-        means = {*PATHS, "memory", "device", "device_memory", "staging", "visibility", "alone", "workers", *ON_RAY_ONLY}
+        means = {*PATHS, *ON_RAY_ONLY, "allow_same", "strict", "memory", "device", "device_memory", "staging"}
+        means |= {"visibility", "alone", "workers"}
         found = self.model_dump(mode="json", exclude=means)
         # What could not be chosen before is left out where it is not chosen, so that a run begun then can go on.
         usual = {name: self.__class__.model_fields[name].default for name in _LATER}
@@ -289,6 +304,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping like 'density: 0.1'")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The choices in a YAML file, and perhaps `ray`.
+
+    Raises:
+        UserError: it is no plain YAML, or names a choice that there is not.
+    """
+    known = read_yaml(path)
+    for name in known:
+        if name not in (*Recipe.model_fields, "ray"):
+            lines = Path(path).read_text(errors="replace").splitlines()
+            at = next((i for i, line in enumerate(lines, 1) if _key_in(line) == name), 0)
+            raise UserError(f"{path}{f', line {at}' if at else ''}: {_no_such(name)}")
+    return known
+
+
+def _key_in(line: str) -> str:
+    """The key with which a line of YAML begins."""
+    return line.partition(":")[0].strip("'\"").replace("-", "_")
+
+
+def _no_such(field: str) -> str:
+    near = difflib.get_close_matches(field, Recipe.model_fields, 1)
+    return f"there is no option {field!r}" + (f"; do you mean {near[0]!r}?" if near else "")
 
 
 def option_words(field: str, value: Any) -> list[str]:
@@ -343,11 +383,24 @@ def how(choices: Mapping[str, Any]) -> str:
     return f"{choices['method']}, {method.symbol} {value:g}{scope}"
 
 
+def template() -> str:
+    """A recipe in YAML with every choice and what it means; those that have a default stand in comments with it."""
+    lines = ["# A recipe for `fapm prune --config`. What stands in brackets is the default; remove the # to choose."]
+    for name, field in Recipe.model_fields.items():
+        lines += ["", *textwrap.wrap(DESCRIPTIONS[name], 110, initial_indent="# ", subsequent_indent="# ")]
+        if field.is_required():
+            lines.append(f"{name}: {name.upper()}")
+        else:
+            default: Any = list(field.default) if isinstance(field.default, tuple) else field.default
+            default = binary(default) if name == "memory" else default
+            lines.append("#" + yaml.safe_dump({name: default}).strip())
+    return "\n".join([*lines, "", "# off, local, or a cluster's ADDRESS.", "#ray: local", ""])
+
+
 def _sentence(error: Any, choices: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, Recipe.model_fields, 1)
-        return f"there is no option {field!r}" + (f"; do you mean {near[0]!r}?" if near else "")
+        return _no_such(field)
     option = option_of(field)
     if error["type"] == "missing":
         return f"{option} is missing"

@@ -142,7 +142,9 @@ def prune_all(
     try:
         if todo:
             watch.begin(plan, to_go)
+            before = time.perf_counter()
             with closing(pool(plan, runs[0].out, watch)) as workers:
+                began += time.perf_counter() - before  # to start workers, or a cluster, is no work
                 schedules = [
                     schedule(run.plan, run.out.absolute(), left) for run, left in zip(runs, unfinished, strict=True)
                 ]

@@ -6,8 +6,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from fapm.cluster.commands.saying import log, print_facts
+from fapm.cluster.commands.saying import log, print_facts, shown
 from fapm.cluster.commands.where import evaluator_at, pool_at
 from fapm.cluster.options import Evaluating, evaluation_options, gather_choices, json_option, recipe_options
 
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
     from fapm.choosing.evaluation import Said
 
 
-@click.command(cls=Evaluating)
+@cloup.command(cls=Evaluating, short_help="Prune in many ways, evaluate each, and choose.")
 @recipe_options
 @evaluation_options
-@click.option(
+@cloup.option(
     "--choose",
     metavar="HOW",
     help="Make OUT of a candidate: 'retained>=0.99' (of those the one with the least forgetting), 'forgetting<=0.02' "
     "(the one that retains most), knee, or its name.",
 )
-@click.option(
+@cloup.option(
     "--choose-anyway",
     is_flag=True,
     help="Choose also where the evaluations do not show that finetuned has learned something, and forgotten something.",
@@ -58,7 +59,6 @@ def sweep(
     """
     from fapm.choosing.evaluation import evaluation
     from fapm.choosing.sweep import NoChoiceError, run_sweep
-    from fapm.reporting.progress import watched
     from fapm.reporting.text import sweep_text
 
     given, ray, by = gather_choices(config, choices)
@@ -72,7 +72,7 @@ def sweep(
             overwrite=overwrite,
             pool=pool_at(ray, by),
             evaluator=lambda recipe: evaluator_at(ray, recipe),
-            watching=watched,
+            watching=shown,
         )
     except NoChoiceError as error:
         print_facts(error.facts, sweep_text(error.facts, error.out), as_json)
@@ -89,12 +89,12 @@ def _end_if_failed(failed: Sequence[Said], of: int, hint: str = "") -> None:
         sys.exit(1)
 
 
-@click.command(cls=Evaluating)
-@click.argument("checkpoints", nargs=-1, metavar="CHECKPOINT CHECKPOINT…")
+@cloup.command(cls=Evaluating, short_help="Show finished checkpoints side by side.")
+@cloup.argument("checkpoints", nargs=-1, metavar="CHECKPOINT CHECKPOINT…")
 @evaluation_options
-@click.option("--base", metavar="FOLDER", help="The pre-trained checkpoint.  [that of the outputs of fapm among them]")
-@click.option("--finetuned", metavar="FOLDER", help="The fine-tuned checkpoint.  [likewise]")
-@click.option(
+@cloup.option("--base", metavar="FOLDER", help="The pre-trained checkpoint.  [that of the outputs of fapm among them]")
+@cloup.option("--finetuned", metavar="FOLDER", help="The fine-tuned checkpoint.  [likewise]")
+@cloup.option(
     "--ray", metavar="WHERE", default="off", help="off, local, or a cluster's ADDRESS, to evaluate side by side.  [off]"
 )
 @json_option

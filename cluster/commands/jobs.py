@@ -6,11 +6,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import click
+import cloup
 
 from fapm.cluster.commands.saying import log, print_facts, print_result, signalled
 from fapm.cluster.entering import before_jobs
-from fapm.cluster.options import address_option, choice_options, json_option, read_choices
+from fapm.cluster.options import RecipeCommand, address_option, choice_options, json_option, read_choices
 from fapm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from fapm.cluster.submission import Place
 
 
-@click.command()
-@click.argument("recipe", required=False, metavar="[RECIPE]")
+@cloup.command(cls=RecipeCommand, short_help="Send a prune to a Ray cluster as a job.")
+@cloup.argument("recipe", required=False, metavar="[RECIPE]")
 @choice_options
 @address_option
-@click.option(
+@cloup.option(
     "--kubernetes", metavar="FILE", help="Make a RayJob like that in this manifest, instead of a job of --address."
 )
-@click.option("--no-wait", is_flag=True, help="Return as soon as the cluster has it.")
-@click.option("--install", is_flag=True, help="Have the cluster's nodes install what fapm needs, by pip.")
-@click.option("--runtime-env", metavar="FILE", help="YAML with Ray's runtime environment for the job.")
+@cloup.option("--no-wait", is_flag=True, help="Return as soon as the cluster has it.")
+@cloup.option("--install", is_flag=True, help="Have the cluster's nodes install what fapm needs, by pip.")
+@cloup.option("--runtime-env", metavar="FILE", help="YAML with Ray's runtime environment for the job.")
 def submit(
     recipe: str | None,
     overwrite: bool,
@@ -114,7 +114,7 @@ def _job_module() -> ModuleType:
     return importlib.import_module("fapm.cluster.job")
 
 
-@click.command()
+@cloup.command(short_help="List the prunes of a Ray cluster.")
 @address_option
 @json_option
 def jobs(address: str, as_json: bool) -> None:
@@ -131,10 +131,10 @@ def jobs(address: str, as_json: bool) -> None:
     print_facts({"jobs": [asdict(one) for one in found]}, job.table(found), as_json)
 
 
-@click.command()
-@click.argument("id")
+@cloup.command(short_help="Show or follow what a job has said.")
+@cloup.argument("id")
 @address_option
-@click.option("--follow", "-f", is_flag=True, help="Show how far it is until it ends, and end with its exit code.")
+@cloup.option("--follow", "-f", is_flag=True, help="Show how far it is until it ends, and end with its exit code.")
 @json_option
 def logs(id: str, address: str, follow: bool, as_json: bool) -> None:
     """Show what the job ID has said, or follow it. The beginning of an ID is enough.
@@ -162,8 +162,8 @@ def logs(id: str, address: str, follow: bool, as_json: bool) -> None:
         print_result(retold.result, as_json)
 
 
-@click.command()
-@click.argument("id")
+@cloup.command(short_help="End a job.")
+@cloup.argument("id")
 @address_option
 @json_option
 def stop(id: str, address: str, as_json: bool) -> None:

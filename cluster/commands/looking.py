@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 
 import click
+import cloup
 
 from fapm.cluster.commands.saying import log, print_facts
 from fapm.cluster.options import json_option
 from fapm.errors import printable
 
 
-@click.command()
-@click.argument("checkpoint")
+@cloup.command(short_help="List what a checkpoint holds.")
+@cloup.argument("checkpoint")
 @json_option
 def inspect(checkpoint: str, as_json: bool) -> None:
     """List what the folder CHECKPOINT holds, from its headers alone.
@@ -29,9 +30,9 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     print_facts(facts, repr(facts), as_json)
 
 
-@click.command()
-@click.argument("out")
-@click.option("--html", metavar="FILE", help="Write it as one HTML file to look at instead. Needs fapm[page].")
+@cloup.command(short_help="Show what a prune or a sweep has done.")
+@cloup.argument("out")
+@cloup.option("--html", metavar="FILE", help="Write it as one HTML file to look at instead. Needs fapm[page].")
 @json_option
 def report(out: str, html: str | None, as_json: bool) -> None:
     """Show again what the finished prune or sweep in the folder OUT has done, and what kept least and most of Δ.
@@ -55,8 +56,8 @@ def report(out: str, html: str | None, as_json: bool) -> None:
     print_facts(facts, repr(facts), as_json)
 
 
-@click.command()
-@click.argument("out")
+@cloup.command(short_help="Say how far a run is.")
+@cloup.argument("out")
 @json_option
 def status(out: str, as_json: bool) -> None:
     """Say how far the run in the folder OUT is, while it is at work and after it has ended or died.
@@ -75,11 +76,11 @@ def status(out: str, as_json: bool) -> None:
     print_facts(facts, repr(facts), as_json)
 
 
-@click.command()
-@click.argument("out")
-@click.option("--base", metavar="FOLDER", help="Where the pre-trained checkpoint is now.  [where prune found it]")
-@click.option("--finetuned", metavar="FOLDER", help="Where the fine-tuned checkpoint is now.  [where prune found it]")
-@click.option("--load", is_flag=True, help="Ask transformers too whether the model that config.json names takes it.")
+@cloup.command(short_help="Check an output against its inputs.")
+@cloup.argument("out")
+@cloup.option("--base", metavar="FOLDER", help="Where the pre-trained checkpoint is now.  [where prune found it]")
+@cloup.option("--finetuned", metavar="FOLDER", help="Where the fine-tuned checkpoint is now.  [where prune found it]")
+@cloup.option("--load", is_flag=True, help="Ask transformers too whether the model that config.json names takes it.")
 @json_option
 def verify(out: str, base: str | None, finetuned: str | None, load: bool, as_json: bool) -> None:
     """Check the finished prune in the folder OUT against its inputs: checksums, every element, what each group keeps.
@@ -111,8 +112,8 @@ def verify(out: str, base: str | None, finetuned: str | None, load: bool, as_jso
         sys.exit(1)
 
 
-@click.command()
-@click.argument("folder", default="fapm-demo", metavar="[DIR]")
+@cloup.command(short_help="Make a small pair, prune it, and verify.")
+@cloup.argument("folder", default="fapm-demo", metavar="[DIR]")
 def demo(folder: str) -> None:
     """Make a small pair of checkpoints in the folder DIR (fapm-demo), prune it, and verify the result by the formula.
 

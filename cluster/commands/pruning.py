@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from fapm.cluster.commands.saying import print_facts, print_result
+from fapm.cluster.commands.saying import is_quiet, print_facts, print_result, shown
 from fapm.cluster.commands.where import pool_at
-from fapm.cluster.options import read_choices, recipe_options, work_options
+from fapm.cluster.options import RecipeCommand, read_choices, recipe_options, work_options
+from fapm.errors import printable
 
 if TYPE_CHECKING:
     from fapm.recipe import Recipe
 
 
-@click.command()
+@cloup.command(cls=RecipeCommand, short_help="Prune a checkpoint.")
 @recipe_options
 def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Prune a checkpoint.
@@ -36,16 +38,20 @@ def prune(config: str | None, overwrite: bool, as_json: bool, **choices: Any) ->
 def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) -> None:
     from fapm.publish import prune_and_publish
     from fapm.reporting.facts import prune_facts
-    from fapm.reporting.progress import watched
 
-    with watched() as watch:
+    with shown() as watch:
         result = prune_and_publish(recipe, overwrite=overwrite, pool=pool_at(ray, by), watch=watch)
-    print_result(prune_facts(result), as_json)
+    facts = prune_facts(result)
+    print_result(facts, as_json)
+    if not (as_json or is_quiet()):
+        from fapm.reporting.text import next_text
+
+        click.echo(f"\n{printable(next_text(facts, recipe.emit))}", err=True)
 
 
-@click.command()
+@cloup.command(cls=RecipeCommand, short_help="Put a checkpoint together from base and a delta.")
 @work_options("delta_compression", "reversible", "allow_pickle", "allow_code")
-@click.option(
+@cloup.option(
     "--delta", "deltas", metavar="FOLDER", multiple=True, help="The sparse task vector; several are applied in order."
 )
 def apply(deltas: tuple[str, ...], overwrite: bool, as_json: bool, **choices: Any) -> None:
@@ -64,9 +70,9 @@ def apply(deltas: tuple[str, ...], overwrite: bool, as_json: bool, **choices: An
     _all_of_finetuned({**choices, "finetuned": finetuned, "allow_code": True}, overwrite, as_json)
 
 
-@click.command()
+@cloup.command(cls=RecipeCommand, short_help="Make a delta of any two checkpoints.")
 @work_options("on_conflict")
-@click.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint.")
+@cloup.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint.")
 def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Make a sparse task vector of any two checkpoints: all elements that differ, pruned or not.
 
@@ -84,7 +90,7 @@ def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -
     _prune(recipe, ray, by, overwrite, as_json)
 
 
-@click.command()
+@cloup.command(cls=RecipeCommand, short_help="Say what prune would do, and check it.")
 @recipe_options
 def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Say what prune would do with the same arguments, and check what it would check.

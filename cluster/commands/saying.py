@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from fapm.cluster.options import DETAIL
 from fapm.errors import one_line, printable, without_secrets
+
+if TYPE_CHECKING:
+    from fapm.schedule import Watch
 
 
 def signalled(stopped: KeyboardInterrupt) -> int:
@@ -23,6 +29,19 @@ def log(line: str) -> None:
 def print_facts(facts: dict[str, Any], text: str, as_json: bool) -> None:
     # In JSON everything but ASCII is escaped, and with it whatever could steer a terminal.
     click.echo(without_secrets(json.dumps(facts).replace("\x7f", "\\u007f")) if as_json else printable(text))
+
+
+def is_quiet() -> bool:
+    return bool(click.get_current_context().meta.get(DETAIL, 0) < 0)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Watch]:
+    """The watch of a command, shown as -q and -v say."""
+    from fapm.reporting.progress import watched
+
+    with watched(click.get_current_context().meta.get(DETAIL, 0)) as watch:
+        yield watch
 
 
 def print_result(facts: dict[str, Any], as_json: bool) -> None:

@@ -40,7 +40,7 @@ from fapm.schemas import ShardRecord
 from fapm.scoring.methods import METHODS
 from fapm.shard.table import MEASURED, from_parquet, to_parquet, totals
 from fapm.shard.task import saved_read_bytes
-from fapm.storage.address import scheme_of, split
+from fapm.storage.address import absolute, scheme_of, split
 from fapm.storage.records import parse
 from fapm.storage.store import Store, differing, overlapped
 from fapm.version import version
@@ -108,7 +108,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     measured = np.concatenate(list(overlapped(functools.partial(_measured, out), plan.shards, at_once)))
     _check_kept(plan, measured)
     _check_libraries(records)
-    literal = {side: fields.literal(path) for side, path in _paths(plan.recipe).items()}
+    literal = {side: fields.literal(absolute(path)) for side, path in _paths(plan.recipe).items()}
     out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
     table = to_parquet(plan.shards, plan.groups, measured)
     out.write(TABLE, table)

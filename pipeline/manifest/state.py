@@ -89,14 +89,19 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
     out = plan.out
     if is_repository(plan.recipe.out):
         raise UserError(f"--out {out.address}: an output for the Hub is made by fapm.publish")
+    if out.is_file():
+        raise UserError(f"--out {out.address} is a file; give a folder")
     for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
         overlap = out.overlaps(side)
         if overlap == "same":
             raise UserError(f"--out {out.address} is the {role} checkpoint itself; give another folder")
         if overlap == "holds":
             raise UserError(f"--out {out.address} holds the {role} checkpoint {side.address}; give a folder beside it")
-    if out.is_file():
-        raise UserError(f"--out {out.address} is a file; give a folder")
+        if overlap == "inside":
+            raise UserError(
+                f"--out {out.address} lies in the {role} checkpoint {side.address}, which then would hold two models; "
+                "give a folder beside it"
+            )
     refuse_links(out)
     if overwrite or out.is_empty():
         return "new"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from fapm import fields
-from fapm.errors import UserError, listed, printable
+from fapm.errors import UserError, listed, plural, printable
 from fapm.formats.accounts import Account, account
 from fapm.formats.checkpoint import Checkpoint, open_checkpoint, read_config
 from fapm.formats.newest import newest
@@ -49,7 +51,10 @@ def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
         plans = []
         for given in recipes:
             plan = plan_pair(given.model_copy(update={"base": base, "finetuned": finetuned}), known, tuned)
-            plans.append(replace(plan, given=given, warnings=(*not_base, *not_finetuned, *plan.warnings)))
+            warnings = (*not_base, *not_finetuned, *plan.warnings)
+            if recipe.strict and warnings:
+                raise UserError(f"--strict: {plural(len(warnings), 'warning')}: {'; '.join(warnings)}")
+            plans.append(replace(plan, given=given, warnings=warnings))
         return plans
 
 
@@ -91,6 +96,11 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
     if added:
         warnings.append(f"{len(added)} tensor(s) that only finetuned has are taken from it: {listed(added)}")
     if base.identity.keys() == finetuned.identity.keys() and recipe.base == recipe.finetuned:
+        if not recipe.allow_same:
+            raise UserError(
+                f"base and finetuned are the same checkpoint, {base.folder.address}, so the output would be its copy; "
+                "say where the fine-tuned one is, or --allow-same if that is meant"
+            )
         warnings.append("base and finetuned are the same folder: the output will be its copy")
     warnings += _left_behind(recipe, finetuned)
     warnings += _ignored_settings(recipe, [t.name for t in paired])
@@ -134,11 +144,20 @@ def _left_behind(recipe: Recipe, finetuned: Checkpoint) -> list[str]:
     return [f"code of finetuned is left behind: {listed(code)}; --allow-code copies it"]
 
 
+def _near(pattern: str, names: list[str]) -> str:
+    """A pattern like one that matches nothing, made of the names that there are."""
+    shapes = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+    found = difflib.get_close_matches(pattern.strip("*."), [part for name in shapes for part in name.split(".")], 1)
+    whole = difflib.get_close_matches(pattern, shapes, 1, 0.7)
+    meant = whole[0] if whole else f"*{found[0]}*" if found else ""
+    return f"; do you mean {meant!r}?" if meant else f"; names are like {next(iter(shapes))!r}" if shapes else ""
+
+
 def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     found = []
     for text, rule in zip(recipe.rules, recipe.parsed_rules, strict=True):
         if not any(fnmatchcase(name, rule.pattern) for name in names):
-            found.append(f"the rule {text!r} matches no tensor")
+            found.append(f"the rule {text!r} matches no tensor{_near(rule.pattern, names)}")
     method = METHODS[recipe.method]
     if recipe.scope not in method.scopes:
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")

@@ -37,10 +37,12 @@ class Progress:
     Args:
         stream: where to write, stderr if None.
         bar: draw one if that is a terminal.
+        detail: −1 for nothing but errors, 1 for what happens too, as it is in the log.
     """
 
-    def __init__(self, stream: TextIO | None = None, bar: bool = True):
+    def __init__(self, stream: TextIO | None = None, bar: bool = True, detail: int = 0):
         self._stream = stream or sys.stderr
+        self._detail, bar = detail, bar and detail >= 0
         self._notebook = in_notebook()
         self._is_terminal = bar and (self._stream.isatty() or self._notebook)
         self._tells = os.environ.get(TELL) == "json" and not self._is_terminal
@@ -66,7 +68,12 @@ class Progress:
         """Watch through which a run tells its progress."""
         from fapm.schedule import Watch
 
-        return Watch(begin=self.begin, expect=self.expect, advance=self.advance, say=self.say)
+        told = {"note": self.note} if self._detail > 0 else {}
+        return Watch(begin=self.begin, expect=self.expect, advance=self.advance, say=self.say, **told)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Say what happens."""
+        self.say(" ".join([event, *(f"{name}={value}" for name, value in facts.items() if value != "")]))
 
     def begin(self, plan: Plan, nbytes: int) -> None:
         """Begin the bar of a run of `nbytes` progress bytes."""
@@ -121,6 +128,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Say a line. One that begins with a shard's name says that the shard is finished."""
+        if self._detail < 0:
+            return
         line = one_line(line)
         if line.split(" ", 1)[0] in self._shards:
             self._done += 1
@@ -189,9 +198,9 @@ class Progress:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Watch]:
+def watched(detail: int = 0) -> Iterator[Watch]:
     """The watch of a progress that is shown meanwhile."""
-    with Progress() as progress:
+    with Progress(detail=detail) as progress:
         yield progress.watch()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fapm.choosing.skills import AXES, DEFINITIONS
 from fapm.errors import duration, one_line, plural
@@ -13,9 +14,6 @@ from fapm.reporting.advice import advice_text
 from fapm.reporting.facts import named
 from fapm.scoring.methods import METHODS
 from fapm.storage.address import scheme_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def layout(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -78,6 +76,22 @@ def run_text(facts: dict[str, Any]) -> str:
         ("time", f"{duration(facts['run_seconds'])} with {_workers(facts['workers'], facts['lost_workers'])}"),
     ]
     return _with_warnings(heading, fields, facts["oddities"])
+
+
+def next_text(facts: dict[str, Any], emit: str) -> str:
+    """What to do with a finished output."""
+    out, base = shlex.quote(facts["out"]), shlex.quote(facts["base"])
+    load = f"AutoModelForCausalLM.from_pretrained({facts['out']!r})"
+    if emit == "delta":
+        load = f"fapm apply --base {base} --delta {out} --out WHOLE"
+    sides = f"--base {base} --finetuned {shlex.quote(facts['finetuned'])}"
+    swept = f"fapm sweep {sides} --out SWEPT --density 0.05,0.1,0.2 --evaluate './score.sh {{checkpoint}}'"
+    words = [
+        ("load it", load),
+        ("check it", f"fapm verify {out}"),
+        ("look at it", f"fapm report {out} --html page.html"),
+    ]
+    return "next\n" + fields_text([*words, ("choose", swept)])
 
 
 def _of_all(weights: int | None, density: float | None, unpaired: int | None) -> list[tuple[str, str]]:

@@ -269,7 +269,9 @@ class Bucket:
             return ""
         if self.address == other.address:
             return "same"
-        return "holds" if other.address.startswith(self.address + "/") else ""
+        if other.address.startswith(self.address + "/"):
+            return "holds"
+        return "inside" if self.address.startswith(other.address + "/") else ""
 
     def files(self, under: str = "") -> dict[str, FileStat]:
         found = {}

@@ -392,7 +392,9 @@ class Folder:
         if not isinstance(other, Folder):
             return ""
         here, there = self.path.resolve(), other.path.resolve()
-        return "same" if here == there else "holds" if here in there.parents else ""
+        if here == there:
+            return "same"
+        return "holds" if here in there.parents else "inside" if there in here.parents else ""
 
     def folders(self) -> list[str]:
         with plain_errors(self.path):

@@ -108,7 +108,7 @@ class Store(Protocol):
         ...
 
     def overlaps(self, other: Store) -> str:
-        """`same` if the other is this folder, `holds` if it lies in it, else nothing."""
+        """`same` if the other is this folder, `holds` if it lies in it, `inside` if this lies in it, else nothing."""
         ...
 
     def files(self, under: str = "") -> dict[str, FileStat]:

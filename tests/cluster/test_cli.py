@@ -115,12 +115,20 @@ def test_every_option_arrives(pair):
     rules = ["--rule", "*norm*=finetuned", "--rule", "lm_head.*=base"]
     assert (
         on_pair(
-            "prune", *options, *rules, "--allow-pickle", "--allow-code", "--reversible", "--plain-codes", "--alone"
+            "prune",
+            *options,
+            *rules,
+            "--allow-pickle",
+            "--allow-code",
+            "--reversible",
+            "--plain-codes",
+            "--alone",
+            "--allow-same",
         ).exit_code
         == 0
     )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
-        "base": "base", "finetuned": "finetuned", "out": "out", "strength": 2.0, "tail": 0.5,
+        **{side: str(pair / side) for side in ("base", "finetuned", "out")}, "strength": 2.0, "tail": 0.5,
         "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
@@ -128,7 +136,7 @@ def test_every_option_arrives(pair):
         "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
         "allow_pickle": True, "allow_code": True, "reversible": True, "renames": [],
         "emit": "both", "delta_compression": "none",
-        "on_conflict": "last", "unpaired": "pass", "plain_codes": True,
+        "on_conflict": "last", "unpaired": "pass", "plain_codes": True, "allow_same": True, "strict": False,
     }  # fmt: skip
 
 
@@ -631,7 +639,7 @@ def test_reading_headers_loads_no_library_that_computes(pair, command):
 def test_the_help_says_what_is_allowed():
     from fapm.recipe import Recipe, bounds
 
-    shown = " ".join(fapm("prune", "--help").stdout.split())
+    shown = " ".join(fapm("prune", "--help-all").stdout.split())
     limited = [field for field in Recipe.model_fields if bounds(field)]
     sizes = ["shard_size", "memory", "device_memory"]
     assert limited == ["density", "strength", "tail", "seed", *sizes, "cpus_per_worker", "gpus_per_worker"]

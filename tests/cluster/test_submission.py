@@ -90,11 +90,21 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         "*norm*=finetuned",
         "--rule",
         "it's *=base",
-        *(flags := ["--allow-pickle", "--allow-code", "--reversible", "--plain-codes", "--alone"]),
+        *(
+            flags := [
+                "--allow-pickle",
+                "--allow-code",
+                "--reversible",
+                "--plain-codes",
+                "--alone",
+                "--allow-same",
+                "--strict",
+            ]
+        ),
     ]
     offered = {option for p in cli.commands["prune"].params for option in p.opts if option.startswith("--")}
     assert {f"--{name}" for name in given} | {"--rule", "--rename", *flags, "--overwrite", "--json"} == offered - {
-        "--base", "--finetuned", "--out", "--config"
+        "--base", "--finetuned", "--out", "--config", "--help-all", "--quiet", "--verbose", "--strict"
     }  # fmt: skip
     assert submit("r.yaml", *words, *rules, "--overwrite").exit_code == 0
     # What the cluster is told, read by the command line that reads it there.
