@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import cloup
 
-from fapm.cluster.commands.saying import log, print_facts, print_result, signalled
+from fapm.cluster.commands.saying import detail, log, print_facts, print_result, signalled
 from fapm.cluster.entering import before_jobs
 from fapm.cluster.options import RecipeCommand, address_option, choice_options, json_option, read_choices
 from fapm.errors import UserError
@@ -91,7 +91,7 @@ def _follow(place: Place, id: str, as_json: bool) -> NoReturn:
     from fapm.reporting.progress import Progress, Retold
 
     try:
-        with Progress() as progress:
+        with Progress(detail=detail()) as progress:
             retold = Retold(progress)
             job = place.follow(id, retold.hear)
     except KeyboardInterrupt as stopped:

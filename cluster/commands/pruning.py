@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from fapm.cluster.commands.saying import is_quiet, print_facts, print_result, shown
+from fapm.cluster.commands.saying import detail, print_facts, print_result, shown
 from fapm.cluster.commands.where import pool_at
 from fapm.cluster.options import RecipeCommand, read_choices, recipe_options, work_options
 from fapm.errors import printable
@@ -43,7 +43,7 @@ def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) ->
         result = prune_and_publish(recipe, overwrite=overwrite, pool=pool_at(ray, by), watch=watch)
     facts = prune_facts(result)
     print_result(facts, as_json)
-    if not (as_json or is_quiet()):
+    if not as_json and detail() >= 0:
         from fapm.reporting.text import next_text
 
         click.echo(f"\n{printable(next_text(facts, recipe.emit))}", err=True)

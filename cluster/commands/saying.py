@@ -31,8 +31,10 @@ def print_facts(facts: dict[str, Any], text: str, as_json: bool) -> None:
     click.echo(without_secrets(json.dumps(facts).replace("\x7f", "\\u007f")) if as_json else printable(text))
 
 
-def is_quiet() -> bool:
-    return bool(click.get_current_context().meta.get(DETAIL, 0) < 0)
+def detail() -> int:
+    """What of the progress -q and -v say to show, as `Progress` takes it."""
+    found: int = click.get_current_context().meta.get(DETAIL, 0)
+    return found
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def shown() -> Iterator[Watch]:
     """The watch of a command, shown as -q and -v say."""
     from fapm.reporting.progress import watched
 
-    with watched(click.get_current_context().meta.get(DETAIL, 0)) as watch:
+    with watched(detail()) as watch:
         yield watch
 
 

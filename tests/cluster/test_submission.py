@@ -98,7 +98,6 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
                 "--plain-codes",
                 "--alone",
                 "--allow-same",
-                "--strict",
             ]
         ),
     ]
