@@ -172,6 +172,7 @@ class SweepRecord(Record):
     finetuned: SideRecord
     candidates: Annotated[list[CandidateRecord], Field(min_length=1, max_length=1000)]
     chosen: ChosenRecord | None
+    command: list[Text] = Field(default_factory=list)
 
 
 class EvaluationRecord(Record):

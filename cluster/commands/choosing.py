@@ -97,6 +97,7 @@ def _end_if_failed(failed: Sequence[Said], of: int, hint: str = "") -> None:
 @cloup.option(
     "--ray", metavar="WHERE", default="off", help="off, local, or a cluster's ADDRESS, to evaluate side by side.  [off]"
 )
+@cloup.option("--html", metavar="FILE", help="Write it as one HTML file to look at instead. Needs fapm[page].")
 @json_option
 def compare(
     checkpoints: tuple[str, ...],
@@ -107,6 +108,7 @@ def compare(
     base: str | None,
     finetuned: str | None,
     ray: str,
+    html: str | None,
     as_json: bool,
 ) -> None:
     """Show two or more finished checkpoints side by side: what was kept in each, and the same evaluations of all.
@@ -126,5 +128,13 @@ def compare(
     asked = evaluation(commands, tasks, texts, seconds)
     recipe = Recipe.of(base=checkpoints[0], finetuned=checkpoints[1], out="-")
     compared = compare(checkpoints, asked, base, finetuned, evaluator_at(ray, recipe), log)
-    print_facts(compared.facts(), compare_text(compared.facts()), as_json)
+    facts = compared.facts()
+    if html:
+        from pathlib import Path
+
+        from fapm.reporting.page import compared_page, write_page
+
+        print_facts({"html": html, "bytes": write_page(compared_page(facts), Path(html))}, html, as_json)
+    else:
+        print_facts(facts, compare_text(facts), as_json)
     _end_if_failed([said for said in compared.said.values() if said.error], len(compared.said))

@@ -48,9 +48,9 @@ def report(out: str, html: str | None, as_json: bool) -> None:
     if html:
         from pathlib import Path
 
-        from fapm.reporting.page import write_page
+        from fapm.reporting.page import page, write_page
 
-        print_facts({"html": html, "bytes": write_page(out, Path(html))}, html, as_json)
+        print_facts({"html": html, "bytes": write_page(page(out), Path(html))}, html, as_json)
         return
     facts = looking.report(out)
     print_facts(facts, repr(facts), as_json)

@@ -28,7 +28,7 @@ from fapm.manifest.state import State, begin, begun, check_folder, differences, 
 from fapm.planning.make import make_plans
 from fapm.planning.plan import Plan
 from fapm.publish import prune_and_publish, staged_recipe
-from fapm.recipe import Recipe, binary
+from fapm.recipe import Recipe, binary, option_words
 from fapm.run import MakePool, Result
 from fapm.schedule import LeasedRun, Watch
 from fapm.schemas import SweepRecord
@@ -154,12 +154,14 @@ def _batches_of(todo: Sequence[Todo], watch: Watch) -> list[Sequence[Todo]]:
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep: its candidates, what was said of them, of base and of finetuned, and which was taken."""
+    """A sweep: its candidates, what was said of them, of base and of finetuned, which was taken, and the command that
+    does it again."""
 
     folder: str
     made: Sequence[Made]
     said: dict[str, Said]
     choice: Choice | None = None
+    command: tuple[str, ...] = ()
 
     @property
     def points(self) -> dict[str, Point]:
@@ -279,6 +281,7 @@ def sweep_facts(swept: Swept) -> dict[str, Any]:
         "chosen": asdict(swept.choice) | {"decides": _taken(swept, swept.choice.name).decides()}
         if swept.choice
         else None,
+        "command": list(swept.command),
     }
 
 
@@ -309,6 +312,20 @@ def read_sweep(folder: str) -> dict[str, Any] | None:
     if not store.has(SWEEP_FILE):
         return None
     return read_record(store, SWEEP_FILE, SweepRecord, "not what a sweep of this version has come to")
+
+
+def _command(choices: dict[str, Any], asked: Evaluation, how: str | None) -> tuple[str, ...]:
+    """The words with which this sweep is done again, evaluation and seed included."""
+    words = ["fapm", "sweep"]
+    for name, value in choices.items():
+        several = name in SWEPT and isinstance(value, list | tuple)
+        words += option_words(
+            name, ",".join(map(str, value)) if several else list(value) if isinstance(value, tuple) else value
+        )
+    words += [word for command in asked.commands for word in ("--evaluate", command)]
+    words += [w for s, names in asked.tasks.items() for w in ("--tasks", f"{s}={','.join(names)}")]
+    words += [w for s, path in asked.texts.items() for w in ("--text", f"{s}={path}")]
+    return (*words, *(("--choose", how) if how else ()))
 
 
 def _doubts(said: dict[str, Said]) -> list[str]:
@@ -397,7 +414,7 @@ def run_sweep(
     with watching() as watch:
         made = sweep(wanted, overwrite=overwrite, pool=pool, watch=watch)
     watch.say(f"{len(made)} candidate(s) in {folder}")
-    swept = evaluate_sweep(folder, made, asked, do, watch)
+    swept = replace(evaluate_sweep(folder, made, asked, do, watch), command=_command(choices, asked, how))
     for point in swept.candidate_points.values():
         for line in remarks(point):
             watch.say(f"note: {line}")

@@ -98,6 +98,11 @@ def test_the_whole_of_it(pair: Path) -> None:
     rows = {row["name"]: row for row in json.loads(out)["checkpoints"]}
     assert rows[one]["retained"] == facts["candidates"][0]["retained"]
     assert set(rows) == {"base", "finetuned", one, other}
+    fapm(pair, "compare", one, other, "--evaluate", "score:score", "--html", "compared.html")
+    assert f"{one}: retained" in (pair / "compared.html").read_text()
+    command = json.loads((pair / "out/sweep/sweep.json").read_text())["command"]
+    assert command[:2] == ["fapm", "sweep"] and command[-2:] == ["--choose", "retained>=0.8"]
+    fapm(pair, *command[1:])  # it is the same sweep, in which nothing is left to do
 
 
 def test_a_recipe_with_lists(pair: Path) -> None:

@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fapm.choosing.choice import choose
 from fapm.choosing.evaluation import Said
 from fapm.choosing.skills import Measure
 from fapm.choosing.sweep import Swept, sweep, sweep_folder, take, write_sweep
-from fapm.reporting.page import page
+from fapm.reporting.page import compared_page, page
 
 EVIL = 'x</script><img src="http://evil.test/a.png" onerror="alert(1)">$\\frac{'
 MODULES = {"self_attn.q_proj.weight": (24, 16), "mlp.up_proj.weight": (40, 16), f"{EVIL}.weight": (9, 9)}
@@ -92,7 +93,7 @@ def test_it_needs_nothing_else(chosen):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
     assert not re.search(r"url\((?!#)", text) and "@import" not in text
     ids = [attributes["id"] for _, attributes in parsed.tags if attributes.get("id")]
-    assert len(ids) == len(set(ids))
+    assert sorted(ids) == sorted(set(ids))
     assert "http://evil.test" in parsed.words  # as text
 
 
@@ -107,6 +108,59 @@ def test_it_says_in_words_what_it_shows(chosen):
     for name in ("fapm-0.05", "magnitude-0.2", "wise-ft-0.1", "0.8750 ±0.0100", "on the front", "α 0.2", "fapm prune"):
         assert name in parsed.words, name
     assert page(str(chosen)) == page(str(chosen))
+
+
+def test_the_verdict_comes_first_then_the_chart_then_the_table_then_how_to_do_it_again(chosen):
+    words = Parsed(page(str(chosen))).words
+    places = [words.index(text) for text in (
+        "finetuned pruned against base", "with fapm", "is fapm-", "It retains ", "The trade-off", "checkpoint",
+        "What was done", "By kind of tensor", "How to do it again", "fapm verify",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert re.search(r"It retains [\d.]+ % ±[\d.]+ of the new skill and forgets [\d.]+ % ±[\d.]+ of the old", words)
+    assert "where finetuned forgets 25.0 %" in words
+
+
+def test_points_say_what_they_are_and_the_chart_and_the_table_agree(chosen):
+    text = page(str(chosen))
+    said = re.findall(r"<g id=\"trade-off-point-\d+\"><title>([^<]*)</title>", text)
+    assert len(said) == 11
+    (point,) = (words for words in said if words.startswith("magnitude-0.2: "))
+    retained, forgotten = re.findall(r"([\d.]+) % ±", point)
+    assert f"<td>{retained} % ±" in text and f"<td>{forgotten} % ±" in text
+    for legend in ("all of the new skill", "nothing forgotten", "retained 50 %", "the front", "chosen"):
+        assert f">{legend}</text>" in text
+
+
+def test_what_is_the_same_everywhere_by_construction_is_left_out(folder, chosen):
+    given = {side: str(folder / side) for side in ("base", "finetuned")}
+    prune(Recipe.of(**given, out=str(folder / "tensor"), device="cpu"))
+    prune(Recipe.of(**given, out=str(folder / "all"), device="cpu", density=1))
+    shown = page(str(folder / "tensor"))
+    assert ">elements kept, %</text>" not in shown and ">‖Δ‖² kept, %</text>" in shown
+    assert "What was kept" not in page(str(folder / "all"))
+
+
+def test_a_sweep_that_is_doubted_says_so(folder, chosen):
+    facts = json.loads((chosen / "sweep" / "sweep.json").read_text())
+    swapped = folder / "swapped"
+    shutil.copytree(chosen, swapped)
+    facts["base"]["new"], facts["finetuned"]["new"] = facts["finetuned"]["new"], facts["base"]["new"]
+    facts["command"] = ["fapm", "sweep", "--evaluate", "./it's.sh {checkpoint}"]
+    (swapped / "sweep" / "sweep.json").write_text(json.dumps(facts))
+    words = Parsed(page(str(swapped))).words
+    assert "finetuned is not better than base at the new skill" in words
+    assert """fapm sweep --evaluate './it'"'"'s.sh {checkpoint}'""" in words
+
+
+def test_several_runs_on_one_page(folder, chosen):
+    facts = json.loads((chosen / "sweep" / "sweep.json").read_text())
+    rows = [{"name": side, **facts[side]} for side in ("base", "finetuned")] + facts["candidates"][:3]
+    measured = {key: facts["candidates"][1][key] for key in ("new", "old", "retained", "forgetting")}
+    rows.append({"name": "merged/", "error": "", **measured})
+    text = compared_page({"checkpoints": rows})
+    assert "Checkpoints side by side" in text and text.count('role="img"') == 1
+    assert "merged/: retained" in text and "fapm-0.05: retained" in text
 
 
 def test_a_single_prune_has_a_page_too(folder):
