@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from picture import draw
 
 from fapm.scoring.methods import METHODS, Selection, evaluate
 
@@ -83,3 +87,64 @@ def test_the_matrix_method_that_is_shown_is_one():
     sigma = np.array([4.0, 2.0, 1.0, 0.5])
     assert lines["energy"](sigma, (4, 9), 16 / 21.25).tolist() == [1, 0, 0, 0]
     assert lines["energy"](sigma, (4, 9), 0.76).tolist() == [1, 1, 0, 0]
+
+
+def test_the_picture_is_what_the_product_draws_of_the_table():
+    def words(svg: str) -> list[str]:
+        return re.findall(r">([^<>\n]+)</(?:text|title|desc)>", svg)
+
+    drawn = draw((ROOT / "docs/choosing.md").read_text())
+    assert words((ROOT / "docs/trade-off.svg").read_text()) == words(drawn)
+    assert len(re.findall(r"<title>fapm-0", drawn)) == 2
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    commands = (tmp_path / "commands.html").read_text()
+    assert all(name in commands for name in ("fapm prune", "--allow-same", "fapm completion"))
+    assert "Prune in many ways from one reading" in (tmp_path / "api.html").read_text()
+    pages = [page.read_text() for page in tmp_path.glob("*.html")]
+    elsewhere = re.compile(r"""<(?:script|link|img)\b[^>]+(?:src|href)=["'](?:https?:)?//""")
+    assert not any(elsewhere.search(text) for text in pages)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(sh|python)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def in_shell(folder: Path, script: str) -> None:
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, words in (("fapm", "-m fapm"), ("python3", "")):
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_tutorial_works_as_it_stands(tmp_path):
+    for kind, block in blocks("docs/tutorial.md"):
+        if kind == "sh":
+            in_shell(tmp_path, block)
+        elif "sys.argv" in block:
+            (tmp_path / "score.py").write_text(block)
+        else:
+            in_shell(tmp_path, f"python3 - <<'END'\n{block}\nEND")
+    assert "It retains " in (tmp_path / "swept.html").read_text()
+    assert (tmp_path / "mine/fapm/manifest.json").exists() and (tmp_path / "swept/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_readme_prunes_and_loads(tmp_path):
+    found = [
+        (kind, block) for kind, block in blocks("README.md") if block.startswith(("fapm prune", "from transformers"))
+    ]
+    assert [kind for kind, _ in found] == ["sh", "python"]
+    in_shell(tmp_path, "fapm demo && ln -s fapm-demo/base BASE && ln -s fapm-demo/finetuned FINETUNED\n" + found[0][1])
+    in_shell(tmp_path, f"python3 - <<'END'\n{found[1][1]}\nEND")
