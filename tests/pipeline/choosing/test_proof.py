@@ -76,6 +76,7 @@ def test_minilm_learns_to_sort_packages(tmp_path, monkeypatch):
             folder, "sweep", "--base", str(minilm.base()), "--finetuned", "finetuned", "--out", "out",
             "--emit", "delta", "--method", METHODS, "--density", "0.1,0.3",
             "--evaluate", "minilm:score", "--choose", "retained>=0.95",
+            "--choose-anyway",  # of a part of the texts: its errors may hide what was forgotten
         )  # fmt: skip
         for name, row in rows_of(facts).items():
             said.setdefault(name, []).append(row)
