@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate
+from fapm.choosing.evaluation import Begun, Evaluate, Evaluation, Said, evaluate
 from fapm.choosing.sources import Source
 from fapm.cluster.pool import connected
 from fapm.recipe import Recipe
@@ -17,7 +17,7 @@ from fapm.recipe import Recipe
 def on_ray(address: str, recipe: Recipe, say: Callable[[str], None]) -> Evaluate:
     """Evaluator on the cluster at `address`; `local` starts one on this machine for the time that it takes."""
 
-    def do(asked: Evaluation, sources: Sequence[Source], begun: Callable[[str], None]) -> Iterator[Said]:
+    def do(asked: Evaluation, sources: Sequence[Source], begun: Begun) -> Iterator[Said]:
         with connected(address, recipe, say):
             gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
             means = {"num_gpus": 1} if gpus else {"num_cpus": 1}

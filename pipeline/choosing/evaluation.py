@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fapm.choosing.skills import SKILLS, Measure, read_skills
 from fapm.choosing.sources import Source, at_hand
@@ -188,15 +188,19 @@ class Said:
         return f"{self.name}: " + ", ".join(f"{skill} {measure}" for skill, measure in self.skills.items())
 
 
-def evaluate(asked: Evaluation, source: Source) -> Said:
-    """Evaluate one checkpoint here. Errors are what it says, so that they do not end others."""
+def evaluate(asked: Evaluation, source: Source, live: Path | None = None) -> Said:
+    """Evaluate one checkpoint here. Errors are what it says, so that they do not end others.
+
+    Args:
+        live: a file to which goes what is printed on stderr, as it comes.
+    """
     began = time.perf_counter()
     skills: dict[str, Measure] = {}
     error, last, logged = "", "", list[str]()
     try:
         with at_hand(source) as path:
             for command in asked.asked(path):
-                code, printed, complaints = _run(command, path, asked.seconds, asked.folder)
+                code, printed, complaints = _run(command, path, asked.seconds, asked.folder, live)
                 logged += [complaints, printed]
                 if code is None:
                     error = f"it took longer than {asked.seconds:g} s (--evaluate-seconds)"
@@ -216,14 +220,16 @@ def evaluate(asked: Evaluation, source: Source) -> Said:
     return Said(source.name, {} if error else skills, error, seconds, last, "".join(logged))
 
 
-def _run(command: Sequence[str], path: str, seconds: float, folder: str) -> tuple[int | None, str, str]:
+def _run(
+    command: Sequence[str], path: str, seconds: float, folder: str, live: Path | None
+) -> tuple[int | None, str, str]:
     """Run a command; its exit code, None where the time was up, and the ends of what it printed on stdout and stderr.
 
     Nothing that it started lives on, also when this process is killed meanwhile.
     """
     supervisor = str(Path(__file__).with_name("supervise.py"))
     asleep, awake = os.pipe()  # closed with this process, whatever becomes of it
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as out, _stderr(live) as err:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-I", supervisor, str(asleep), *command],
@@ -245,6 +251,13 @@ def _run(command: Sequence[str], path: str, seconds: float, folder: str) -> tupl
             os.close(awake)
             _end(process)
         return code, _tail(out), _tail(err)
+
+
+def _stderr(live: Path | None) -> IO[bytes]:
+    """Where a command's stderr goes: a file that is there, or one without a name."""
+    if live is None:
+        return tempfile.TemporaryFile()
+    return open(os.open(live, os.O_RDWR | os.O_TRUNC | os.O_NOFOLLOW), "r+b")
 
 
 def _last_line(text: str) -> str:
@@ -283,15 +296,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-Evaluate = Callable[[Evaluation, Sequence[Source], Callable[[str], None]], Iterator[Said]]
+Begun = Callable[[str], Path | None]
+"""Told the name of a checkpoint that is evaluated now, and says where on this machine its stderr may be followed."""
+
+Evaluate = Callable[[Evaluation, Sequence[Source], Begun], Iterator[Said]]
 """Evaluates checkpoints, in any order, tells the name of each that it begins with, and says each result as it comes."""
 
 
-def in_turn(asked: Evaluation, sources: Sequence[Source], begun: Callable[[str], None]) -> Iterator[Said]:
+def in_turn(asked: Evaluation, sources: Sequence[Source], begun: Begun) -> Iterator[Said]:
     """One after the other, here."""
     for source in sources:
-        begun(source.name)
-        yield evaluate(asked, source)
+        yield evaluate(asked, source, begun(source.name))
 
 
 def evaluate_all(
@@ -311,16 +326,25 @@ def evaluate_all(
     missing = [source for source in sources if source.name not in found]
     began, started = time.perf_counter(), list[str]()
 
-    def begun(name: str) -> None:
+    def begun(name: str) -> Path | None:
         done, seconds = len([one for one in missing if one.name in found]), time.perf_counter() - began
         started.append(name)
         left = f", some {duration(seconds / done * (len(missing) - done))} left" if done else ""
         say(f"evaluating {name} ({len(started)} of {len(missing)}){left}")
+        if kept.local_path is None or do is not in_turn:
+            return None
+        kept.write_private(_file(name, ".log"), b"")
+        live = kept.local_path / _file(name, ".log")
+        if len(started) == 1:
+            say(f"what it says meanwhile is in {live}")
+        return live
 
     for said in do(asked, missing, begun) if missing else ():
         source = next(source for source in missing if source.name == said.name)
         if said.printed:
             kept.write_private(_file(said.name, ".log"), said.printed.encode())
+        else:
+            kept.remove(_file(said.name, ".log"))
         kept.write(_file(said.name), json.dumps(_facts(said) | {"key": key, "of": source.identity}, indent=1).encode())
         found[said.name] = said
         where = (

@@ -152,6 +152,19 @@ def test_base_and_finetuned_are_evaluated_before_anything_is_pruned(pair: Path) 
     assert re.search(r"evaluating fapm-global-0\.3 \(4 of 6\), some [\d.]+ s left", err)
 
 
+def test_what_an_evaluation_prints_can_be_followed(pair: Path) -> None:
+    half = "print('half of it', file=sys.stderr, flush=True)"
+    (pair / "score.py").write_text(f"import sys, time\ndef score(folder):\n    {half}\n    time.sleep(600)\n")
+    process = started(pair, *SWEEP, "--out", "out")
+    log = pair / "out/sweep/evaluations/base.log"
+    until = time.monotonic() + 60
+    while not (log.exists() and "half of it" in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert log.read_text() == "half of it\n" and log.stat().st_mode & 0o777 == 0o600
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+
+
 def test_the_wrong_way_round_nothing_is_chosen(pair: Path) -> None:
     (pair / "score.py").write_text(SCORE + "\nright = score\ndef score(folder):\n    said = right(folder)\n"
                                    "    return {'new': said['old'], 'old': said['new']}\n")  # fmt: skip
