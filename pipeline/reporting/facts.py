@@ -127,13 +127,25 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "read_bytes": plan.pair_bytes,
         "read_twice_bytes": twice,
         "write_bytes": plan.write_bytes,
-        "matrices": sum(t.matrices[0] for t in plan.tensors() if t.operation == "matrices"),
+        **_matrices(plan, workers),
         "memory_bytes_per_worker": plan.recipe.memory,
         "workers": workers,
         "workers_worth_having": len(plan.shards),
         "storage": advise(rate, elements, plan.pair_bytes, twice, cores()) if rate else None,
         "oddities": list(plan.warnings),
     }
+
+
+def _matrices(plan: Plan, workers: int) -> dict[str, Any]:
+    """How many matrices there are, and how long they will take here, where the method works on such."""
+    found = [t.matrices for t in plan.tensors() if t.operation == "matrices"]
+    count = sum(number for number, *_ in found)
+    if not count:
+        return {"matrices": 0, "matrix_seconds": 0.0}
+    from fapm.scoring.matrices import flops_of, flops_per_second
+
+    flops = sum(number * flops_of((rows, columns)) for number, rows, columns in found)
+    return {"matrices": count, "matrix_seconds": flops / flops_per_second() / workers}
 
 
 def _where(side: Checkpoint) -> dict[str, Any]:

@@ -198,7 +198,10 @@ def plan_text(facts: dict[str, Any]) -> str:
     if facts["storage"]:
         fields.append(("GPUs", advice_text(facts["storage"])))
     if kind == "matrix":
-        fields.insert(-2, ("matrices", f"{facts['matrices']:,}, with the processor's linear algebra"))
+        by = plural(facts["workers"], "worker")
+        fields.insert(
+            -2, ("matrices", f"{facts['matrices']:,}, some {duration(facts['matrix_seconds'])} here with {by}")
+        )
     if kind != "selection":
         fields = [field for field in fields if field[0] not in ("groups", "kept")]
     return _with_warnings(heading, fields, facts["oddities"])

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from fapm.scoring import matrices
-from fapm.scoring.matrices import Delta, bytes_of, decompose, kept, library, one_thread, projector, rows_of
+from fapm.scoring.matrices import (
+    Delta,
+    bytes_of,
+    decompose,
+    flops_of,
+    flops_per_second,
+    kept,
+    library,
+    one_thread,
+    projector,
+    rows_of,
+)
 from fapm.scoring.spectrum import above_noise, effective_rank, median_of_noise
 
 SHAPES = [(64, 32), (32, 64), (700, 300), (300, 700), (256, 256), (9000, 30), (30, 9000), (2, 600), (600, 2)]
@@ -140,3 +151,11 @@ def test_one_thread_is_for_as_long_as_anybody_computes():
 
 def test_the_library_names_itself_and_its_processor():
     assert library().startswith(f"numpy {np.__version__}")
+
+
+def test_what_it_costs_is_told_in_products():
+    """Against the flops of the products themselves; of the eigenvectors only that they take most of a square one."""
+    assert flops_of((100_000, 10)) == pytest.approx(3 * 100_000 * 10 * 10, rel=0.01)
+    assert flops_of((3000, 3000)) == 13 * 3000**3
+    assert flops_of((400, 900)) == flops_of((900, 400))
+    assert 1e8 < flops_per_second(64) < 1e13

@@ -162,7 +162,7 @@ def test_overlaps(folder):
     address = folder.address
     assert folder.overlaps(open_store(address)) == "same"
     assert folder.overlaps(open_store(inside(address, "sub"))) == "holds"
-    assert not open_store(inside(address, "sub")).overlaps(folder)
+    assert open_store(inside(address, "sub")).overlaps(folder) == "inside"
     assert not folder.overlaps(open_store(address + "-2"))
     assert split(inside(address, "sub")) == (address, "sub")
 
