@@ -195,9 +195,9 @@ def test_a_worker_that_hangs_is_given_up(model, undisturbed, nodes, add, paused)
     assert result.manifest["lost_workers"] == {"hung": 1}
 
 
-def test_a_device_that_fails_is_a_lost_worker_and_no_bad_shard(model, undisturbed, nodes, add, monkeypatch):
+def test_a_device_that_fails_is_a_lost_worker_and_no_bad_shard(model, undisturbed, nodes, add, monkeypatch, tmp_path):
     add(), add()
-    call, broken = RayPool._call, []
+    call, broken, failed = RayPool._call, [], tmp_path / "failed"
 
     def breaks(worker: Any, task: Any, following: Any) -> Any:
         import torch
@@ -205,15 +205,28 @@ def test_a_device_that_fails_is_a_lost_worker_and_no_bad_shard(model, undisturbe
         from fapm.shard.worker import Worker
 
         def fail(*_: Any) -> None:
+            failed.touch()
             raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 
         worker._states = fail
+        return Worker.write(worker, task, following)
+
+    def waits(worker: Any, task: Any, following: Any) -> Any:
+        """The other one does not end the run before, however long it takes to load torch."""
+        from fapm.shard.worker import Worker
+
+        for _ in range(1200):
+            if failed.exists():
+                break
+            time.sleep(0.1)
         return Worker.write(worker, task, following)
 
     def replaced(self: RayPool, worker: int, task: int | None, method: Any, name: str, *arguments: Any) -> None:
         if task is not None and len(finished_shards(self._out.path)) > 5 and not broken:
             broken.append(worker)
             arguments = (breaks, *arguments[1:])
+        elif task is not None and broken and not failed.exists():
+            arguments = (waits, *arguments[1:])
         call(self, worker, task, method, name, *arguments)
 
     monkeypatch.setattr(RayPool, "_call", replaced)

@@ -128,6 +128,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
         plain_codes=True,
         reversible=True,
         alone=True,
+        allow_same=True,
     )
 
 

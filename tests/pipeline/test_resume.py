@@ -419,11 +419,16 @@ def test_inputs_below_the_output_are_never_removed(runner, where, overwrite):
     assert load(models / "finetuned").keys() == finetuned.keys()
 
 
-def test_an_output_inside_an_input_is_left_alone_by_the_next_run(runner):
+def test_an_output_of_before_inside_an_input_is_no_part_of_it(runner):
+    """None can be made there any more; one that was is left alone, and changes nothing."""
     runner.write(*coarse(SHAPES))
-    recipe = runner.recipe("finetuned/pruned")
-    prune(recipe)
-    assert prune(recipe).nothing_to_do
+    out, result = runner.prune("out")
+    shutil.copytree(out, runner.folder / "finetuned/pruned")
+    assert prune(result.plan.given).nothing_to_do
+    again, _ = runner.prune("again")
+    assert weights_of(again) == weights_of(out)
+    with pytest.raises(UserError, match="lies in the finetuned checkpoint"):
+        runner.prune("finetuned/pruned")
 
 
 def test_a_damaged_state_is_one_error(finished):
