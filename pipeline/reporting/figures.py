@@ -311,7 +311,7 @@ def kept(layers: Sequence[str], kinds: Sequence[str], grids: Mapping[str, np.nda
         one.set_title(f"{title}, %", fontsize=10)
         step = max(1, len(shown) // 12)
         one.set_xticks(np.arange(0, len(shown), step) + 0.5, shown[::step], rotation=90 if len(shown[0]) > 3 else 0)
-        one.set_yticks(np.arange(len(kinds)) + 0.5, kinds if number == 0 else [""] * len(kinds))
+        one.set_yticks(np.arange(len(kinds)) + 0.5, [_cut(kind) if number == 0 else "" for kind in kinds])
         one.invert_yaxis()
         one.set_xlabel("layer")
         if grid.size <= 120:
@@ -326,6 +326,11 @@ def kept(layers: Sequence[str], kinds: Sequence[str], grids: Mapping[str, np.nda
     ]
     told = f"By layer, from the first to the last, and kind of module. {'. '.join(said)}."
     return embedded(figure, "kept", "What was kept, by layer and kind of module", told)
+
+
+def _cut(name: str, most: int = 36) -> str:
+    """A label that leaves room for the figure."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _span(values: np.ndarray) -> str:
