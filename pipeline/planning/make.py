@@ -162,6 +162,7 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     if recipe.scope not in method.scopes:
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")
     for field in PARAMETERS:
-        if field in recipe.model_fields_set and field != method.parameter and field != "density":
+        usual = Recipe.model_fields[field].default
+        if field != method.parameter and getattr(recipe, field) != usual:
             found.append(f"--{field} has no meaning for {recipe.method}, whose parameter is --{method.parameter}")
     return found

@@ -204,10 +204,13 @@ def test_a_matrix_that_does_not_fit_is_refused_before_anything_is_read(pair):
 
 def test_what_has_no_meaning_for_a_method_is_said(pair):
     paths, *_ = pair()
-    plan = make_plan(Recipe(**paths, method="timber", strength=2, scope="layer"))
+    plan = make_plan(Recipe(**paths, method="timber", strength=2, density=0.3, scope="layer"))
     said = "\n".join(plan.warnings)
     assert "--strength has no meaning for timber, whose parameter is --tail" in said
+    assert "--density has no meaning for timber, whose parameter is --tail" in said
     assert "--scope layer has no meaning for timber" in said
+    stored = Recipe.of(**make_plan(Recipe(**paths)).recipe.model_dump())  # in which every choice is made
+    assert not any("has no meaning" in line for line in make_plan(stored).warnings)
     assert "3 tensor(s) are no matrices of 1,024 elements, and timber takes them from finetuned" in said
     with pytest.raises(UserError, match=r"--rule \*q_proj\*=0.5: dg-hard has no density"):
         make_plan(Recipe(**paths, method="dg-hard", rules=["*q_proj*=0.5"]))
