@@ -243,12 +243,6 @@ class Recipe(BaseModel):
         """A recipe from keyword arguments; those that are None keep their default."""
         return cls(**{name: value for name, value in choices.items() if value is not None})
 
-    def without(self, field: str) -> Recipe:
-        """The same, a choice as if it had not been made."""
-        made = self.model_copy(update={field: self.__class__.model_fields[field].default})
-        made.__pydantic_fields_set__.discard(field)
-        return made
-
     @classmethod
     def load(cls, path: str | Path, /, **overrides: Any) -> Recipe:
         """A recipe from a YAML file, its fields overridden by the keyword arguments that are not None."""

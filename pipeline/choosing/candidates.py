@@ -41,9 +41,8 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
         recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True))})
         if recipe.scope not in METHODS[recipe.method].scopes:
             recipe = recipe.model_copy(update={"scope": "tensor"})
-        for field in PARAMETERS:
-            if field != METHODS[recipe.method].parameter:
-                recipe = recipe.without(field)
+        others = (field for field in PARAMETERS if field != METHODS[recipe.method].parameter)
+        recipe = recipe.model_copy(update={field: Recipe.model_fields[field].default for field in others})
         name = _name(recipe, several_scopes=len(set(lists["scope"])) > 1)
         recipe = recipe.model_copy(update={"out": inside(folder, name)})
         found.setdefault(name, Candidate(name, recipe))
