@@ -71,17 +71,19 @@ def sweep(
     overwrite: bool = False,
     pool: MakePool | None = None,
     watch: Watch | None = None,
+    plans: Sequence[tuple[Plan, State]] = (),
 ) -> list[Made]:
     """Make candidates, or go on with those that were not finished.
 
     Args:
         candidates: over the same inputs, that differ in what `candidates.SWEPT` names.
+        plans: theirs, if they have been made.
 
     Raises:
         UserError: as of `run.prune`.
     """
     watch = watch or Watch()
-    plans = _plans(candidates, overwrite)
+    plans = plans or _plans(candidates, overwrite)
     there = {c.name for c, (plan, state) in zip(candidates, plans, strict=True) if _is_done(plan, state)}
     todo = [(c, *of) for c, of in zip(candidates, plans, strict=True) if c.name not in there]
     run.check_disk_for([(plan, state) for _, plan, state in todo])
@@ -395,14 +397,15 @@ def run_sweep(
         check_choice(how, names)
         if asked.is_none and how not in names:
             raise UserError(f"--choose {how} needs --evaluate, --tasks or --text")
-    plans = [plan for plan, _ in _plans(wanted, overwrite)]
+    plans = _plans(wanted, overwrite)
+    first = plans[0][0]
     if how and not overwrite and not is_repository(one.out):
-        _check_out(one.out, plans)
-    do = evaluator(plans[0].recipe) if evaluator else in_turn
+        _check_out(one.out, [plan for plan, _ in plans])
+    do = evaluator(first.recipe) if evaluator else in_turn
     said: dict[str, Said] = {}
     if not asked.is_none:
         with watching() as watch:
-            said = evaluate_inputs(folder, plans[0], asked, do, watch)
+            said = evaluate_inputs(folder, first, asked, do, watch)
         unsure = _doubts(said)
         for line in unsure:
             watch.say(f"note: {line}")
@@ -412,7 +415,7 @@ def run_sweep(
                 "Are the two swapped, or is it the wrong test? --choose-anyway goes on"
             )
     with watching() as watch:
-        made = sweep(wanted, overwrite=overwrite, pool=pool, watch=watch)
+        made = sweep(wanted, overwrite=overwrite, pool=pool, watch=watch, plans=plans)
     watch.say(f"{len(made)} candidate(s) in {folder}")
     swept = replace(evaluate_sweep(folder, made, asked, do, watch), command=_command(choices, asked, how))
     for point in swept.candidate_points.values():
