@@ -14,6 +14,7 @@ from fapm.errors import UserError, one_line
 from fapm.formats.checkpoint import Checkpoint, read_config
 from fapm.formats.side_files import CARD
 from fapm.planning.plan import Plan
+from fapm.planning.shards import pattern_of
 from fapm.recipe import EVERYTHING, how, option_words
 from fapm.scoring.methods import METHODS, PARAMETERS
 from fapm.storage.address import repository_of, split
@@ -163,7 +164,7 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
     """Tensors whose names differ in numbers only, in one line."""
     by_pattern: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_pattern.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", row["name"]), []).append(row)
+        by_pattern.setdefault(pattern_of(row["name"]), []).append(row)
     lines = ["| tensors | number | elements | kept | kept share of ‖Δ‖² |", "| --- | ---: | ---: | ---: | ---: |"]
     for pattern, found in list(by_pattern.items())[:_MOST_ROWS]:
         numel, kept = (sum(row[key] or 0 for row in found) for key in ("pruned_numel", "kept"))

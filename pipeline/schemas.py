@@ -162,6 +162,7 @@ class ChosenRecord(Record):
     name: _Candidate
     why: Text
     alike: list[_Candidate]
+    how: Text = ""
     decides: dict[Name, Any]
 
 

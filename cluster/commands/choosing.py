@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from fapm.cluster.commands.saying import log, print_facts, shown
+from fapm.cluster.commands.saying import log, print_facts, print_page, shown
 from fapm.cluster.commands.where import evaluator_at, pool_at
 from fapm.cluster.options import Evaluating, evaluation_options, gather_choices, json_option, recipe_options
 
@@ -130,11 +130,9 @@ def compare(
     compared = compare(checkpoints, asked, base, finetuned, evaluator_at(ray, recipe), log)
     facts = compared.facts()
     if html:
-        from pathlib import Path
+        from fapm.reporting.page import compared_page
 
-        from fapm.reporting.page import compared_page, write_page
-
-        print_facts({"html": html, "bytes": write_page(compared_page(facts), Path(html))}, html, as_json)
+        print_page(compared_page(facts), html, as_json)
     else:
         print_facts(facts, compare_text(facts), as_json)
     _end_if_failed([said for said in compared.said.values() if said.error], len(compared.said))

@@ -7,7 +7,7 @@ import sys
 import click
 import cloup
 
-from fapm.cluster.commands.saying import log, print_facts
+from fapm.cluster.commands.saying import log, print_facts, print_page
 from fapm.cluster.options import json_option
 from fapm.errors import printable
 
@@ -46,11 +46,9 @@ def report(out: str, html: str | None, as_json: bool) -> None:
     from fapm.reporting import looking
 
     if html:
-        from pathlib import Path
+        from fapm.reporting.page import page
 
-        from fapm.reporting.page import page, write_page
-
-        print_facts({"html": html, "bytes": write_page(page(out), Path(html))}, html, as_json)
+        print_page(page(out), html, as_json)
         return
     facts = looking.report(out)
     print_facts(facts, repr(facts), as_json)

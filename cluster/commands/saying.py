@@ -46,6 +46,15 @@ def shown() -> Iterator[Watch]:
         yield watch
 
 
+def print_page(page: str, file: str, as_json: bool) -> None:
+    """Write a page, and say where it is."""
+    from pathlib import Path
+
+    from fapm.reporting.page import write_page
+
+    print_facts({"html": file, "bytes": write_page(page, Path(file))}, file, as_json)
+
+
 def print_result(facts: dict[str, Any], as_json: bool) -> None:
     from fapm.reporting.text import run_text
 

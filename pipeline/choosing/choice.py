@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fapm.choosing.skills import Measure, Point
 from fapm.errors import UserError
@@ -15,11 +15,13 @@ _RULE = re.compile(r"\s*(retained|forgetting)\s*(>=|<=)\s*([0-9]*\.?[0-9]+)(%?)\
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that was taken, why, and those that the standard errors do not tell from it."""
+    """The candidate that was taken, why, those that the standard errors do not tell from it, and the rule, if one was
+    given."""
 
     name: str
     why: str
     alike: tuple[str, ...] = ()
+    how: str = field(default="", compare=False)
 
 
 def check_choice(how: str, names: Sequence[str]) -> None:
@@ -36,6 +38,12 @@ def check_choice(how: str, names: Sequence[str]) -> None:
             f"--choose {how}: give 'retained>=0.99', 'forgetting<=0.02', knee, or one of the candidates: "
             f"{', '.join(names)}"
         )
+
+
+def bound_of(how: str) -> tuple[str, float] | None:
+    """What a rule is about, `retained` or `forgetting`, and its bound, as a share; None where it is no rule."""
+    rule = _RULE.fullmatch(how)
+    return (rule[1], float(rule[3]) / (100 if rule[4] else 1)) if rule else None
 
 
 def by_name(name: str, of: int, found: Mapping[str, Point]) -> Choice:
@@ -68,9 +76,9 @@ def choose(how: str, found: Mapping[str, Point]) -> Choice:
         name = _knee(both)
         why = f"it is the knee of the trade-off of {len(both)} candidates{_little(both[name])}"
         return Choice(name, why, _alike(name, both))
-    rule = _RULE.fullmatch(how)
+    rule = bound_of(how)
     assert rule
-    axis, bound = rule[1], float(rule[3]) / (100 if rule[4] else 1)
+    axis, bound = rule
     fits = {n: p for n, p in both.items() if (_of(p, axis).value - bound) * (1 if axis == "retained" else -1) >= 0}
     if not fits:
         best = (max if axis == "retained" else min)(both.values(), key=lambda point: _of(point, axis).value)
@@ -83,7 +91,7 @@ def choose(how: str, found: Mapping[str, Point]) -> Choice:
     taken = min(alike, key=lambda p: (-sign * _of(p, axis).value, sign * _of(p, aim).value))
     others = tuple(p.name for p in alike if p is not taken)
     why = f"it has the {least} of {len(fits)} of {len(both)} candidates with {how}{_little(taken)}"
-    return Choice(taken.name, why, others)
+    return Choice(taken.name, why, others, how)
 
 
 _FEWEST = 3

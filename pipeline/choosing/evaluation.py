@@ -206,7 +206,7 @@ def evaluate(asked: Evaluation, source: Source, live: Path | None = None) -> Sai
                     error = f"it took longer than {asked.seconds:g} s (--evaluate-seconds)"
                 elif code:
                     error = f"signal {-code}" if code < 0 else f"exit code {code}"
-                    last = _last_line(complaints) or "it said nothing on stderr"
+                    last = "".join(_last_lines(complaints, 1)) or "it said nothing on stderr"
                 else:
                     try:
                         skills |= read_skills(_answer(printed))
@@ -260,8 +260,9 @@ def _stderr(live: Path | None) -> IO[bytes]:
     return open(os.open(live, os.O_RDWR | os.O_TRUNC | os.O_NOFOLLOW), "r+b")
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+def _last_lines(text: str, count: int) -> list[str]:
+    """The last lines that are not empty, as they are shown."""
+    return [line.strip()[:300] for line in text.splitlines() if line.strip()][-count:]
 
 
 def _answer(printed: str) -> Any:
@@ -356,11 +357,7 @@ def evaluate_all(
 
 def printed_by(said: Said) -> list[str]:
     """The last lines that a failed evaluation has printed."""
-    lines = [line.strip()[:300] for line in said.printed.splitlines() if line.strip()]
-    return lines[-_LINES:]
-
-
-_LINES = 5
+    return _last_lines(said.printed, 5)
 
 
 def _facts(said: Said) -> dict[str, Any]:

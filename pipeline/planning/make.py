@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import gc
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +21,7 @@ from fapm.formats.vocabulary import tied_to
 from fapm.planning.matrices import refuse_large_matrices
 from fapm.planning.pairing import as_finetuned_names_it, pair_all, refuse_unpaired_of
 from fapm.planning.plan import PairedTensor, Plan
-from fapm.planning.shards import cut, default_shard_size, group
+from fapm.planning.shards import cut, default_shard_size, group, pattern_of
 from fapm.planning.vocabulary import compare_vocabularies, tied_heads
 from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS, PARAMETERS
@@ -146,7 +145,7 @@ def _left_behind(recipe: Recipe, finetuned: Checkpoint) -> list[str]:
 
 def _near(pattern: str, names: list[str]) -> str:
     """A pattern like one that matches nothing, made of the names that there are."""
-    shapes = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+    shapes = dict.fromkeys(map(pattern_of, names))
     found = difflib.get_close_matches(pattern.strip("*."), [part for name in shapes for part in name.split(".")], 1)
     whole = difflib.get_close_matches(pattern, shapes, 1, 0.7)
     meant = whole[0] if whole else f"*{found[0]}*" if found else ""

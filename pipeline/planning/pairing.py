@@ -68,6 +68,7 @@ def pair_all(
         density = recipe.density if rule is None or rule.density is None else rule.density
         density = 1.0 if as_matrices else density
         dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and is_weight(f.dtype) else f.dtype
+        grows = p is not None and _rows_added(p, f) and (action == "prune" or is_vocabulary(name))
         if action == "base":
             assert p
             # A base tensor of another shape is taken whole, with its shape: the rule says so.
@@ -78,17 +79,13 @@ def pair_all(
         elif not (is_weight(f.dtype) and is_weight(p.dtype)):
             passed.append(f"{name} ({f.dtype})")
             paired.append(_paired(name, "finetuned", p, f, f.dtype, f.shape))
-        elif (
-            as_matrices
-            and not _is_matrix(name, p.shape)
-            and (f.shape == p.shape or (_rows_added(p, f) and (action == "prune" or is_vocabulary(name))))
-        ):
+        elif as_matrices and not _is_matrix(name, p.shape) and (f.shape == p.shape or grows):
             flat.append(name)
             paired.append(_paired(name, "finetuned", p, f, dtype, f.shape))
         elif f.shape == p.shape:
             competing = group_of(name, scope), density, operation
             paired.append(_paired(name, "prune", p, f, dtype, f.shape, f.numel, *competing))
-        elif _rows_added(p, f) and (action == "prune" or is_vocabulary(name)):
+        elif grows:
             grown.append(f"{name} ({p.shape[0]} → {f.shape[0]} rows)")
             competing = group_of(name, scope), density, operation
             paired.append(_paired(name, "prune", p, f, dtype, f.shape, p.numel, *competing))

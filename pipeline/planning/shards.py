@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
 
 from fapm.formats.checkpoint import MODEL
@@ -29,6 +30,11 @@ def group_of(name: str, scope: str) -> str:
             if parts[i].isdigit() and not parts[i - 1].isdigit():
                 return ".".join(parts[: i + 1])
     return name
+
+
+def pattern_of(name: str) -> str:
+    """The name with * for its numbers: that of all tensors whose names differ in numbers only."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def default_shard_size(total: int) -> int:

@@ -5,7 +5,6 @@ They are what `--json` prints; `reporting.text` lays them out for a terminal.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fapm.errors import listed
 from fapm.formats.checkpoint import Checkpoint
 from fapm.planning.plan import PairedTensor, Plan
-from fapm.planning.shards import group_of
+from fapm.planning.shards import group_of, pattern_of
 from fapm.pool import cores
 from fapm.reporting.advice import advise
 from fapm.scoring.methods import PARAMETERS
@@ -180,7 +179,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     layers: dict[str, set[str]] = {}
     files: dict[tuple[str, str, tuple[int, ...]], set[str]] = {}
     for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.name):
-        key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", tensor.name), tensor.dtype, tensor.shape)
+        key = (pattern_of(tensor.name), tensor.dtype, tensor.shape)
         empty = {"tensors": 0, "parameters": 0, "bytes": 0}
         for sums in (patterns.setdefault(key, dict(empty)), dtypes.setdefault(tensor.dtype, dict(empty))):
             sums["tensors"] += 1

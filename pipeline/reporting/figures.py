@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fapm.choosing.choice import front
+from fapm.choosing.choice import bound_of, front
 from fapm.choosing.skills import Measure, Point
 from fapm.errors import UserError
 from fapm.scoring.methods import METHODS
@@ -148,14 +148,12 @@ def trade_off(rows: Sequence[dict[str, Any]], chosen: str = "", how: str = "") -
     said: dict[str, str] = {}
     axes.axvline(100, color=_INK, linewidth=1, linestyle=(0, (1, 3)), label="all of the new skill")
     axes.axhline(0, color=_INK, linewidth=1, linestyle=(0, (3, 3)), label="nothing forgotten")
-    rule = re.fullmatch(r"\s*(retained|forgetting)\s*[<>]=\s*([\d.]+)(%?)\s*", how)
+    rule = bound_of(how)
     if rule:
-        bound = float(rule[2]) * (1 if rule[3] else 100)
-        draw = axes.axvline if rule[1] == "retained" else axes.axhline
-        draw(bound, color=_INK, linewidth=1.2, linestyle="-.", label=f"{rule[1]} {bound:g} %")
-    numbers = {name: i for i, name in enumerate(_methods(rows))}
-    for name, found in _methods(rows).items():
-        i = numbers[name]
+        axis, bound = rule
+        draw = axes.axvline if axis == "retained" else axes.axhline
+        draw(100 * bound, color=_INK, linewidth=1.2, linestyle="-.", label=f"{axis} {100 * bound:g} %")
+    for i, (name, found) in enumerate(_methods(rows).items()):
         x, y, dx, dy = zip(*map(_place, found), strict=True)
         axes.plot(*_unbroken(x, y), color=_SERIES[i % 6], linestyle=_LINES[(i + i // 6) % 6], linewidth=1.5)
         for row, at_x, at_y, off_x, off_y in zip(found, x, y, dx, dy, strict=True):

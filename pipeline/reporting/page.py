@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from fapm.choosing.sweep import read_sweep
 from fapm.errors import UserError
 from fapm.layout import MANIFEST, SWEEP
 from fapm.manifest.read import load_manifest, read_table
-from fapm.planning.shards import group_of
+from fapm.planning.shards import group_of, pattern_of
 from fapm.recipe import format_bytes, how
 from fapm.reporting import figures
 from fapm.reporting.facts import run_facts
@@ -179,10 +178,10 @@ def _percent(measure: Measure | Mapping[str, Any] | None) -> str:
 def _of_sweep(swept: dict[str, Any]) -> list[Section]:
     rows = [{"name": side, **swept[side]} for side in ("base", "finetuned")] + swept["candidates"]
     chosen = (swept["chosen"] or {}).get("name", "")
-    rule = re.search(r"with (\S+)", (swept["chosen"] or {}).get("why", ""))
+    how = (swept["chosen"] or {}).get("how", "")
     table = _rows_table(rows, chosen)
     return [
-        Section("The trade-off", *_evaluated(rows, chosen, rule[1] if rule else ""), table=table),
+        Section("The trade-off", *_evaluated(rows, chosen, how), table=table),
         Section("What the words mean", [DEFINITIONS]),
     ]
 
@@ -248,7 +247,7 @@ def _again(made: dict[str, Any], out: str, swept: dict[str, Any] | None) -> str:
 
 def _kind_of(name: str, layer: str) -> str:
     inner = name.removeprefix(f"{layer}.") if layer != name else name
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", inner).removesuffix(".weight")
+    return pattern_of(inner).removesuffix(".weight")
 
 
 Cells = Mapping[tuple[str, str], list[dict[str, Any]]]

@@ -119,11 +119,12 @@ class Worker:
         self._outs = {out.address: out}  # kept from task to task, with what they know and their connections
         self._inputs = open_store(recipe.base), open_store(recipe.finetuned)
         self._histograms = HistogramMemory()
+        self._operation = operation_of(recipe.method)  # of all its lanes
         self._lent = 0
         self.tell = StepProgress(progress or (lambda nbytes: None))
         self._cancelled = cancelled or threading.Event()
         with _failures():
-            device = recipe.device if operation_of(recipe.method).on_device else "cpu"
+            device = recipe.device if self._operation.on_device else "cpu"
             self._engine = make_engine(recipe.method, device)
             self._engines = {recipe.method: self._engine}
             staged = self._engine.device
@@ -240,8 +241,7 @@ class Worker:
         """Write the pruned shard, with `record_name` and `rows_name` about it; the shard appears whole and last."""
         meter = Meter(self._reader)
         lanes = self._lanes(task)
-        operation = operation_of(self._recipe.method)
-        operation.begin(lanes)
+        self._operation.begin(lanes)
         outputs: list[Output] = []
         try:
             for lane in lanes:
@@ -255,7 +255,7 @@ class Worker:
                 here = slice(first, first + len(pieces.section.tensors))
                 states = self._states(lanes, pieces)
                 nbytes = np.array([t.nbytes for t in pieces.section.tensors])
-                for output, rows in zip(outputs, operation.write(lanes, states, outputs, self.tell), strict=True):
+                for output, rows in zip(outputs, self._operation.write(lanes, states, outputs, self.tell), strict=True):
                     output.rows[here] = rows
                     output.rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
                 first = here.stop
@@ -280,7 +280,7 @@ class Worker:
         """Those that a task is for, with what is known of the means of the shard's tensors."""
         lanes = [Lane(of, self._outs.setdefault(of.out.address, of.out)) for of in task.lanes]
         lent = sum(lane_bytes(lane.recipe, lane.out, self._buffer) for lane in lanes[1:])
-        lent += operation_of(self._recipe.method).memory(lanes)
+        lent += self._operation.memory(lanes)
         if lent != self._lent:
             self.prefetch.forget()
             self._reader.lend(lent)
