@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import inspect
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +44,24 @@ LANES = 256
 _VERSION = int.from_bytes(hashlib.blake2b(inspect.getsource(formulas).encode(), digest_size=4).digest(), "little")
 
 _njit: Any = functools.partial(njit, nogil=True, error_model="numpy")
+
+
+def _without_scipy() -> None:
+    """Import what numba would, but for scipy.linalg, a seventh of a short prune, with which it looks for a BLAS.
+
+    No loop here needs one. What others compile in this process finds it: numba looks again where it is used.
+    """
+    if "scipy.linalg" in sys.modules:
+        return
+    sys.modules["scipy.linalg"] = None
+    try:
+        from numba.np import arraymath
+    finally:
+        del sys.modules["scipy.linalg"]
+    arraymath._HAVE_BLAS = importlib.util.find_spec("scipy") is not None
+
+
+_without_scipy()
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -56,12 +56,12 @@ def test_quantiles_of_many_tensors_are_those_of_each(kept_from):
             assert np.array_equal(found[i], np.array(expected, float), equal_nan=True)
 
 
-def test_the_table_is_made_without_pandas(tmp_path):
-    """Which pyarrow would import on its own, for a third of a second of every prune."""
+def test_a_prune_imports_nothing_large_that_it_has_no_use_for(tmp_path):
+    """pyarrow would import pandas on its own, for a third of a second of every prune, and numba scipy."""
     save_pair(tmp_path, {"a": (40, 30), "b": (7,)})
     code = (
         "import sys; from fapm import Recipe, prune; prune(Recipe.of(base=sys.argv[1], finetuned=sys.argv[2], "
-        "out=sys.argv[3])); print([name for name in ('pandas', 'torch') if name in sys.modules])"
+        "out=sys.argv[3])); print([name for name in ('pandas', 'scipy.linalg', 'torch') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("base", "finetuned", "out"))]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -26,10 +26,10 @@ AVAILABLE = DEBIAN / "available"
 FULL = "FAPM_SEEDS" in os.environ
 """Whether the README's table is measured; else a part of the texts is enough to show that all of it works."""
 SECTIONS = ("admin", "games", "graphics", "mail", "math", "net", "science", "sound", "text", "web")
-TRAINED, PROTOTYPES, HELD_OUT = (240, 60, 60) if FULL else (240, 30, 40)
+TRAINED, PROTOTYPES, HELD_OUT = (240, 60, 60) if FULL else (120, 15, 25)
 """Packages of each section: to learn from, of those to find the middle of a section, and to be sorted."""
 
-DOCSTRINGS = 400 if FULL else 200
+DOCSTRINGS = 400 if FULL else 120
 _LIBRARIES = ("numpy", "torch", "torch.nn", "pyarrow", "pyarrow.compute", "email", "asyncio", "logging", "unittest")
 
 
@@ -133,7 +133,7 @@ def score(folder: str) -> dict[str, dict[str, float]]:
     }
 
 
-def tune(folder: Path, seed: int, steps: int = 70, rate: float = 1e-4) -> None:
+def tune(folder: Path, seed: int, steps: int = 70 if FULL else 40, rate: float = 1e-4) -> None:
     """Fine-tune on the packages to learn from, with a linear head that is thrown away."""
     torch.manual_seed(seed)
     chance = random.Random(seed)
