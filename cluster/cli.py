@@ -20,7 +20,7 @@ from fapm.cluster.commands.beginning import completion, init
 from fapm.cluster.commands.choosing import compare, sweep
 from fapm.cluster.commands.jobs import jobs, logs, stop, submit
 from fapm.cluster.commands.looking import demo, inspect, report, status, verify
-from fapm.cluster.commands.pruning import apply, extract, plan, prune
+from fapm.cluster.commands.pruning import apply, extract, merge, plan, prune
 from fapm.cluster.commands.saying import log, signalled
 from fapm.errors import PassingError, UserError
 
@@ -50,7 +50,7 @@ class Commands(cloup.Group):
             log(f"the Python module {name} is not installed; install it with: pip install 'fapm{extra}'")
             ctx.exit(1)
         except KeyboardInterrupt as stopped:
-            goes_on = ctx.invoked_subcommand in ("prune", "demo")
+            goes_on = ctx.invoked_subcommand in ("prune", "merge", "demo")
             log("stopped" + ("; the same command goes on from here" if goes_on else ""))
             ctx.exit(signalled(stopped))
 
@@ -95,7 +95,7 @@ def cli() -> None:
 
 _SECTIONS = {
     "Begin": (demo, init, plan),
-    "Prune": (prune, apply, extract),
+    "Prune": (prune, merge, apply, extract),
     "Choose": (sweep, compare),
     "Look": (inspect, status, report, verify),
     "On a cluster": (submit, jobs, logs, stop),

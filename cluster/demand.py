@@ -88,7 +88,7 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
     if slots > 1:
         options["max_concurrency"] = slots
-    far = scheme_of(recipe.base) or scheme_of(recipe.finetuned)  # inputs that are worth keeping in memory
+    far = any(map(scheme_of, recipe.checkpoints))  # inputs that are worth keeping in memory
     buffers = memory if far else OVERHEAD_BYTES + ENOUGH_BYTES + (staging.ENOUGH_BYTES if gpus else 0)
     options["memory"] = PROCESS_BYTES + (DEVICE_BYTES if gpus else 0) + slots * min(memory, buffers)
     if recipe.accelerator:

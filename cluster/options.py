@@ -175,16 +175,76 @@ def _name_of(option: Any) -> str:
     return str(made.name)
 
 
+_OF_SOURCES = {
+    "weights": "What its changes are multiplied by.  [1]",
+    "methods": "A method that chooses or mixes elements.  [fapm]",
+    "densities": "Share of its elements that it changes, 0 to 1.  [0.1]",
+    "scopes": "What shares one budget of it: tensor, layer or global.  [tensor]",
+    "seeds": "For random and dare; give each its own, or all choose the same places.  [0]",
+}
+"""Options of a merge that are given once for all sources, or as often as there are."""
+_SINGULAR = {"weights": "weight", "methods": "method", "densities": "density", "scopes": "scope", "seeds": "seed"}
+_METAVARS = {"weights": "W", "methods": "NAME", "densities": "SHARE", "scopes": "SCOPE", "seeds": "N"}
+
+
+def merge_options(command: Command) -> Command:
+    """The options of a merge: of each source, of how they are combined, and those of a prune."""
+    sources = [
+        cloup.option("--finetuned", "finetuned", metavar="FOLDER", multiple=True, help="One of them. Repeatable."),
+        *(
+            cloup.option(f"--{_SINGULAR[name]}", name, metavar=_METAVARS[name], multiple=True, help=text)
+            for name, text in _OF_SOURCES.items()
+        ),
+    ]
+    combination = [_option("--combine", "HOW"), _option("--scaling", "FACTOR")]
+    command = _with_sections(
+        command, {"finetuned", "method", "density", "strength", "tail", "scope", "seed", "on_conflict"}
+    )
+    command = cloup.option_group("How they are combined", *combination)(command)
+    title = "Fine-tuned checkpoints, each with its options, or all with the same"
+    return _config_option(cloup.option_group(title, *sources)(command))
+
+
+def gather_sources(choices: dict[str, Any]) -> dict[str, Any]:
+    """The choices of a merge as its recipe has them.
+
+    Raises:
+        UsageError: an option is given neither once nor for each source.
+    """
+    given = {_SINGULAR[name]: choices.pop(name) for name in _OF_SOURCES}
+    paths = choices.pop("finetuned")
+    merged: list[dict[str, Any]] = [{"finetuned": path} for path in paths]
+    for name, values in given.items():
+        if len(values) == 1 and name != "weight":
+            choices[name] = values[0]
+        elif values and len(values) not in (1, len(paths)):
+            raise click.UsageError(
+                f"--{name} is given {len(values)} times, and --finetuned {len(paths)} times; give it once for all, or "
+                "for each in their order."
+            )
+        else:
+            for source, value in zip(merged, values * len(paths) if len(values) == 1 else values, strict=False):
+                source[name] = value
+    return {**choices, "merged": merged or None}
+
+
 def recipe_options(command: Command) -> Command:
     return _config_option(choice_options(command))
 
 
 def as_arguments(recipe: Recipe) -> list[str]:
-    """The options with which `fapm prune` makes this recipe again."""
+    """The options with which `fapm prune`, or `fapm merge`, makes this recipe again."""
     from fapm.recipe import option_words
 
+    given = recipe.model_dump(mode="json", exclude_defaults=True)
     arguments = []
-    for field, value in recipe.model_dump(mode="json", exclude_defaults=True).items():
+    for lane, source in zip(recipe.lanes, given.pop("merged", ()), strict=False):
+        said = {"finetuned": lane.finetuned, "weight": source.get("weight", 1.0)}
+        said |= {name: getattr(lane, name) for name in ("method", "density", "scope", "seed")}
+        arguments += [word for name, value in said.items() for word in option_words(name, value)]
+    if recipe.merged:
+        given = {name: value for name, value in given.items() if name not in said}
+    for field, value in given.items():
         arguments += option_words(field, value)
     return arguments
 
@@ -220,7 +280,10 @@ def gather_choices(
         ray, by = (os.environ["RAY_ADDRESS"], "RAY_ADDRESS") if os.environ.get("RAY_ADDRESS") else ("off", "")
     if not isinstance(ray, str) or not ray:
         raise UserError(f"{by}: give off, local or the address of a Ray cluster (it is {ray!r})")
-    missing = [f"--{side}" for side in ("base", "finetuned", "out") if choices.get(side) is None]
+    if choices.get("merged"):
+        choices.pop("finetuned", None)  # the first one's
+    sides = ("base", "merged" if choices.get("merged") else "finetuned", "out")
+    missing = [f"--{side}" for side in sides if choices.get(side) is None]
     if missing:
         raise click.UsageError(f"missing: {', '.join(missing)}. Give each here or in the recipe of --config.")
     return choices, ray, by

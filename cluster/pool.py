@@ -86,7 +86,7 @@ class RayPool:
             self._remote: Any = ray.remote(FapmWorker).options(**self._demand.options)
         except ValueError as error:
             raise UserError(f"Ray does not take what is asked of a worker: {last_line(error)}") from None
-        self._recipe = _absolute(self._demand.recipe(plan.recipe))
+        self._recipe = self._demand.recipe(plan.recipe).with_paths(absolute)
         self._out = out.absolute()
         self._sight = _sight(plan, self._recipe, self._out)
         self._dispatcher = Dispatcher(self.workers, least=self._demand.workers.least, slots=self._demand.slots)
@@ -300,7 +300,7 @@ def _draining() -> set[str]:
 
 
 def _sight(plan: Plan, recipe: Recipe, out: Store) -> Sight:
-    sides = ((recipe.base, plan.base.identity), (recipe.finetuned, plan.finetuned.identity))
+    sides = zip(recipe.checkpoints, (side.identity for side in plan.inputs.values()), strict=True)
     files = {address: {name: entry["size"] for name, entry in identity.items()} for address, identity in sides}
     return Sight(files, out, out.read(RUN))
 
@@ -347,11 +347,6 @@ def _listen_to_ray(say: Callable[[str], None]) -> None:
 
     if hasattr(inside, "print_to_stdstream"):
         inside.print_to_stdstream = heard
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """The same paths for processes with another working directory."""
-    return recipe.model_copy(update={side: absolute(getattr(recipe, side)) for side in ("base", "finetuned", "out")})
 
 
 def _first_line(error: BaseException) -> str:

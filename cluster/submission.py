@@ -52,7 +52,8 @@ class Submission:
     @property
     def arguments(self) -> list[str]:
         """Of `fapm`."""
-        return ["prune", *as_arguments(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
+        command = "merge" if self.recipe.merged else "prune"
+        return [command, *as_arguments(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
 
 
 def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[str], None]) -> Submission:
@@ -61,12 +62,12 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
     Raises:
         UserError: what `fapm prune` would raise before it begins.
     """
-    inputs = {side: input_elsewhere(getattr(recipe, side)) for side in ("base", "finetuned")}
-    given = recipe.model_copy(update=inputs | {"out": absolute(recipe.out)})
+    base, *finetuned = map(input_elsewhere, recipe.checkpoints)
+    given = recipe.at(base, finetuned).model_copy(update={"out": absolute(recipe.out)})
     if is_repository(given.out):
         return Submission(given, _digest(given, None), None, ray, overwrite)
     if not _is_seen(given):
-        say(f"note: {given.base} and {given.finetuned} are not seen from here; the cluster will look")
+        say(f"note: {' and '.join(given.checkpoints)} are not seen from here; the cluster will look")
         return Submission(given, _digest(given, None), None, ray, overwrite)
     try:
         plan, state = look(given)
@@ -80,14 +81,13 @@ def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[st
             say(f"{side}: {getattr(recipe, side)} is {getattr(plan.recipe, side)}")
     for warning in plan.warnings:
         say(f"note: {warning}")
-    literal = {side: fields.literal(getattr(plan.recipe, side)) for side in PATHS}
-    settled = plan.recipe.model_copy(update=literal)
+    settled = plan.recipe.literal()
     return Submission(settled, _digest(given, identity(plan)), state, ray, overwrite)
 
 
 def _is_seen(recipe: Recipe) -> bool:
-    """Whether either input is seen from this machine: if only one is, the other is missing."""
-    for path in (recipe.base, recipe.finetuned):
+    """Whether any input is seen from this machine: if only one is, the others are missing."""
+    for path in recipe.checkpoints:
         address = fields.fill(path, fields.times())
         folder, name = split(address)
         with contextlib.suppress(UserError):  # perhaps only the cluster may look
@@ -97,7 +97,7 @@ def _is_seen(recipe: Recipe) -> bool:
 
 
 def _digest(given: Recipe, inputs: dict[str, Any] | None) -> str:
-    what = [given.decides(), {side: getattr(given, side) for side in PATHS}, inputs]
+    what = [given.decides(), {side: getattr(given, side) for side in PATHS}, inputs, *given.checkpoints[2:]]
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 

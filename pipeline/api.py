@@ -142,7 +142,9 @@ def compare(
     return Facts(facts, compare_text(facts))
 
 
-def verify(out: str, *, base: str | None = None, finetuned: str | None = None, load: bool = False) -> list[str]:
+def verify(
+    out: str, *, base: str | None = None, finetuned: str | Sequence[str] | None = None, load: bool = False
+) -> list[str]:
     """Check a finished prune against its inputs; returns its problems, a sentence each, none if all is well.
 
     Args:

@@ -12,6 +12,15 @@ DESCRIPTIONS = {
         "Folder for the pruned checkpoint, or hf://org/name; may hold {date}, {time}, {base}, {finetuned}, "
         "{method}, {scope} and {density}."
     ),
+    "merged": (
+        "Of a merge the fine-tuned checkpoints, each with its finetuned, weight, method, density, scope and seed; "
+        "what one does not say is the recipe's."
+    ),
+    "combine": (
+        "How a merge puts together what is kept of each: sum, mean, ties, slerp, model-stock, first, last or error.  "
+        "[sum]"
+    ),
+    "scaling": "λ, by which a merge multiplies what it adds to base.  [1]",
     "density": "Share of the elements that stay fine-tuned, 0 to 1; for wise-ft it is α.  [0.1]",
     "method": "fapm, magnitude, relative, random, dare, wise-ft, dg-hard or timber.  [fapm]",
     "strength": "Of dg-hard: by how much its threshold is higher than that for noise, 0 to 1,000,000.  [1]",

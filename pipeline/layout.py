@@ -6,6 +6,7 @@ fapm/lock/N              leases; fapm/tmp/TOKEN: what their holders are writing
 fapm/work/…              records of finished shards, counts, thresholds; removed at the end
 model-….safetensors      each appears whole
 model.safetensors.index.json, side files, fapm/recipe.yaml, fapm/tensors.parquet, config.json
+fapm/source-N.parquet    of a merge, the table of its Nth source
 fapm/manifest.json       written last: with it, and only with it, the run is finished
 sweep/NAME/…             candidates of which the output was chosen
 """
@@ -21,19 +22,33 @@ MANIFEST = "fapm/manifest.json"
 RECIPE = "fapm/recipe.yaml"
 TABLE = "fapm/tensors.parquet"
 INDEX = "model.safetensors.index.json"
-THRESHOLDS = f"{WORK}/thresholds.json"
 SWEEP = "sweep"
 
 ARRAYS = ".arrays"
 """End of the names of samples and counts."""
 
 
-def sample_name(shard: int) -> str:
-    return f"{WORK}/sample-{shard:05d}{ARRAYS}"
+# Of a merge's sources each has files of its own, by its number; 0 is the run itself.
 
 
-def measure_name(shard: int, round_: int) -> str:
-    return f"{WORK}/measure-{round_}-{shard:05d}{ARRAYS}"
+def _of(source: int) -> str:
+    return f"-of-{source}" if source else ""
+
+
+def sample_name(shard: int, source: int = 0) -> str:
+    return f"{WORK}/sample-{shard:05d}{_of(source)}{ARRAYS}"
+
+
+def measure_name(shard: int, round_: int, source: int = 0) -> str:
+    return f"{WORK}/measure-{round_}-{shard:05d}{_of(source)}{ARRAYS}"
+
+
+def thresholds_name(source: int = 0) -> str:
+    return f"{WORK}/thresholds{_of(source)}.json"
+
+
+def table_name(source: int = 0) -> str:
+    return f"fapm/source-{source}.parquet" if source else TABLE
 
 
 LIBRARY = f"{WORK}/library"
@@ -44,8 +59,8 @@ def record_name(shard: int) -> str:
     return f"{WORK}/shard-{shard:05d}.json"
 
 
-def rows_name(shard: int) -> str:
-    return f"{WORK}/shard-{shard:05d}.rows"
+def rows_name(shard: int, source: int = 0) -> str:
+    return f"{WORK}/shard-{shard:05d}{_of(source)}.rows"
 
 
 def delta_facts_name(shard: int) -> str:

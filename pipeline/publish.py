@@ -25,7 +25,7 @@ from fapm.layout import LOG, MANIFEST, RECIPE, RUN
 from fapm.manifest.state import differences, identity, shard_files
 from fapm.planning.make import make_plan
 from fapm.planning.plan import Plan
-from fapm.recipe import PATHS, Recipe, how
+from fapm.recipe import Recipe, how
 from fapm.run import MakePool, Result
 from fapm.schedule import Watch
 from fapm.schemas import ManifestRecord, RunRecord
@@ -105,19 +105,24 @@ def staged_recipe(recipe: Recipe) -> Recipe:
 def _own_staging(recipe: Recipe) -> str:
     """A folder of this user's cache, the same for the same run."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    what = json.dumps([recipe.out, recipe.base, recipe.finetuned, recipe.decides()], sort_keys=True)
+    what = json.dumps([recipe.out, *recipe.checkpoints, recipe.decides()], sort_keys=True)
     return os.path.join(home, "fapm", "staging", hashlib.blake2b(what.encode(), digest_size=8).hexdigest())
 
 
 def _to_publish(store: Store, made: dict[str, Any], recipe: Recipe, out: str) -> dict[str, bytes]:
     """Files beside the shards, with no path of this machine in them."""
-    paths = {role: repository_of(path, pinned=True) or split(path)[1] for role, path in made["paths"].items()}
-    paths["out"] = out
-    public = recipe.model_copy(update={**{side: paths[side] for side in PATHS}, "staging": None})
+
+    def public(path: str) -> str:
+        return repository_of(path, pinned=True) or split(path)[1]
+
+    paths = {role: public(path) for role, path in made["paths"].items()} | {"out": out}
+    sources = [{**source, "path": public(source["path"])} for source in made.get("sources", ())]
+    shown = recipe.with_paths(public).model_copy(update={"out": out, "staging": None})
     shards = set(_stored(made))
     found = {name: store.read(name) for name in store.files() if name not in shards and name != LOG}
-    found[MANIFEST] = json.dumps({**made, "paths": paths, "paths_given": paths}, indent=1).encode()
-    found[RECIPE] = public.to_yaml().encode()
+    told = {**made, "paths": paths, "paths_given": paths, **({"sources": sources} if sources else {})}
+    found[MANIFEST] = json.dumps(told, indent=1).encode()
+    found[RECIPE] = shown.to_yaml().encode()
     return found
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 import reprlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -24,6 +24,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -31,10 +32,11 @@ from fapm import fields
 from fapm.descriptions import DESCRIPTIONS
 from fapm.errors import UserError
 from fapm.scoring.methods import METHODS
+from fapm.storage.address import absolute
 
 _LATER = (
     "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",
-    "unpaired", "strength", "tail",
+    "unpaired", "strength", "tail", "merged", "combine", "scaling",
 )  # fmt: skip
 
 EVERYTHING = ("*=finetuned",)
@@ -138,6 +140,40 @@ def _key_and_value(label: str) -> str:
     return label
 
 
+class Source(BaseModel):
+    """One of the fine-tuned checkpoints of a merge; what it does not say is the recipe's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    finetuned: str
+    weight: float = Field(1.0, allow_inf_nan=False)
+    method: str | None = None
+    density: Share | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    scope: Literal["tensor", "layer", "global"] | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str | None) -> str | None:
+        return method if method is None else known_method(method)
+
+    @field_validator("finetuned")
+    @classmethod
+    def _an_input(cls, path: str) -> str:
+        return fields.check(path, fields.TIMES)
+
+
+def known_method(method: str) -> str:
+    """The method itself.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if method not in METHODS:
+        raise ValueError(f"there is no such method; choose one of {', '.join(METHODS)}")
+    return method
+
+
 PATHS = ("base", "finetuned", "out")
 
 ON_RAY_ONLY = ("cpus_per_worker", "gpus_per_worker", "accelerator", "labels")
@@ -183,6 +219,9 @@ class Recipe(BaseModel):
     staging: str | None = Field(None, min_length=1)
     visibility: Literal["private", "public"] = "private"
     alone: bool = False
+    merged: tuple[Source, ...] = ()
+    combine: Literal["sum", "mean", "ties", "slerp", "model-stock", "first", "last", "error"] = "sum"
+    scaling: float = Field(1.0, allow_inf_nan=False)
     workers: Annotated[Workers, BeforeValidator(parse_workers), PlainSerializer(Workers.plain)] | None = None
     cpus_per_worker: int | None = Field(None, ge=1, le=1024)
     gpus_per_worker: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -192,9 +231,7 @@ class Recipe(BaseModel):
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(f"there is no such method; choose one of {', '.join(METHODS)}")
-        return method
+        return known_method(method)
 
     @field_validator("base", "finetuned")
     @classmethod
@@ -232,7 +269,15 @@ class Recipe(BaseModel):
             parse_rule(rule)
         return tuple(rules)
 
+    @model_validator(mode="after")
+    def _one_first(self) -> Recipe:
+        if self.merged and self.merged[0].finetuned != self.finetuned:
+            raise ValueError("of a merge the fine-tuned checkpoints are in `merged`, and the first is another one")
+        return self
+
     def __init__(self, /, **choices: Any) -> None:
+        if "finetuned" not in choices and (first := _first_of(choices.get("merged"))):
+            choices["finetuned"] = first
         try:
             super().__init__(**choices)
         except ValidationError as error:
@@ -257,9 +302,41 @@ class Recipe(BaseModel):
         means = {*PATHS, *ON_RAY_ONLY, "allow_same", "strict", "memory", "device", "device_memory", "staging"}
         means |= {"visibility", "alone", "workers"}
         found = self.model_dump(mode="json", exclude=means)
+        found["merged"] = [{k: v for k, v in source.items() if k not in PATHS} for source in found["merged"]]
         # What could not be chosen before is left out where it is not chosen, so that a run begun then can go on.
         usual = {name: self.__class__.model_fields[name].default for name in _LATER}
         return {k: v for k, v in found.items() if k not in usual or v not in (usual[k], [])}
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Addresses of the inputs: base, and what was fine-tuned from it."""
+        return (self.base, *(source.finetuned for source in self.merged or (self,)))
+
+    def at(self, base: str, finetuned: Sequence[str]) -> Recipe:
+        """The same with other addresses of the inputs."""
+        merged = [
+            of.model_copy(update={"finetuned": path})
+            for of, path in zip(self.merged, finetuned, strict=bool(self.merged))
+        ]
+        return self.model_copy(update={"base": base, "finetuned": finetuned[0], "merged": tuple(merged)})
+
+    def with_paths(self, change: Callable[[str], str]) -> Recipe:
+        """The same with other addresses of the inputs and the output, each made of the one that it has."""
+        base, *finetuned = map(change, self.checkpoints)
+        return self.at(base, finetuned).model_copy(update={"out": change(self.out)})
+
+    def literal(self) -> Recipe:
+        """The same with absolute paths, of which none has fields any more."""
+        return self.with_paths(lambda path: fields.literal(absolute(path)))
+
+    @property
+    def lanes(self) -> tuple[Recipe, ...]:
+        """Recipes of a merge's sources, each as it would be pruned alone; of a prune itself."""
+        if not self.merged:
+            return (self,)
+        alone: dict[str, Any] = {"merged": (), "combine": "sum", "scaling": 1.0}
+        said = ({k: v for k in _OF_A_SOURCE if (v := getattr(of, k)) is not None} for of in self.merged)
+        return tuple(self.model_copy(update=alone | of) for of in said)
 
     @property
     def parameter(self) -> float:
@@ -279,6 +356,16 @@ class Recipe(BaseModel):
         """Action of the first rule that matches a tensor's name, or None."""
         rule = self.rule_of(name)
         return rule.action if rule else None
+
+
+_OF_A_SOURCE = ("finetuned", "method", "density", "scope", "seed")
+
+
+def _first_of(merged: Any) -> str | None:
+    """The checkpoint that a merge's first source names, if it does."""
+    first = merged[0] if isinstance(merged, list | tuple) and merged else None
+    found = first.get("finetuned") if isinstance(first, Mapping) else getattr(first, "finetuned", None)
+    return found if isinstance(found, str) else None
 
 
 for _name, _field in Recipe.model_fields.items():
@@ -376,7 +463,11 @@ def option_of(field: str) -> str:
 
 
 def how(choices: Mapping[str, Any]) -> str:
-    """`fapm, density 0.1, scope tensor`: the method of a recipe's choices, and what it is given."""
+    """`fapm, density 0.1, scope tensor`: the method of a recipe's choices, and what it is given; of a merge how it
+    is combined."""
+    sources = choices.get("merged") or choices.get("sources")
+    if sources:
+        return f"{choices.get('combine', 'sum')} of {len(sources)} fine-tuned checkpoints"
     method = METHODS[choices["method"]]
     scope = f", scope {choices['scope']}" if len(method.scopes) > 1 else ""
     value = choices.get(method.parameter, Recipe.model_fields[method.parameter].default)

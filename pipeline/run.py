@@ -17,9 +17,9 @@ from fapm.manifest.state import State, begin, check_folder, look, unfinished_sha
 from fapm.planning.plan import Plan
 from fapm.pool import Pool, Threads, default_workers
 from fapm.recipe import Recipe, format_bytes, how
-from fapm.schedule import WRITTEN, LeasedRun, Request, Schedule, Watch, in_lockstep
+from fapm.schedule import WRITTEN, LeasedRun, Request, Schedule, Watch, in_lockstep, together
 from fapm.scoring.threshold import Threshold
-from fapm.selection import find_thresholds, groups_of, load_thresholds, to_measure
+from fapm.selection import find_thresholds, load_thresholds, task_of, to_measure
 from fapm.shard.task import LaneTask
 from fapm.shard.worker import Worker
 from fapm.storage.lease import lease
@@ -167,20 +167,37 @@ def schedule(plan: Plan, out: Store, todo: Iterable[int]) -> Schedule:
     todo = list(todo)
     if not todo:
         return 0
-    thresholds, quotas, rounds = yield from find_thresholds(plan, out)
+    found = yield from together([find_thresholds(lane, out) for lane in plan.lanes or (plan,)])
+    parts = [_to_write(lane, out, todo, *of) for lane, of in zip(plan.lanes or (plan,), found, strict=True)]
+    if plan.lanes:
+        merges = (task_of(plan, out, plan.shards[index]) for index in todo)
+        tasks = [replace(merge, parts=of) for merge, of in zip(merges, zip(*parts, strict=True), strict=True)]
+    else:
+        (tasks,) = parts
+    yield Request(Worker.write, tasks, WRITTEN)
+    return max(rounds for *_, rounds in found)
+
+
+def _to_write(
+    plan: Plan,
+    out: Store,
+    todo: Iterable[int],
+    thresholds: dict[str, Threshold],
+    quotas: dict[int, dict[str, int]],
+    rounds: int,
+) -> list[LaneTask]:
+    """Work on the shards `todo`, with what was found for them."""
     tasks = []
     for index in todo:
-        shard = plan.shards[index]
         mine = {name: Threshold(thresholds[name].key, ties) for name, ties in quotas.get(index, {}).items()}
-        tasks.append(LaneTask(plan.recipe, out, shard, groups_of(plan, shard), thresholds=mine))
-    yield Request(Worker.write, tasks, WRITTEN)
-    return rounds
+        tasks.append(replace(task_of(plan, out, plan.shards[index]), thresholds=mine))
+    return tasks
 
 
 def bytes_to_go(plan: Plan, todo: Iterable[int]) -> int:
     """Input bytes of the steps that are left, for the progress."""
     to_write = sum(t.read_bytes for i in todo for t in plan.shards[i].tensors)
-    known = load_thresholds(plan.out) is not None
+    known = all(load_thresholds(plan.out, lane.source) is not None for lane in plan.lanes or (plan,))
     return to_write + (0 if known else to_measure(plan))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fapm.planning.plan import Plan
 from fapm.pool import Pool, Step
@@ -64,10 +64,15 @@ SAMPLED, COUNTED, WRITTEN = "sampled", "counted", "shard"
 """Names in the log of the end of a task of each step, in their order."""
 
 
-def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: Pool, watch: Watch) -> list[int]:
-    """Do what the schedules of runs ask for, the same step of all of them in one reading; returns what they return."""
+Returned = TypeVar("Returned")
+
+
+def together(
+    schedules: Sequence[Generator[Request, list[Done], Returned]],
+) -> Generator[Request, list[Done], list[Returned]]:
+    """Ask for what several schedules ask for, the same step of all of them at once; returns what they return."""
     wanted: dict[int, Request] = {}
-    returned = [0] * len(runs)
+    returned: dict[int, Returned] = {}
 
     def go_on(i: int, said: list[Done] | None) -> None:
         wanted.pop(i, None)
@@ -76,30 +81,44 @@ def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: 
         except StopIteration as ended:
             returned[i] = ended.value
 
-    for i in range(len(runs)):
+    for i in range(len(schedules)):
         go_on(i, None)
     while wanted:
         event = min((request.event for request in wanted.values()), key=(SAMPLED, COUNTED, WRITTEN).index)
         now = {i: request for i, request in wanted.items() if request.event == event}
         step = next(iter(now.values())).step
-        more = max(request.more for request in now.values())
-        if more:
-            watch.expect(more)
-            watch.note("expect", bytes=more)
-        done = _each(runs[0].plan, pool.map(step, _merged(now.values())), event, watch)
-        said = {result.shard: result for result in done}
+        tasks = [task for request in now.values() for task in request.tasks]
+        done = yield Request(step, tasks, event, max(request.more for request in now.values()))
+        said = iter(done)
         for i, request in now.items():
-            go_on(i, [said[task.shard.index] for task in request.tasks])
-    return returned
+            go_on(i, [next(said) for _ in request.tasks])
+    return [returned[i] for i in range(len(schedules))]
 
 
-def _merged(wanted: Iterable[Request]) -> list[Task]:
+def in_lockstep(runs: Sequence[LeasedRun], schedules: Sequence[Schedule], pool: Pool, watch: Watch) -> list[int]:
+    """Do what the schedules of runs ask for, the same step of all of them in one reading; returns what they return."""
+    asking = together(schedules)
+    done: list[Done] | None = None
+    while True:
+        try:
+            request = asking.send(done)  # type: ignore[arg-type]
+        except StopIteration as ended:
+            returned: list[int] = ended.value
+            return returned
+        if request.more:
+            watch.expect(request.more)
+            watch.note("expect", bytes=request.more)
+        results = _each(runs[0].plan, pool.map(request.step, _by_shard(request.tasks)), request.event, watch)
+        said = {result.shard: result for result in results}
+        done = [said[task.shard.index] for task in request.tasks]
+
+
+def _by_shard(tasks: Iterable[LaneTask]) -> list[Task]:
     """The tasks of all runs, those for one shard as one."""
-    by_shard: dict[int, list[LaneTask]] = {}
-    for request in wanted:
-        for task in request.tasks:
-            by_shard.setdefault(task.shard.index, []).append(task)
-    return [Task(tuple(lanes)) for _, lanes in sorted(by_shard.items())]
+    found: dict[int, list[LaneTask]] = {}
+    for task in tasks:
+        found.setdefault(task.shard.index, []).append(task)
+    return [Task(tuple(lanes)) for _, lanes in sorted(found.items())]
 
 
 def _each(plan: Plan, results: Iterable[Done], event: str, watch: Watch) -> Iterator[Done]:

@@ -35,9 +35,7 @@ class InputFile(Record):
     inode: Integer | None = None
 
 
-class Inputs(Record):
-    base: dict[Text, InputFile]
-    finetuned: dict[Text, InputFile]
+_Role = Annotated[str, Field(pattern=r"^(base|finetuned(-\d{1,5})?)$")]
 
 
 class RunRecord(Record):
@@ -45,7 +43,7 @@ class RunRecord(Record):
 
     format: Integer
     recipe: dict[Name, Any]
-    inputs: Inputs
+    inputs: dict[_Role, dict[Text, InputFile]]
 
 
 class Paths(Record):
@@ -88,6 +86,21 @@ class Totals(Record):
     density_of_all: Number | None = None
     rank: Count = 0
     full_rank: Count = 0
+    shared: Count = 0
+    opposed: Count = 0
+
+
+class SourceRecord(Record):
+    """What is said of a merge's source."""
+
+    path: Text
+    method: _Method
+    density: _Density
+    scope: Name
+    seed: Count
+    kept: Count
+    pruned_numel: Count
+    kept_share: Number | None
 
 
 class Account(Record):
@@ -103,6 +116,7 @@ class ManifestRecord(RunRecord):
     finished: Text
     shards: list[ShardRecord]
     totals: Totals
+    sources: list[SourceRecord] = Field(default_factory=list)
     left_out: list[Name]
     added: list[Name]
     accounts: dict[Name, Account] = Field(default_factory=dict)
@@ -226,6 +240,8 @@ class Row(Record):
     ties: Count | None
     rank: Count | None = None
     full_rank: Count | None = None
+    shared: Count | None = None
+    opposed: Count | None = None
     threshold: Number | None
     mean_abs_base: Number | None
     norm_delta: Annotated[float, Field(ge=0, lt=1e150)] | None

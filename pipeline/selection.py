@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from fapm.layout import THRESHOLDS, WORK, measure_name, sample_name
+from fapm.layout import WORK, measure_name, sample_name, thresholds_name
 from fapm.manifest.read import read_run_file
 from fapm.planning.plan import Group, Plan, Shard
 from fapm.schedule import COUNTED, SAMPLED, Request
@@ -31,7 +32,7 @@ def find_thresholds(
     Returns:
         The thresholds by group; each shard's part of their tie quotas; how often the groups were measured.
     """
-    found = load_thresholds(out)
+    found = load_thresholds(out, plan.source)
     if found:
         return found
     cross_shard = cross_shard_groups(plan)
@@ -52,7 +53,7 @@ def find_thresholds(
                 brackets[name] = result
     quotas = share_ties(plan, out, thresholds, last_round)
     if thresholds:
-        save_thresholds(out, thresholds, quotas, rounds)
+        save_thresholds(out, plan.source, thresholds, quotas, rounds)
     return thresholds, quotas, rounds
 
 
@@ -66,13 +67,13 @@ def first_brackets(plan: Plan, out: Store, names: Sequence[str]) -> Generator[Re
     """Where a sample says that the thresholds of some groups are."""
     shards = holders(plan, names)
     there = out.files(WORK)
-    tasks = [LaneTask(plan.recipe, out, s, groups_of(plan, s)) for s in shards if sample_name(s.index) not in there]
+    tasks = [task_of(plan, out, s) for s in shards if sample_name(s.index, plan.source) not in there]
     if tasks:
         yield Request(Worker.sample, tasks, SAMPLED)
     surveys = {name: Survey() for name in names}
 
     def load(shard: Shard) -> tuple[list[str], dict[str, np.ndarray]]:
-        return load_arrays(out, sample_name(shard.index), "weights", "variance")
+        return load_arrays(out, sample_name(shard.index, plan.source), "weights", "variance")
 
     for groups, saved in overlapped(load, shards, out.reads_at_once):
         for name, weights, variance in zip(groups, saved["weights"], saved["variance"], strict=True):
@@ -90,19 +91,18 @@ def measured(
     place = {name: i for i, name in enumerate(brackets)}
 
     def add(shard: int) -> None:
-        groups, saved = load_arrays(out, measure_name(shard, round_), "above", "bins", "starts")
+        groups, saved = load_arrays(out, measure_name(shard, round_, plan.source), "above", "bins", "starts")
         for i, name in enumerate(groups):
             sums.above[place[name]] += saved["above"][i]
             sums.of(place[name])[:] += saved["bins"][saved["starts"][i] : saved["starts"][i + 1]]
 
     tasks, there = [], out.files(WORK)
     for shard in holders(plan, brackets):
-        if measure_name(shard.index, round_) in there:
+        if measure_name(shard.index, round_, plan.source) in there:
             add(shard.index)
         else:
-            groups = groups_of(plan, shard)
-            mine = {name: brackets[name] for name in groups if name in brackets}
-            tasks.append(LaneTask(plan.recipe, out, shard, groups, brackets=mine, round=round_))
+            mine = {name: brackets[name] for name in groups_of(plan, shard) if name in brackets}
+            tasks.append(replace(task_of(plan, out, shard), brackets=mine, round=round_))
     if tasks:
         done = yield Request(Worker.measure, tasks, COUNTED, bytes_of(plan, brackets) if round_ > 1 else 0)
         for one in done:
@@ -125,7 +125,7 @@ def share_ties(
             if left[name] and name in last_round:
                 round_, _ = last_round[name]
                 if round_ not in loaded:
-                    groups, saved = load_arrays(out, measure_name(shard.index, round_), "bins", "starts")
+                    groups, saved = load_arrays(out, measure_name(shard.index, round_, plan.source), "bins", "starts")
                     loaded[round_] = dict(zip(groups, np.split(saved["bins"], saved["starts"][1:-1]), strict=True))
                 part = min(left[name], int(loaded[round_][name][places[name]]))
             quotas[shard.index][name] = part
@@ -134,13 +134,23 @@ def share_ties(
     return quotas
 
 
+def task_of(plan: Plan, out: Store, shard: Shard) -> LaneTask:
+    """Work on a shard of a plan, as of yet without what was found."""
+    read = plan.within[shard.index] if plan.within else None
+    return LaneTask(plan.recipe, out, shard, groups_of(plan, shard), source=plan.source, read=read)
+
+
 def groups_of(plan: Plan, shard: Shard) -> dict[str, Group]:
     return {t.group: plan.groups[t.group] for t in shard.tensors if t.group}
 
 
 def to_measure(plan: Plan) -> int:
     """Input bytes of the groups that lie in several shards and whose threshold has to be found."""
-    return bytes_of(plan, (name for name, known in cross_shard_groups(plan).items() if known is None))
+    wanted = set()
+    for lane in plan.lanes or (plan,):
+        unknown = {name for name, known in cross_shard_groups(lane).items() if known is None}
+        wanted |= {t.name for t in lane.tensors() if t.group in unknown}
+    return sum(t.read_bytes for t in plan.tensors() if t.name in wanted)
 
 
 def bytes_of(plan: Plan, groups: Iterable[str]) -> int:
@@ -156,7 +166,7 @@ def cross_shard_groups(plan: Plan) -> dict[str, Threshold | None]:
 
 
 def save_thresholds(
-    out: Store, thresholds: dict[str, Threshold], quotas: dict[int, dict[str, int]], rounds: int
+    out: Store, source: int, thresholds: dict[str, Threshold], quotas: dict[int, dict[str, int]], rounds: int
 ) -> None:
     """Keep what was found for the groups over several shards, so that it is not looked for again."""
     data = {
@@ -164,12 +174,12 @@ def save_thresholds(
         "quotas": {str(shard): part for shard, part in quotas.items()},
         "rounds": rounds,
     }
-    out.write(THRESHOLDS, json.dumps(data).encode())
+    out.write(thresholds_name(source), json.dumps(data).encode())
 
 
-def load_thresholds(out: Store) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
-    if not out.has(THRESHOLDS):
+def load_thresholds(out: Store, source: int = 0) -> tuple[dict[str, Threshold], dict[int, dict[str, int]], int] | None:
+    if not out.has(thresholds_name(source)):
         return None
-    data = read_run_file(out, THRESHOLDS, ThresholdsRecord)
+    data = read_run_file(out, thresholds_name(source), ThresholdsRecord)
     thresholds = {name: Threshold(key, ties) for name, (key, ties) in data["thresholds"].items()}
     return thresholds, {int(shard): part for shard, part in data["quotas"].items()}, data["rounds"]

@@ -77,10 +77,13 @@ def status(out: str, as_json: bool) -> None:
 @cloup.command(short_help="Check an output against its inputs.")
 @cloup.argument("out")
 @cloup.option("--base", metavar="FOLDER", help="Where the pre-trained checkpoint is now.  [where prune found it]")
-@cloup.option("--finetuned", metavar="FOLDER", help="Where the fine-tuned checkpoint is now.  [where prune found it]")
+@cloup.option(
+    "--finetuned", metavar="FOLDER", multiple=True,
+    help="Where the fine-tuned checkpoint is now, or those of a merge.  [where prune found it]",
+)  # fmt: skip
 @cloup.option("--load", is_flag=True, help="Ask transformers too whether the model that config.json names takes it.")
 @json_option
-def verify(out: str, base: str | None, finetuned: str | None, load: bool, as_json: bool) -> None:
+def verify(out: str, base: str | None, finetuned: tuple[str, ...], load: bool, as_json: bool) -> None:
     """Check the finished prune in the folder OUT against its inputs: checksums, every element, what each group keeps.
 
     Exits with 1 and a line for each problem if there are any.

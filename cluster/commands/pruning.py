@@ -1,4 +1,4 @@
-"""prune, plan, apply, extract."""
+"""prune, merge, plan, apply, extract."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import cloup
 
 from fapm.cluster.commands.saying import detail, print_facts, print_result, shown
 from fapm.cluster.commands.where import pool_at
-from fapm.cluster.options import RecipeCommand, read_choices, recipe_options, work_options
+from fapm.cluster.options import (
+    RecipeCommand,
+    gather_sources,
+    merge_options,
+    read_choices,
+    recipe_options,
+    work_options,
+)
 from fapm.errors import printable
 
 if TYPE_CHECKING:
@@ -47,6 +54,25 @@ def _prune(recipe: Recipe, ray: str, by: str, overwrite: bool, as_json: bool) ->
         from fapm.reporting.text import next_text
 
         click.echo(f"\n{printable(next_text(facts, recipe.emit))}", err=True)
+
+
+@cloup.command(cls=RecipeCommand, short_help="Merge several fine-tuned checkpoints of one base.")
+@merge_options
+def merge(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Prune several fine-tuned checkpoints of one base, each as it would be alone, and combine what is kept of them.
+
+    sum adds the changes up, mean takes their mean, ties only those of the sign that weighs more. slerp goes along the
+    arc between two, model-stock toward the mean by the angles between them. first, last and error let one source
+    decide. Stopped, it goes on when the same command is given again.
+
+    \b
+    Examples:
+      fapm merge --base llama/ --finetuned llama-math/ --finetuned llama-code/ --out both/
+      fapm merge --base llama/ --finetuned math/ --density 0.1 --finetuned code/ --density 0.2 --combine ties --out b/
+      fapm merge --base llama/ --finetuned math/ --weight 1 --finetuned code-lora/ --weight 0.5 --method dare --out b/
+      fapm merge --config merge.yaml --ray local --workers 4
+    """
+    _prune(*read_choices(config, gather_sources(choices)), overwrite, as_json)
 
 
 @cloup.command(cls=RecipeCommand, short_help="Put a checkpoint together from base and a delta.")
@@ -116,7 +142,7 @@ def plan(config: str | None, overwrite: bool, as_json: bool, **choices: Any) -> 
     todo = len(made.shards) if state == "new" else len(unfinished_shards(made))
     if state != "finished":
         check_disk(made, state)
-    sides = [side for side in (made.base, made.finetuned) if not scheme_of(side.folder.address)]
+    sides = [side for side in made.inputs.values() if not scheme_of(side.folder.address)]
     files = {side.folder.at(name): entry["size"] for side in sides for name, entry in side.identity.items()}
     facts = plan_facts(made, state, todo, default_workers(recipe, len(made.shards)), read_rate(files))
     if is_repository(recipe.out):

@@ -49,7 +49,7 @@ class Budget:
 
 
 @dataclass(slots=True)
-class _Finding:
+class Finding:
     """Elements of a tensor that have the same thing wrong."""
 
     count: int = 0
@@ -102,26 +102,26 @@ class Comparison:
 
     def passed_through(self) -> list[str]:
         """Every element is its source's."""
-        finding = _Finding()
+        finding = Finding()
         self._compare(self._tensor.action, 0, finding)
         return self._differs(self._tensor.action, finding)
 
-    def _compare(self, source: str, first: int, finding: _Finding) -> None:
+    def _compare(self, source: str, first: int, finding: Finding) -> None:
         """Compare elements from `first` on with those of one side."""
         tensor, info = self._tensor, self._infos[source]
         assert info
         if is_weight(info.dtype) and is_weight(tensor.dtype):
             width = itemsize(tensor.dtype)
-            for start, stop in _chunks(first, tensor.numel):
+            for start, stop in chunks(first, tensor.numel):
                 wanted = self._in_output_dtype(source, self._elements(source, start, stop))
                 finding.add(self._elements("out", start, stop).view(wanted.dtype) != wanted, start)
                 self._progress((stop - start) * width)
         else:  # not scored, of any width: bytes
-            for start, stop in _chunks(0, tensor.nbytes):
+            for start, stop in chunks(0, tensor.nbytes):
                 finding.add(self._bytes("out", start, stop) != self._bytes(source, start, stop), start)
                 self._progress(stop - start)
 
-    def _differs(self, source: str, finding: _Finding) -> list[str]:
+    def _differs(self, source: str, finding: Finding) -> list[str]:
         if not finding.count:
             return []
         return [f"tensor {self._tensor.name!r}: {finding} differ from {source}, which it is taken from"]
@@ -130,18 +130,12 @@ class Comparison:
         """Every element is what the mask of its group's threshold makes of it; added rows are finetuned's."""
         tensor, method = self._tensor, METHODS[self._recipe.method]
         scored = method.has_budget
-        problems = []
-        mean = self._mean()
-        recorded = row.get("mean_abs_base")
-        if tensor.common and recorded is not None:
-            if math.isclose(mean, recorded, rel_tol=_SAME_MEAN):
-                mean = recorded
-            else:
-                problems.append(f"tensor {tensor.name!r}: mean |p| is {mean} and {TABLE} says {recorded}")
+        problems: list[str] = []
+        mean = self.mean(row, problems)
         budget = budgets[tensor.group]
-        strange, dropped, added = _Finding(), _Finding(), _Finding()
+        strange, dropped, added = Finding(), Finding(), Finding()
         count = 0
-        for start, stop in _chunks(0, tensor.common):
+        for start, stop in chunks(0, tensor.common):
             p, f, pruned, kept = self._pair(start, stop)
             out = self._elements("out", start, stop).view(pruned.dtype)
             keep, scores = self._mask(budget, p, f, np.float32(mean), start)
@@ -162,7 +156,7 @@ class Comparison:
                 problems.append(f"tensor {tensor.name!r}: {finding} are {what}" + why * scored)
         if budget.ties_left is not None and row.get("kept") not in (None, count):
             problems.append(f"tensor {tensor.name!r}: {TABLE} says that {row['kept']} elements are kept, it is {count}")
-        rest = _Finding()
+        rest = Finding()
         self._compare("finetuned", tensor.common, rest)
         return problems + self._differs("finetuned", rest)
 
@@ -174,7 +168,7 @@ class Comparison:
         tensor, method = self._tensor, METHODS[self._recipe.method]
         assert isinstance(method, Matrix)
         count, rows, columns = tensor.matrices
-        rank, strange = 0, _Finding()
+        rank, strange = 0, Finding()
         for matrix in range(count):
             spans = list(_strips(matrix * rows * columns, rows, columns))
             gram, largest = np.zeros((min(rows, columns),) * 2), 0.0
@@ -202,7 +196,7 @@ class Comparison:
         if row.get("rank") not in (None, rank):
             said = f"{TABLE} says that {row['rank']} singular values are kept, it is {rank}"
             problems.append(f"tensor {tensor.name!r}: {said}")
-        rest = _Finding()
+        rest = Finding()
         self._compare("finetuned", tensor.common, rest)
         return problems + self._differs("finetuned", rest)
 
@@ -228,7 +222,7 @@ class Comparison:
         tensor = self._tensor
         assert tensor.base
         sums: list[float] = []
-        for start, stop in _chunks(0, tensor.common):
+        for start, stop in chunks(0, tensor.common):
             p = np.abs(upcast(values(self._elements("base", start, stop), tensor.base.dtype)))
             sums += (float(p[i : i + ADDED].sum(dtype=np.float64)) for i in range(0, p.size, ADDED))
         return math.fsum(sums) / tensor.common if tensor.common else 0.0
@@ -251,13 +245,45 @@ class Comparison:
                 f = upcast(values(stored_f, tensor.finetuned.dtype))
         real = np.result_type(p, f)
         p, f = p.astype(real, copy=False), f.astype(real, copy=False)
-        keep = METHODS[recipe.method].value
-        if keep and 0 < tensor.parameter < 1:
-            with np.errstate(all="ignore"):
-                kept = round_to(keep(p, f, real.type(tensor.parameter)), tensor.dtype)
-        else:
-            kept = self._in_output_dtype("finetuned", stored_f)
+        value = self._value(p, f)
+        kept = self._in_output_dtype("finetuned", stored_f) if value is f else round_to(value, tensor.dtype)
         return p, f, pruned, kept
+
+    def _value(self, p: np.ndarray, f: np.ndarray) -> np.ndarray:
+        """Values that kept elements have, before they are rounded: f itself where they are finetuned's."""
+        keep, parameter = METHODS[self._recipe.method].value, self._tensor.parameter
+        if keep is None or not 0 < parameter < 1:
+            return f
+        with np.errstate(all="ignore"):
+            kept: np.ndarray = keep(p, f, p.dtype.type(parameter))
+        return kept
+
+    def mean(self, row: dict[str, Any], problems: list[str]) -> float:
+        """mean |p| as the table says it, if it is that."""
+        found, recorded = self._mean(), row.get("mean_abs_base")
+        if not self._tensor.common or recorded is None:
+            return found
+        if math.isclose(found, recorded, rel_tol=_SAME_MEAN):
+            return float(recorded)
+        problems.append(f"tensor {self._tensor.name!r}: mean |p| is {found} and {TABLE} says {recorded}")
+        return found
+
+    def masked(self, start: int, stop: int, mean: float, budget: Budget) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """p, what the mask of the group's threshold makes of p and f, not rounded, and how many elements are kept.
+        None where there is no mask to check. Takes from the group's ties in order."""
+        p, f, *_ = self._pair(start, stop)
+        keep, _ = self._mask(budget, p, f, np.float32(mean), start)
+        if keep is None:
+            return None
+        return p, np.where(keep, self._value(p, f), p), int(np.count_nonzero(keep))
+
+    def written(self, start: int, stop: int) -> np.ndarray:
+        """Bits of elements of the output."""
+        return self._elements("out", start, stop).view(f"u{itemsize(self._tensor.dtype)}")
+
+    def unchanged(self, start: int, stop: int) -> np.ndarray:
+        """Bits of base's elements in the output's dtype."""
+        return self._in_output_dtype("base", self._elements("base", start, stop))
 
     def _mask(
         self, budget: Budget, p: np.ndarray, f: np.ndarray, m: np.float32, start: int
@@ -304,5 +330,5 @@ def _along(strip: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return (strip if rows >= columns else strip.T).astype(np.float64)
 
 
-def _chunks(first: int, end: int) -> Iterator[tuple[int, int]]:
+def chunks(first: int, end: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + CHUNK, end)) for start in range(first, end, CHUNK))

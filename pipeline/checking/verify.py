@@ -9,6 +9,7 @@ Each tensor is read twice, a chunk at a time (for its mean, then to be compared)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +20,16 @@ from fapm import fields
 from fapm.checking.comparing import Budget, Comparison, Progress
 from fapm.checking.consumers import read_as_consumers_do
 from fapm.checking.folder import check_folder, refused_by_transformers
+from fapm.checking.merged import CheckedLane, MergedComparison
 from fapm.errors import UserError
 from fapm.formats.checkpoint import Checkpoint
 from fapm.formats.delta import DELTA, check_base, patched, read_delta, stored_in
 from fapm.formats.header import read_header
 from fapm.formats.tensor import Part, Sides, TensorInfo
-from fapm.layout import INDEX, TABLE
-from fapm.manifest.read import load_manifest, read_table
+from fapm.layout import INDEX, TABLE, table_name
+from fapm.manifest.read import load_manifest, read_table, recipe_of
 from fapm.planning.make import make_plan
 from fapm.planning.plan import Plan
-from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS
 from fapm.scoring.threshold import MAX_KEY, score_of
 from fapm.storage.address import input_address, open_store
@@ -39,7 +40,7 @@ from fapm.storage.store import Reader, Store, differing
 def verify(
     out: str,
     base: str | None = None,
-    finetuned: str | None = None,
+    finetuned: str | Sequence[str] | None = None,
     progress: Progress | None = None,
     load: bool = False,
 ) -> list[str]:
@@ -47,7 +48,7 @@ def verify(
 
     Args:
         out: the output folder.
-        base, finetuned: where the inputs are now, if not where the run found them.
+        base, finetuned: where the inputs are now, if not where the run found them; of a merge all of its sources.
         progress: told bytes of the output as they are checked; they add up to the bytes of its tensors.
         load: ask transformers too whether names and shapes are those of the model.
 
@@ -58,7 +59,7 @@ def verify(
         UserError: there is no finished run, or its inputs are gone or are other files by now.
     """
     manifest = load_manifest(out)
-    plan = _plan(manifest, out, base, finetuned)
+    plan = _plan(manifest, out, base, [finetuned] if isinstance(finetuned, str) else finetuned or [])
     folder = open_store(out)
     try:
         records = manifest["shards"]
@@ -76,39 +77,51 @@ def verify(
             problems += more + _differing(plan, folder, tensors, found)
         rows = _read_rows(out, problems)
         budgets = _budgets(plan, rows, problems)
+        lanes = [_checked(lane, _read_rows(out, problems, lane.source), problems) for lane in plan.lanes]
         problems += _check_names(plan, tensors, unreadable, rows, budgets)
+        for lane in lanes:
+            for tensor in lane.plan.tensors():
+                if tensor.group and tensor.name not in tensors:
+                    lane.budgets[tensor.group].ties_left = None
         for tensor in sorted(plan.tensors(), key=lambda t: t.name):
             if tensor.name in tensors:
-                compared = Comparison(plan, folder, tensor, tensors[tensor.name], progress or (lambda nbytes: None))
-                row = rows.get(tensor.name, {})
-                if tensor.operation == "matrices":
+                row, there, tell = rows.get(tensor.name, {}), tensors[tensor.name], progress or (lambda nbytes: None)
+                compared = Comparison(plan, folder, tensor, there, tell)
+                if tensor.operation == "merge":
+                    problems += MergedComparison(plan, folder, tensor, there, lanes, tell).problems(row)
+                elif tensor.operation == "matrices":
                     problems += compared.projected(row)
                 elif tensor.operation:
                     problems += compared.pruned(row, budgets)
                 else:
                     problems += compared.passed_through()
         problems += _check_counts(plan, budgets)
+        for lane in lanes:
+            problems += [f"source {lane.plan.source}: {one}" for one in _check_counts(lane.plan, lane.budgets)]
     finally:
-        for opened in (folder, plan.base.folder, plan.finetuned.folder):
+        for opened in (folder, *(side.folder for side in plan.inputs.values())):
             opened.close()
     return problems
 
 
-def _plan(manifest: dict[str, Any], out: str, base: str | None, finetuned: str | None) -> Plan:
+def _plan(manifest: dict[str, Any], out: str, base: str | None, finetuned: Sequence[str]) -> Plan:
     """The plan of the run, made again from its recipe and the headers of its inputs.
 
     Raises:
         UserError: an input is gone or is not the one that was pruned.
     """
-    given = {"base": base or manifest["paths"]["base"], "finetuned": finetuned or manifest["paths"]["finetuned"]}
-    paths = {role: input_address(path) for role, path in given.items()}
-    for role, path in paths.items():
+    then = [source["path"] for source in manifest.get("sources", ())] or [manifest["paths"]["finetuned"]]
+    if finetuned and len(finetuned) != len(then):
+        raise UserError(f"--finetuned: give all {len(then)} of this merge, in their order ({len(finetuned)} are given)")
+    given = [("base", base or manifest["paths"]["base"]), *(("finetuned", path) for path in finetuned or then)]
+    paths = [input_address(path) for _, path in given]
+    for (role, _), path in zip(given, paths, strict=True):
         if not open_store(path).exists():
             raise UserError(f"the {role} checkpoint of this run, {path}, is not there; say where it is with --{role}")
-    literal = {side: fields.literal(path) for side, path in (paths | {"out": out}).items()}
-    plan = make_plan(Recipe.of(**literal, **manifest["recipe"]))
-    for checkpoint, moved in ((plan.base, base), (plan.finetuned, finetuned)):
-        _check_identity(checkpoint, manifest["inputs"][checkpoint.role], moved is not None)
+    first, *others = map(fields.literal, paths)
+    plan = make_plan(recipe_of(manifest, first, others, fields.literal(out)))
+    for role, checkpoint in plan.inputs.items():
+        _check_identity(checkpoint, manifest["inputs"][role], bool(base if role == "base" else finetuned))
     return plan
 
 
@@ -284,12 +297,12 @@ def _check_names(
 # What the run recorded of each group.
 
 
-def _read_rows(out: str, problems: list[str]) -> dict[str, dict[str, Any]]:
-    """The table's rows by tensor; none if it cannot be read."""
+def _read_rows(out: str, problems: list[str], source: int = 0) -> dict[str, dict[str, Any]]:
+    """The table's rows by tensor, or those of a merge's source; none if it cannot be read."""
     try:
-        return {row["name"]: row for row in read_table(out)}
+        return {row["name"]: row for row in read_table(out, source)}
     except UserError:
-        problems.append(f"{TABLE}: missing or damaged, so what each group keeps cannot be checked")
+        problems.append(f"{table_name(source)}: missing or damaged, so what each group keeps cannot be checked")
         return {}
 
 
@@ -324,6 +337,10 @@ def _budgets(plan: Plan, rows: dict[str, dict[str, Any]], problems: list[str]) -
         elif rows:
             problems.append(f"group {name!r}: {TABLE} does not record one threshold for all of its tensors")
     return budgets
+
+
+def _checked(lane: Plan, rows: dict[str, dict[str, Any]], problems: list[str]) -> CheckedLane:
+    return CheckedLane(lane, {t.name: t for t in lane.tensors()}, _budgets(lane, rows, problems), rows)
 
 
 def _check_counts(plan: Plan, budgets: dict[str, Budget]) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fapm import fields
 from fapm.card import model_card
 from fapm.errors import UserError
 from fapm.formats.configuration import followed
@@ -29,6 +28,7 @@ from fapm.layout import (
     delta_facts_name,
     record_name,
     rows_name,
+    table_name,
 )
 from fapm.manifest.read import read_run_file, read_table
 from fapm.manifest.state import State, identity
@@ -40,7 +40,7 @@ from fapm.schemas import ShardRecord
 from fapm.scoring.methods import METHODS
 from fapm.shard.table import MEASURED, from_parquet, to_parquet, totals
 from fapm.shard.task import saved_read_bytes
-from fapm.storage.address import absolute, scheme_of, split
+from fapm.storage.address import scheme_of, split
 from fapm.storage.records import parse
 from fapm.storage.store import Store, differing, overlapped
 from fapm.version import version
@@ -52,7 +52,7 @@ def check_inputs(plan: Plan) -> None:
     Raises:
         UserError: one has changed while it was read.
     """
-    for side in (plan.base, plan.finetuned):
+    for side in plan.inputs.values():
         now = side.folder.files()
         for file, then in side.identity.items():
             what = differing(then, {"size": now[file].size, **now[file].version}) if file in now else ["gone"]
@@ -105,12 +105,19 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     check_inputs(plan)
     names, at_once = [record_name(s.index) for s in plan.shards], out.reads_at_once
     records = list(overlapped(functools.partial(read_run_file, out, model=ShardRecord), names, at_once))
-    measured = np.concatenate(list(overlapped(functools.partial(_measured, out), plan.shards, at_once)))
-    _check_kept(plan, measured)
+    measured = [
+        np.concatenate(list(overlapped(functools.partial(_measured, out, of.source), of.shards, at_once)))
+        for of in (plan, *plan.lanes)
+    ]
+    for of, rows in zip((plan, *plan.lanes), measured, strict=True):
+        _check_kept(of, rows)
     _check_libraries(records)
-    literal = {side: fields.literal(absolute(path)) for side, path in _paths(plan.recipe).items()}
-    out.write(RECIPE, plan.recipe.model_copy(update=literal).to_yaml().encode())
-    table = to_parquet(plan.shards, plan.groups, measured)
+    out.write(RECIPE, plan.recipe.literal().to_yaml().encode())
+    table, *of_sources = (
+        to_parquet(of.shards, of.groups, rows) for of, rows in zip((plan, *plan.lanes), measured, strict=True)
+    )
+    for lane, made in zip(plan.lanes, of_sources, strict=True):
+        out.write(table_name(lane.source), made)
     out.write(TABLE, table)
     if plan.recipe.emit != "checkpoint":
         out.write(DELTA, _delta(plan, records, out))
@@ -124,12 +131,17 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "shards": records,
         "totals": {
-            **totals(list(plan.tensors()), measured),
+            **totals(list(plan.tensors()), measured[0]),
             "read_bytes": sum(r["read_bytes"] for r in records) + _read_to_measure(out),
             "elements": sum(t.numel for t in plan.tensors()),
             "delta_bytes": sum(r.get("delta", r)["nbytes"] for r in records) if plan.recipe.emit != "checkpoint" else 0,
             "written_bytes": sum(r["nbytes"] + r.get("delta", {"nbytes": 0})["nbytes"] for r in records),
         },
+        **(
+            {"sources": [_source(lane, rows) for lane, rows in zip(plan.lanes, measured[1:], strict=True)]}
+            if plan.lanes
+            else {}
+        ),
         "left_out": list(plan.left_out),
         "added": list(plan.added),
         "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
@@ -141,9 +153,18 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     return manifest
 
 
-def _measured(out: Store, shard: Shard) -> np.ndarray:
+def _source(lane: Plan, measured: np.ndarray) -> dict[str, Any]:
+    """What is said of a merge's source."""
+    return {
+        "path": lane.recipe.finetuned,
+        **totals(list(lane.tensors()), measured),
+        **{name: getattr(lane.recipe, name) for name in ("method", "density", "scope", "seed")},
+    }
+
+
+def _measured(out: Store, source: int, shard: Shard) -> np.ndarray:
     """Measured rows of a shard's tensors, (t,) MEASURED."""
-    name, nbytes = rows_name(shard.index), len(shard.tensors) * MEASURED.itemsize
+    name, nbytes = rows_name(shard.index, source), len(shard.tensors) * MEASURED.itemsize
     if out.size(name) != nbytes:
         raise UserError(f"{out.at(name)} is damaged; start again with --overwrite")
     return np.frombuffer(out.read(name), MEASURED)

@@ -76,7 +76,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "format": 1,
         "recipe": plan.recipe.decides(),
-        "inputs": {"base": plan.base.identity, "finetuned": plan.finetuned.identity},
+        "inputs": {role: side.identity for role, side in plan.inputs.items()},
     }
 
 
@@ -91,7 +91,7 @@ def check_folder(plan: Plan, overwrite: bool) -> State:
         raise UserError(f"--out {out.address}: an output for the Hub is made by fapm.publish")
     if out.is_file():
         raise UserError(f"--out {out.address} is a file; give a folder")
-    for role, side in (("base", plan.base.folder), ("finetuned", plan.finetuned.folder)):
+    for role, side in ((role, checkpoint.folder) for role, checkpoint in plan.inputs.items()):
         overlap = out.overlaps(side)
         if overlap == "same":
             raise UserError(f"--out {out.address} is the {role} checkpoint itself; give another folder")
@@ -169,7 +169,7 @@ def _how(what: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
         return "its header differs"
     if "mtime_ns" not in what and "etag" not in what:
         return "its time of change is the same, but it was written in place, copied or renamed meanwhile"
-    if not all("mtime_ns" in x for x in (then, now)):
+    if not all(x.get("mtime_ns") for x in (then, now)):
         return "it was written again"
     when = (datetime.datetime.fromtimestamp(x["mtime_ns"] / 1e9).isoformat(" ", "seconds") for x in (then, now))
     return "modified {} then, {} now".format(*when)

@@ -19,6 +19,7 @@ from fapm.formats.tensor import Side, TensorInfo
 from fapm.formats.unpaired import refuse_strangers
 from fapm.formats.vocabulary import tied_to
 from fapm.planning.matrices import refuse_large_matrices
+from fapm.planning.merge import check_merge, merge
 from fapm.planning.pairing import as_finetuned_names_it, pair_all, refuse_unpaired_of
 from fapm.planning.plan import PairedTensor, Plan
 from fapm.planning.shards import cut, default_shard_size, group, pattern_of
@@ -40,21 +41,31 @@ def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
     """The plans of several runs over the same inputs, which are opened once."""
     times, recipe = fields.times(), recipes[0]
     base, not_base = newest(fields.fill(recipe.base, times), "base")
-    finetuned, not_finetuned = newest(fields.fill(recipe.finetuned, times), "finetuned")
+    found = [newest(fields.fill(path, times), "finetuned") for path in recipe.checkpoints[1:]]
+    paths, passed = [path for path, _ in found], [warning for _, warnings in found for warning in warnings]
     with without_collection():
         pickles = recipe.allow_pickle
         known = open_checkpoint(base, "base", allow_pickle=pickles, plain_codes=recipe.plain_codes)
-        tuned = open_checkpoint(
-            finetuned, "finetuned", known, recipe.renames, pickles, recipe.on_conflict, recipe.plain_codes
-        )
+        tuned = [
+            open_checkpoint(path, "finetuned", known, recipe.renames, pickles, recipe.on_conflict, recipe.plain_codes)
+            for path in paths
+        ]
         plans = []
         for given in recipes:
-            plan = plan_pair(given.model_copy(update={"base": base, "finetuned": finetuned}), known, tuned)
-            warnings = (*not_base, *not_finetuned, *plan.warnings)
+            plan = _plan(given.at(base, paths), known, tuned)
+            warnings = (*not_base, *passed, *plan.warnings)
             if recipe.strict and warnings:
                 raise UserError(f"--strict: {plural(len(warnings), 'warning')}: {'; '.join(warnings)}")
             plans.append(replace(plan, given=given, warnings=warnings))
         return plans
+
+
+def _plan(recipe: Recipe, base: Checkpoint, finetuned: Sequence[Checkpoint]) -> Plan:
+    if not recipe.merged:
+        return plan_pair(recipe, base, finetuned[0])
+    check_merge(recipe)
+    lanes = [plan_pair(lane, base, side) for lane, side in zip(recipe.lanes, finetuned, strict=True)]
+    return merge(recipe, lanes)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fapm.recipe import Recipe, format_bytes
 from fapm.storage.address import open_store
 from fapm.storage.store import Store
 
-Operation = Literal["", "elements", "matrices"]
+Operation = Literal["", "elements", "matrices", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class PairedTensor:
             group's budget; of a blend α; of a matrix method 1.
         operation: what a worker does with it, by the method's kind; empty if it passes through.
         folder: of a model of several folders the one in which it lies, with which its name then begins.
+        source: number of the checkpoint that `finetuned` is of: 1 is the first fine-tuned one, 0 would be base.
+        others: of a merge, what further checkpoints have of it, with their numbers.
     """
 
     name: str
@@ -48,6 +50,8 @@ class PairedTensor:
     parameter: float = 0.0
     folder: str = ""
     operation: Operation = ""
+    source: int = 1
+    others: tuple[tuple[int, TensorInfo], ...] = ()
 
     @property
     def stored_name(self) -> str:
@@ -68,19 +72,17 @@ class PairedTensor:
         return count * min(rows, columns)
 
     @property
-    def sources(self) -> tuple[TensorInfo, ...]:
-        """Stored tensors that have to be read for it."""
-        if self.action == "prune":
-            assert self.base is not None
-            assert self.finetuned is not None
-            return (self.base, self.finetuned)
-        source = self.base if self.action == "base" else self.finetuned
-        assert source
-        return (source,)
+    def sources(self) -> tuple[tuple[int, TensorInfo], ...]:
+        """Stored tensors that have to be read for it, each with the number of its checkpoint: base's first."""
+        sides = {"base": (0, self.base), "finetuned": (self.source, self.finetuned)}
+        wanted = list(sides.values()) if self.action == "prune" else [sides[self.action]]
+        found = [(number, info) for number, info in wanted if info is not None]
+        assert len(found) == len(wanted)
+        return (*found, *self.others)
 
     @property
     def read_bytes(self) -> int:
-        return sum(s.nbytes for s in self.sources)
+        return sum(info.nbytes for _, info in self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ class Plan:
         accounts: by side, what becomes of every stored tensor.
         heads: those that only finetuned stores, and that base ties to its embedding.
         chosen: how the recipe was chosen, for the card; empty where nothing is to be said.
+        lanes: of a merge the plans of its sources, cut into the same shards.
+        source: of one of these its number, from 1, and `within`: the shards of the merge.
     """
 
     recipe: Recipe
@@ -151,6 +155,9 @@ class Plan:
     accounts: dict[str, Account]
     heads: tuple[str, ...] = ()
     chosen: str = ""
+    lanes: tuple[Plan, ...] = ()
+    source: int = 0
+    within: tuple[Shard, ...] = ()
 
     def __repr__(self) -> str:
         return f"Plan({self._line()})"
@@ -169,6 +176,12 @@ class Plan:
     def out(self) -> Store:
         """The output folder, opened once; its path has to be settled."""
         return open_store(self.recipe.out)
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """base, finetuned, and of a merge finetuned-2 and so on."""
+        further = {f"finetuned-{lane.source}": lane.finetuned for lane in self.lanes[1:]}
+        return {"base": self.base, "finetuned": self.finetuned, **further}
 
     @property
     def operation(self) -> Operation:

@@ -41,6 +41,7 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "base": manifest["paths"]["base"],
         "finetuned": manifest["paths"]["finetuned"],
         **{choice: recipe[choice] for choice in ("method", *PARAMETERS, "scope", "rules") if choice in recipe},
+        **_merge_facts(manifest),
         "shards": len(manifest["shards"]),
         "totals": manifest["totals"],
         "finished": manifest["finished"],
@@ -53,6 +54,16 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "added": manifest["added"],
         "oddities": manifest["oddities"],
     }
+
+
+def _merge_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Of a merge how its sources were combined, and what was kept of each."""
+    if not manifest.get("sources"):
+        return {}
+    recipe = manifest["recipe"]
+    weights = [source.get("weight", 1.0) for source in recipe["merged"]]
+    sources = [{**source, "weight": weight} for source, weight in zip(manifest["sources"], weights, strict=True)]
+    return {"combine": recipe.get("combine", "sum"), "scaling": recipe.get("scaling", 1.0), "sources": sources}
 
 
 def prune_facts(result: Result) -> dict[str, Any]:
@@ -96,7 +107,8 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
 
     twice = to_measure(plan)
     elements = sum(tensor.numel for tensor in plan.tensors())
-    kept, weights = sum(g.k for g in plan.groups.values()), plan.weights
+    groups = [group for of in plan.lanes or (plan,) for group in of.groups.values()]
+    kept, weights = sum(g.k for g in groups), plan.weights
     kinds: dict[str, list[str]] = {"pruned": [], "grown": [], "ruled": [], "passed_through": [], "added": []}
     for tensor in plan.tensors():
         kinds[_kind(plan, tensor)].append(tensor.name)
@@ -114,14 +126,14 @@ def plan_facts(plan: Plan, state: str, todo: int, workers: int, rate: float | No
         "shards": len(plan.shards),
         "shards_to_do": todo,
         "largest_shard_bytes": max(s.nbytes for s in plan.shards),
-        "groups": len(plan.groups),
-        "wide_groups": sum(g.cross_shard for g in plan.groups.values()),
+        "groups": len(groups),
+        "wide_groups": sum(g.cross_shard for g in groups),
         "weights": weights.numel,
         "unpaired": weights.unpaired,
-        "density_of_all": (kept + weights.taken) / weights.numel if weights.numel else None,
-        "competing_elements": sum(g.numel for g in plan.groups.values()),
+        "density_of_all": (kept + weights.taken) / weights.numel if weights.numel and not plan.lanes else None,
+        "competing_elements": sum(g.numel for g in groups),
         "kept_elements": kept,
-        "inputs": {side.role: _where(side) for side in (plan.base, plan.finetuned)},
+        "inputs": {role: _where(side) for role, side in plan.inputs.items()},
         "upload_bytes": plan.write_bytes if scheme_of(plan.recipe.out) else 0,
         "read_bytes": plan.pair_bytes,
         "read_twice_bytes": twice,

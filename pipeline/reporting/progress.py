@@ -78,13 +78,13 @@ class Progress:
     def begin(self, plan: Plan, nbytes: int) -> None:
         """Begin the bar of a run of `nbytes` progress bytes."""
         from fapm.manifest.state import unfinished_shards
-        from fapm.recipe import PATHS, format_bytes
+        from fapm.recipe import format_bytes
 
         count, todo = len(plan.shards), unfinished_shards(plan)
         self._shards = {shard.name for shard in plan.shards}
         self._done = count - len(todo)
-        for side in PATHS:
-            given, found = getattr(plan.given, side), getattr(plan.recipe, side)
+        paths = ((*recipe.checkpoints, recipe.out) for recipe in (plan.given, plan.recipe))
+        for side, given, found in zip((*plan.inputs, "out"), *paths, strict=True):
             if given != found:
                 self.say(f"{side}: {given} is {found}")
         for warning in plan.warnings:
@@ -92,7 +92,7 @@ class Progress:
         if self._done:
             self.say(f"going on: {self._done} of {count} shards are finished")
         self.say(
-            f"pruning {sum(1 for _ in plan.tensors())} tensors into {count} shard(s): "
+            f"{'merging' if plan.lanes else 'pruning'} {sum(1 for _ in plan.tensors())} tensors into {count} shard(s): "
             f"{format_bytes(nbytes)} to read, {format_bytes(sum(plan.shards[i].nbytes for i in todo))} to write"
         )
         self.count(nbytes, _label(self._done, count))

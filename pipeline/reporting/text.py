@@ -62,6 +62,8 @@ def run_text(facts: dict[str, Any]) -> str:
     elif kind == "matrix":
         fields.append(("rank", f"{totals.get('rank', 0):,} of {totals.get('full_rank', 0):,} singular values"))
         fields.append(("kept ‖Δ‖²", kept_share))
+    elif "sources" in facts:
+        fields += _sources(facts)
     elif totals["density"] is not None:
         effective = f"{totals['effective_density']:.4g} effective (kept and changed)"
         asked = f"{facts['density']:g} asked" + (", others by rule" if _with_density(facts["rules"]) else "")
@@ -78,6 +80,19 @@ def run_text(facts: dict[str, Any]) -> str:
     return _with_warnings(heading, fields, facts["oddities"])
 
 
+def _sources(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of a merge what was kept of each source, and where they meet."""
+    totals, fields = facts["totals"], []
+    for i, source in enumerate(facts["sources"], 1):
+        kept = f"{source['kept'] / max(1, source['pruned_numel']):.4g} kept, {_share(source['kept_share'])} of ‖Δ‖²"
+        fields.append((f"source {i}", f"{source['path']}: {how(source)}, weight {source['weight']:g}; {kept}"))
+    numel, kept = totals["pruned_numel"], totals["kept"]
+    if numel:
+        shared = f", {totals['shared'] / max(1, kept):.1%} of them by several, {totals['opposed'] / max(1, kept):.1%}"
+        fields.append(("changed", f"{kept / numel:.4g} of all elements{shared} in different directions"))
+    return fields
+
+
 def next_text(facts: dict[str, Any], emit: str) -> str:
     """What to do with a finished output."""
     out, base = shlex.quote(facts["out"]), shlex.quote(facts["base"])
@@ -91,7 +106,7 @@ def next_text(facts: dict[str, Any], emit: str) -> str:
         ("check it", f"fapm verify {out}"),
         ("look at it", f"fapm report {out} --html page.html"),
     ]
-    return "next\n" + fields_text([*words, ("choose", swept)])
+    return "next\n" + fields_text([*words, *([] if "sources" in facts else [("choose", swept)])])
 
 
 def _of_all(weights: int | None, density: float | None, unpaired: int | None) -> list[tuple[str, str]]:

@@ -32,7 +32,20 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
         with np.errstate(all="ignore"):
             kept = round_to(method.value(x, y, x.dtype.type(tensor.parameter)), tensor.dtype)
     rounded = method.value is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
-    return Chunk(_starts(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
+    return Chunk(starts_of(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
+
+
+def value_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chunk:
+    """The same where elements become values in the type of the arithmetic: base's, or what is kept, not rounded."""
+    tensor, method = part.tensors[0], METHODS[recipe.method]
+    p, f = pair_of_values(views[0], views[1], tensor, recipe)
+    kept = f
+    if method.value is not None and tensor.parameter not in (0, 1):
+        with np.errstate(all="ignore"):
+            kept = method.value(p, f, p.dtype.type(tensor.parameter))
+    bits_of = f"u{p.itemsize}"
+    given = streams(part.tensors, recipe), p, f, p.view(bits_of), np.ascontiguousarray(kept).view(bits_of)
+    return Chunk(starts_of(part), part.start, *given)
 
 
 def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChunk:
@@ -54,7 +67,8 @@ def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChu
     )
 
 
-def _starts(part: Slice) -> np.ndarray:
+def starts_of(part: Slice) -> np.ndarray:
+    """Where each tensor's elements begin in a slice, and the last one's end: (r + 1,) int64."""
     if len(part.tensors) == 1:
         return np.array([0, part.stop - part.start])
     return np.cumsum([0, *(tensor.common for tensor in part.tensors)])

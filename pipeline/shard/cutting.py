@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fapm.planning.plan import PairedTensor
@@ -29,7 +29,7 @@ HowToCut = Callable[[Task], Cut]
 
 def to_measure(task: Task) -> Cut:
     """The tensors of the groups that are counted."""
-    return cut_for(task, {t.name for of in task.lanes for t in of.cross_shard() if t.group in of.brackets})
+    return cut_for(task, {t.name for of in task.parts for t in of.cross_shard() if t.group in of.brackets})
 
 
 def to_write(task: Task) -> Cut:
@@ -47,9 +47,10 @@ def cut_for(task: Task, names: set[str]) -> Cut:
     def together(of: LaneTask) -> list[str]:
         return [name for name, group in of.groups.items() if not group.cross_shard and group.tensors > 1]
 
-    widest = max(task.lanes, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
-    tensors = [t for t in widest.shard.tensors if t.name in names]
-    whole = len(tensors) == len(widest.shard.tensors)
-    by_lane = [{t.name: t.parameter for t in of.shard.tensors} for of in task.lanes]
+    widest = max(task.parts, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
+    groups = {t.name: t.group for t in widest.shard.tensors}
+    tensors = [replace(t, group=groups[t.name]) for t in task.shard.tensors if t.name in names]
+    whole = len(tensors) == len(task.shard.tensors)
+    by_lane = [{t.name: t.parameter for t in of.shard.tensors} for of in task.parts]
     kinds = {t.name: tuple(lane[t.name] for lane in by_lane) for t in tensors}
     return Cut(tensors, together(widest) if whole else [], kinds)

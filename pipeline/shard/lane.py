@@ -10,6 +10,7 @@ import numpy as np
 from fapm.recipe import Recipe
 from fapm.shard import passes
 from fapm.shard.passes import SectionState
+from fapm.shard.table import MEASURED
 from fapm.shard.task import LaneTask
 from fapm.storage.store import Store
 
@@ -21,19 +22,29 @@ class Lane:
     Attributes:
         out: the folder in which it writes.
         means: (t, 2) float64 of the shard's tensors, as of `load_means`.
+        rows: (t,) MEASURED, of the shard's tensors.
+        ties: what is left of each group's tie quota.
+        parts: of a merge the lanes of its sources.
     """
 
     task: LaneTask
     out: Store
     means: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    ties: dict[str, int] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
         return self.task.recipe
 
     def __post_init__(self) -> None:
+        self.parts = [Lane(part, self.out) for part in self.task.parts]
+        self.rows = np.zeros(len(self.task.shard.tensors), MEASURED)
         self.place = {t.name: i for i, t in enumerate(self.task.shard.tensors)}
         self.tensors = {t.name: t for t in self.task.shard.tensors}
+
+    def keep_ties(self, state: SectionState) -> None:
+        """Remember what a section has left of the tie quotas."""
+        self.ties |= zip(state.names, state.ties.tolist(), strict=True)
 
 
 def share_means(lanes: Sequence[Lane]) -> None:
@@ -48,7 +59,10 @@ def share_means(lanes: Sequence[Lane]) -> None:
 def find_means(lanes: Sequence[Lane], states: Sequence[SectionState]) -> None:
     """Find the means of a section once for all lanes, in which they are the same."""
     here = [lanes[0].place[t.name] for t in states[0].tensors]
-    passes.find_means(states[0], lanes[0].means[here])
+    known = lanes[0].means[here]
+    for state in states:  # of a merge's sources not all have every tensor
+        passes.find_means(state, known)
+        known = np.stack([state.mean, state.base_squares], 1)
     for lane, state in zip(lanes, states, strict=True):
-        state.mean, state.base_squares = states[0].mean, states[0].base_squares
-        lane.means[here] = np.stack([state.mean, state.base_squares], 1)
+        state.mean, state.base_squares = known.T.copy()
+        lane.means[here] = known

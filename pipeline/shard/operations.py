@@ -1,7 +1,8 @@
 """Operations: what a worker does with a section for its lanes, whose methods are of kinds with one operation.
 
-Selections and blends go over elements (`fapm.shard.passes`), matrix methods over matrices (`fapm.shard.projection`).
-A worker knows no method: it reads sections, and runs the operation of its lanes on them.
+Selections and blends go over elements (`fapm.shard.passes`), matrix methods over matrices (`fapm.shard.projection`),
+merges over elements of several sources (`fapm.shard.merging`). A worker knows no method: it reads sections, and runs
+the operation of its lanes on them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Protocol
 import numpy as np
 
 from fapm.planning.matrices import matrix_bytes
+from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS
 from fapm.shard import passes, projection
 from fapm.shard.lane import Lane, find_means
+from fapm.shard.merging import Merging
 from fapm.shard.output import Output
 from fapm.shard.passes import SectionState
 
@@ -40,9 +43,12 @@ class Operation(Protocol):
 
     def write(
         self, lanes: Sequence[Lane], states: Sequence[SectionState], outputs: Sequence[Output], tell: Tell
-    ) -> list[np.ndarray]:
-        """Write the bytes of a section to the outputs of the lanes; returns what was measured of it, (t,) MEASURED,
-        of each lane."""
+    ) -> None:
+        """Write the bytes of a section to the outputs of the lanes, and what was measured of it to their rows.
+
+        Args:
+            states: of every lane, or of a merge's sources.
+        """
         ...
 
 
@@ -59,13 +65,12 @@ class Elements:
 
     def write(
         self, lanes: Sequence[Lane], states: Sequence[SectionState], outputs: Sequence[Output], tell: Tell
-    ) -> list[np.ndarray]:
+    ) -> None:
         find_means(lanes, states)
-        passes.search(states, [lane.task.thresholds for lane in lanes], [of.ties for of in outputs])
-        rows = passes.apply(states, [output.sink for output in outputs], tell)
-        for output, state in zip(outputs, states, strict=True):
-            output.ties |= zip(state.names, state.ties.tolist(), strict=True)
-        return rows
+        passes.search(states, [lane.task.thresholds for lane in lanes], [lane.ties for lane in lanes])
+        keep_rows(lanes, states, passes.apply(states, [output.sink for output in outputs], tell))
+        for lane, state in zip(lanes, states, strict=True):
+            lane.keep_ties(state)
 
 
 class Projections:
@@ -82,12 +87,18 @@ class Projections:
 
     def write(
         self, lanes: Sequence[Lane], states: Sequence[SectionState], outputs: Sequence[Output], tell: Tell
-    ) -> list[np.ndarray]:
-        return projection.write(states, [output.sink for output in outputs], tell)
+    ) -> None:
+        keep_rows(lanes, states, projection.write(states, [output.sink for output in outputs], tell))
+
+
+def keep_rows(lanes: Sequence[Lane], states: Sequence[SectionState], rows: Sequence[np.ndarray]) -> None:
+    """Put what was measured of a section, (t,) MEASURED of each lane, where the lanes have it of their shards."""
+    for lane, state, of_lane in zip(lanes, states, rows, strict=True):
+        lane.rows[[lane.place[t.name] for t in state.tensors]] = of_lane
 
 
 _OPERATIONS: dict[str, Operation] = {"selection": Elements(), "blend": Elements(), "matrix": Projections()}
 
 
-def operation_of(method: str) -> Operation:
-    return _OPERATIONS[METHODS[method].kind]
+def operation_of(recipe: Recipe) -> Operation:
+    return Merging() if recipe.merged else _OPERATIONS[METHODS[recipe.method].kind]

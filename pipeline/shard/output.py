@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fapm.formats.tensor import Sides
 from fapm.layout import delta_facts_name, record_name, rows_name
 from fapm.scoring.engine import DeviceEngine
@@ -15,7 +13,6 @@ from fapm.scoring.matrices import library
 from fapm.shard.delta import Checked, DeltaWriter, promised
 from fapm.shard.lane import Lane
 from fapm.shard.meter import Meter
-from fapm.shard.table import MEASURED
 from fapm.shard.writing import BUFFERS, AnySink, Direct, Sink
 from fapm.storage.store import Store, Writer
 
@@ -25,21 +22,19 @@ class Output:
     """A shard on its way out.
 
     Attributes:
-        rows: (t,) MEASURED, of its tensors.
-        ties: what is left of each group's tie quota.
+        lane: the run that it is of.
     """
 
     lane: Lane
     writer: Writer
     delta: DeltaWriter | None
     sink: AnySink
-    rows: np.ndarray
-    ties: dict[str, int]
 
     def publish(self, checksum: str, sparse: dict[str, Any] | None, meter: Meter) -> int:
         """Publish the records of the shard, then the shard; returns how many bytes it has."""
         shard, out, emit = self.lane.task.shard, self.lane.out, self.lane.recipe.emit
-        out.write(rows_name(shard.index), self.rows.tobytes())
+        for lane in (self.lane, *self.lane.parts):
+            out.write(rows_name(shard.index, lane.task.source), lane.rows.tobytes())
         record: dict[str, Any] = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum}
         if sparse and self.delta:
             record = sparse if emit == "delta" else {**record, "delta": sparse}
@@ -53,17 +48,17 @@ class Output:
 
 
 def begin_output(
-    lane: Lane, inputs: tuple[Store, Store], device: DeviceEngine | None, buffer: int, first: DeltaWriter | None
+    lane: Lane, base: Store, device: DeviceEngine | None, buffer: int, first: DeltaWriter | None
 ) -> Output:
     """Begin the shard of a lane.
 
     Args:
-        inputs: where base and finetuned lie.
+        base: where it lies.
         device: from which elements come, and `buffer`: bytes of each buffer on their way from there.
         first: of the first lane, what has already been found of base.
     """
     shard, recipe = lane.task.shard, lane.recipe
-    writer, delta = _writers(lane, inputs, first)
+    writer, delta = _writers(lane, base, first)
     sink: AnySink
     if delta and recipe.emit == "delta" and device is None:
         sink = Direct(delta, shard.nbytes)
@@ -71,10 +66,10 @@ def begin_output(
         sink = Sink(writer, shard.nbytes)
     else:
         sink = Sink(writer, shard.nbytes, [device.host(buffer) for _ in range(BUFFERS)], device.received)
-    return Output(lane, writer, delta, sink, np.zeros(len(shard.tensors), MEASURED), {})
+    return Output(lane, writer, delta, sink)
 
 
-def _writers(lane: Lane, inputs: tuple[Store, Store], first: DeltaWriter | None) -> tuple[Writer, DeltaWriter | None]:
+def _writers(lane: Lane, base: Store, first: DeltaWriter | None) -> tuple[Writer, DeltaWriter | None]:
     """Writer of the shard's bytes; and the one that makes its sparse task vector of them, if that is wanted."""
     recipe, shard, writer = lane.recipe, lane.task.shard, None
     if recipe.emit != "delta":
@@ -84,5 +79,5 @@ def _writers(lane: Lane, inputs: tuple[Store, Store], first: DeltaWriter | None)
         if recipe.emit == "checkpoint":
             return writer, None
     compress = recipe.delta_compression != "none"
-    delta = DeltaWriter(shard, Sides(*inputs), lane.out, compress, recipe.reversible, writer, first)
+    delta = DeltaWriter(shard, Sides(base, base), lane.out, compress, recipe.reversible, writer, first)
     return delta, delta

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from fapm.scoring.threshold import (
     histograms,
 )
 from fapm.shard import sample
-from fapm.shard.chunk import count_nonfinite, make_chunk, stored_chunk
+from fapm.shard.chunk import count_nonfinite, make_chunk, stored_chunk, value_chunk
 from fapm.shard.reading import Pieces
 from fapm.shard.sample import Sample
 from fapm.shard.section import SMALL, Slice
@@ -109,6 +109,7 @@ class SectionState:
     Attributes:
         groups: every group of its tensors, by name.
         tensors: the section's, as this recipe's plan has them.
+        source: number of the fine-tuned checkpoint that it is about.
         taken: what the states of a section share of their samples.
         names: the groups in the order of the arrays.
         group_of: (t,) int64, each tensor's group; −1 where it is not pruned.
@@ -125,6 +126,7 @@ class SectionState:
     memory: HistogramMemory = field(default_factory=HistogramMemory)
     tensors: tuple[PairedTensor, ...] = ()
     taken: SampleCache = field(default_factory=SampleCache)
+    source: int = 1
 
     def __post_init__(self) -> None:
         self.tensors = self.tensors or self.pieces.section.tensors
@@ -150,13 +152,21 @@ class SectionState:
 
     def own(self, part: Slice) -> Slice:
         """A slice of the section with the tensors as this recipe's plan has them."""
-        return replace(part, tensors=self.tensors[places(part)])
+        return part.of(self.tensors)
+
+    def pair(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> list[np.ndarray] | StoredChunk:
+        """Of what is held of a slice the bytes of base and of its own source."""
+        if isinstance(held, StoredChunk):
+            return held
+        numbers = [number for number, _ in part.sources]
+        return [held[0], held[numbers.index(self.source)]]
 
     def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
-        """Chunk for the engine, of a slice of its own."""
-        if not isinstance(held, StoredChunk):
-            return make_chunk(part, held, self.recipe)
-        return stored_chunk(part, held.put, self.recipe)
+        """Chunk for the engine, of a slice of the section."""
+        own, pair = self.own(part), self.pair(part, held)
+        if not isinstance(pair, StoredChunk):
+            return make_chunk(own, pair, self.recipe)
+        return stored_chunk(own, pair.put, self.recipe)
 
     @property
     def on_device(self) -> bool:
@@ -177,17 +187,17 @@ class SectionState:
         """About `share` of a tensor's elements, in runs of `longest` at most."""
 
         def take() -> Sample:
-            parts = self.pieces.parts(tensor)
+            parts = [(part, self.pair(part, held)) for part, held in self.pieces.parts(tensor)]
             if parts:
                 return sample.near(parts, tensor, share, self.recipe, self.engine.device, longest)
             return sample.far(self.pieces.reader, tensor, share, self.recipe, longest)
 
-        found: Sample = self.taken.get((tensor.name, share, longest), take)
+        found: Sample = self.taken.get((tensor.name, self.source, share, longest), take)
         return found
 
     def scores(self, taken: Sample, tensor: PairedTensor, mean: np.float32) -> np.ndarray:
         """The scores of a sample's elements (float32)."""
-        key = self.recipe.method, tensor.name, taken.p.size
+        key = self.recipe.method, self.recipe.seed, self.source, tensor.name, taken.p.size
         found: np.ndarray = self.taken.get(key, lambda: taken.scores(tensor, self.recipe, mean))
         return found
 
@@ -207,7 +217,7 @@ def each_chunk(wanted: Sequence[tuple[SectionState, np.ndarray, Take]]) -> None:
         here = places(part)
         for state, tensors, take in wanted:
             if not part.raw and tensors[here].any():
-                take(here, state.chunk(state.own(part), held))
+                take(here, state.chunk(part, held))
 
 
 def find_means(state: SectionState, known: np.ndarray | None = None) -> None:
@@ -275,17 +285,17 @@ def tallies(
     wanted: Sequence[Wanted],
     memory: HistogramMemory | None = None,
 ) -> list[Tally]:
-    """Empty histograms for some groups of each state; states of one method have theirs together.
+    """Empty histograms for some groups of each state; states of one method and source have theirs together.
 
     Args:
-        memory: where the memory of the histograms comes from, if there is only one such method.
+        memory: where the memory of the histograms comes from, if all have theirs together.
     """
-    by_method: dict[str, list[int]] = {}
+    alike: dict[tuple[str, int, int], list[int]] = {}
     for i, state in enumerate(states):
-        by_method.setdefault(state.recipe.method, []).append(i)
-    zeros: dict[str, Any] = {"zeros": memory.zeros} if memory and len(by_method) == 1 else {}
+        alike.setdefault((state.recipe.method, state.source, state.recipe.seed), []).append(i)
+    zeros: dict[str, Any] = {"zeros": memory.zeros} if memory and len(alike) == 1 else {}
     found: dict[int, Tally] = {}
-    for members in by_method.values():
+    for members in alike.values():
         brackets = [bracket for i in members for bracket in wanted[i][0]]
         limits = [limit for i in members for limit in wanted[i][1] or [MAX_BINS] * len(wanted[i][0])]
         counted, first = histograms(brackets, limits, **zeros), 0
@@ -296,7 +306,7 @@ def tallies(
 
 
 def count(tallies: Sequence[Tally]) -> None:
-    """Count the scores into their histograms, in one pass for all; those of one method are computed once.
+    """Count the scores into their histograms, in one pass for all; those of one method and source are computed once.
 
     Raises:
         UserError: weights are not finite.
@@ -455,19 +465,23 @@ def apply(
     Raises:
         UserError: weights are not finite, or became infinite in the output's dtype.
     """
-    applications = [_Applying(state, sink) for state, sink in zip(states, sinks, strict=True)]
+    applying = [Applying(state) for state in states]
     for part, held in states[0].slices():
-        for application in applications:
-            application.take(part, held)
+        for one, sink in zip(applying, sinks, strict=True):
+            if part.raw:
+                assert isinstance(held, list)
+                pass_through(one.state.own(part), held[0], sink)
+            else:
+                one.write(part, held, sink)
         progress(part.nbytes)
-    return [application.measured() for application in applications]
+    return [one.measured() for one in applying]
 
 
-class _Applying:
+class Applying:
     """The application of one state's thresholds, slice by slice."""
 
-    def __init__(self, state: SectionState, sink: AnySink):
-        self._state, self._sink = state, sink
+    def __init__(self, state: SectionState):
+        self.state = state
         rows = self._rows = np.zeros(len(state.tensors), MEASURED)
         rows["before"] = rows["after"] = np.nan
         pruned = state.group_of >= 0
@@ -479,27 +493,41 @@ class _Applying:
         self._passed = state.engine.application(state.ties)
         self._added: list[tuple[slice, int]] = []
 
-    def take(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> None:
-        state, here = self._state, places(part)
-        part = state.own(part)
-        if part.raw:
-            assert isinstance(held, list)
-            pass_through(part, held[0], self._sink)
-            return
-        chunk, width, thresholds = state.chunk(part, held), itemsize(part.tensors[0].dtype), self._thresholds[here]
-        out = self._sink.reserve(chunk.numel * width, width).view(f"u{width}")
+    def write(self, part: Slice, held: list[np.ndarray] | StoredChunk, sink: AnySink) -> None:
+        """Write the output's bytes of a slice that is pruned."""
+        own, chunk = self.state.own(part), self.state.chunk(part, held)
+        width = itemsize(own.tensors[0].dtype)
+        out = sink.reserve(chunk.numel * width, width).view(f"u{width}")
+        self._add(own, chunk, out)
+        if chunk.rounded and isinstance(chunk, Chunk):
+            self._overflowed[places(part)] += _overflows(own, chunk, out)
+        if chunk.runs == 1 and isinstance(held, list):
+            sink.filled_from(own.tensors[0].name, part.start, held[0])
+
+    def values(self, part: Slice, pair: list[np.ndarray]) -> np.ndarray:
+        """Values of the elements of a slice: base's, or what is kept of the source, in the type of the arithmetic.
+
+        Args:
+            pair: the bytes of base and of the source.
+        """
+        own = self.state.own(part)
+        chunk = value_chunk(own, pair, self.state.recipe)
+        out = np.empty_like(chunk.kept)
+        self._add(own, chunk, out)
+        return out.view(chunk.p.dtype)
+
+    def _add(self, part: Slice, chunk: AnyChunk, out: np.ndarray) -> None:
+        state, here = self.state, places(part)
+        thresholds = self._thresholds[here]
         self._passed.add(chunk, self._means[here], thresholds, state.group_of[here], out)
         self._added.append((here, chunk.runs))
-        if chunk.rounded and isinstance(chunk, Chunk):
-            self._overflowed[here] += _overflows(part, chunk, out)
         if chunk.runs > 1:
             _describe_many(state, here, chunk, thresholds, self._rows)
             self._described[here] = True
-        elif isinstance(held, list):
-            self._sink.filled_from(part.tensors[0].name, part.start, held[0])
 
     def measured(self) -> np.ndarray:
-        state, rows, overflowed = self._state, self._rows, self._overflowed
+        """Rows (t,) MEASURED of the section's tensors."""
+        state, rows, overflowed = self.state, self._rows, self._overflowed
         squares, kept_squares = BlockSums(rows.size), BlockSums(rows.size)
         for (here, runs), done in zip(self._added, self._passed.result(), strict=True):
             overflowed[here] += done.overflowed
@@ -548,7 +576,7 @@ def _describe(state: SectionState, i: int, threshold: np.float32, rows: np.ndarr
 def pass_through(part: Slice, stored: np.ndarray, sink: AnySink) -> None:
     """Write bytes of a tensor that is taken as it is, in the output's dtype."""
     (tensor,) = part.tensors
-    source, target = tensor.sources[-1].dtype, tensor.dtype
+    source, target = tensor.sources[-1][1].dtype, tensor.dtype
     if source == target or not is_weight(source):
         sink.append(stored)
     else:
@@ -573,9 +601,10 @@ def refuse_nonfinite(state: SectionState) -> None:
     for part, views in state.pieces.bytes():
         if part.raw:
             continue
-        for role, side, stored in zip(("base", "finetuned"), part.sources, views, strict=True):
-            if role == "finetuned" and state.recipe.nonfinite == "base":
+        for (number, side), stored in zip(part.sources, views, strict=True):
+            if number and state.recipe.nonfinite == "base":
                 continue
+            role = "finetuned" if number else "base"
             width, begin = itemsize(side[0].dtype), 0
             for tensor in part.tensors:
                 end = begin + (part.stop - part.start if len(part.tensors) == 1 else tensor.common) * width

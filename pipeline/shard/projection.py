@@ -184,7 +184,7 @@ def _elements(state: SectionState, at: int, start: int, stop: int) -> Iterator[t
         for i in range(max(begin, start), min(end, stop), BLOCK):
             j = min(i + BLOCK, end, stop)
             sides = []
-            for side, info in zip(held, tensor.sources, strict=True):
+            for side, (_, info) in zip(held, tensor.sources, strict=True):
                 width = itemsize(info.dtype)
                 sides.append(side[(before + i - begin) * width : (before + j - begin) * width])
             p, f = pair_of_values(sides[0], sides[1], tensor, state.recipe)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fapm.formats.dtypes import itemsize
-from fapm.formats.tensor import Part, Range, Side, Sides
+from fapm.formats.tensor import Part, Side, Sides, TensorInfo
 from fapm.planning.plan import PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import DeviceEngine, StoredChunk
@@ -111,13 +111,14 @@ class SectionReader:
     `bytes_read` counts what that one has used, or thrown away; `seconds` how long the threads took for it.
 
     Args:
-        base, finetuned: where the tensors lie.
+        checkpoints: where the tensors lie: base, and the fine-tuned ones, as they are numbered.
         budget: bytes for buffers.
     """
 
-    def __init__(self, base: Store, finetuned: Store, budget: int):
-        self._sides = Sides(base, finetuned)
-        self._at_once = max(base.reads_at_once, finetuned.reads_at_once)
+    def __init__(self, checkpoints: Sequence[Store], budget: int):
+        base, *finetuned = checkpoints
+        self._pairs = [Sides(base, one) for one in finetuned]
+        self._at_once = max(store.reads_at_once for store in checkpoints)
         self.is_far = self._at_once > _FEWEST
         self._budget = budget
         self.memory = Memory(self._most(budget))
@@ -237,67 +238,80 @@ class SectionReader:
         """Read a piece, neighbouring bytes of a file in one go."""
         began = time.perf_counter()
         whole = np.frombuffer(buffer, np.uint8)
-        ranges: list[tuple[Part, int, int]] = []  # and bytes of it, from and to
+        ranges: list[tuple[int, TensorInfo, int, int]] = []  # a checkpoint's number, a tensor, bytes from and to
         for part in piece.slices:
-            for side in part.sources:
-                many = len(side) > 1
-                of: Side = "base" if part.tensors[0].base is side[0] else "finetuned"
-                for source in side:
-                    width = 1 if part.raw or many else itemsize(source.dtype)
-                    begin, end = (0, source.nbytes) if many else (part.start * width, part.stop * width)
-                    ranges.append((Part(of, source), begin, end))
+            for number, infos in part.sources:
+                many = len(infos) > 1
+                for info in infos:
+                    width = 1 if part.raw or many else itemsize(info.dtype)
+                    begin, end = (0, info.nbytes) if many else (part.start * width, part.stop * width)
+                    ranges.append((number, info, begin, end))
         places = [0] * len(ranges)
         position = 0
         stored = [
-            (part.side, part.info.file, part.info.offset + begin, end - begin, number)
-            for number, (part, begin, end) in enumerate(ranges)
-            if part.info.form is None
+            (number, info.file, info.offset + begin, end - begin, i)
+            for i, (number, info, begin, end) in enumerate(ranges)
+            if info.form is None
         ]
-        runs: list[tuple[Side, str, int, int, int]] = []  # offset, bytes, place in the buffer
-        for of, file, offset, nbytes, number in sorted(stored):
-            if runs and runs[-1][:2] == (of, file) and runs[-1][2] + runs[-1][3] == offset:
-                runs[-1] = (of, file, runs[-1][2], runs[-1][3] + nbytes, runs[-1][4])
+        runs: list[tuple[int, str, int, int, int]] = []  # offset, bytes, place in the buffer
+        for number, file, offset, nbytes, i in sorted(stored):
+            if runs and runs[-1][:2] == (number, file) and runs[-1][2] + runs[-1][3] == offset:
+                runs[-1] = (number, file, runs[-1][2], runs[-1][3] + nbytes, runs[-1][4])
             else:
                 position += (offset - position) % (ALIGN if nbytes >= LARGE else ALIGN_SMALL)
-                runs.append((of, file, offset, nbytes, position))
-            places[number] = position
+                runs.append((number, file, offset, nbytes, position))
+            places[i] = position
             position += nbytes
-        for of, file, offset, nbytes, place in runs:
-            self._sides.folder(of).reader(file).read_into(offset, whole[place : place + nbytes])
+        for number, file, offset, nbytes, place in runs:
+            sides, side = self._of(number)
+            sides.folder(side).reader(file).read_into(offset, whole[place : place + nbytes])
         if len(stored) < len(ranges):
-            loaded: dict[Range, np.ndarray] = {
-                (of, file, offset, offset + nbytes): whole[places[number] : places[number] + nbytes]
-                for of, file, offset, nbytes, number in stored
-            }
-            sides = self._sides.beside(loaded)
-            for number, (source_of, begin, end) in enumerate(ranges):
-                if source_of.info.form:
+            there: dict[int, dict[tuple[str, int, int], np.ndarray]] = {}
+            for number, file, offset, nbytes, i in stored:
+                there.setdefault(number, {})[file, offset, offset + nbytes] = whole[places[i] : places[i] + nbytes]
+            beside: dict[int, Sides] = {}
+            for i, (number, info, begin, end) in enumerate(ranges):
+                if info.form:
+                    sides, side = self._of(number)
+                    if number not in beside:
+                        pair = {_side(of): found for of, found in there.items() if of in (0, number or 1)}
+                        loaded = {(of, *at): view for of, found in pair.items() for at, view in found.items()}
+                        beside[number] = sides.beside(loaded)
                     position += -position % (ALIGN if end - begin >= LARGE else ALIGN_SMALL)
-                    places[number] = position
-                    sides.read_into(source_of, begin, end, whole[position : position + end - begin])
+                    places[i] = position
+                    beside[number].read_into(Part(side, info), begin, end, whole[position : position + end - begin])
                     position += end - begin
         views: list[list[np.ndarray]] = []
-        number = 0
+        i = 0
         for part in piece.slices:
             views.append([])
-            for side in part.sources:
-                spans = [(places[i], ranges[i][2] - ranges[i][1]) for i in range(number, number + len(side))]
+            for _, infos in part.sources:
+                spans = [(places[j], ranges[j][3] - ranges[j][2]) for j in range(i, i + len(infos))]
                 views[-1].append(_side_by_side(whole, spans))
-                number += len(side)
+                i += len(infos)
         return Loaded(piece, views, time.perf_counter() - began)
+
+    def _of(self, number: int) -> tuple[Sides, Side]:
+        """Where a checkpoint's tensors lie, and as which side: forms know base and the fine-tuned one that they are
+        of."""
+        return self._pairs[max(0, number - 1)], _side(number)
 
     def read_runs(self, tensor: PairedTensor, starts: np.ndarray, length: int) -> list[np.ndarray]:
         """Bytes of short runs of elements, base's and finetuned's, without loading the tensor."""
-        sides, began = [], time.perf_counter()
-        for source in tensor.sources:
-            part = Part("base" if source is tensor.base else "finetuned", source)
-            width = itemsize(source.dtype)
+        found, began = [], time.perf_counter()
+        for number, info in tensor.sources:
+            sides, side = self._of(number)
+            width = itemsize(info.dtype)
             target = np.empty((len(starts), length * width), np.uint8)
-            self._sides.read_rows(part, (starts * width).tolist(), target)
+            sides.read_rows(Part(side, info), (starts * width).tolist(), target)
             self.bytes_read += target.nbytes
-            sides.append(target.reshape(-1))
+            found.append(target.reshape(-1))
         self.seconds += time.perf_counter() - began
-        return sides
+        return found
+
+
+def _side(number: int) -> Side:
+    return "finetuned" if number else "base"
 
 
 def _side_by_side(whole: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:

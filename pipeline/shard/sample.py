@@ -84,7 +84,7 @@ def near(
         else:
             places = (chosen[:, None] + np.arange(many)).reshape(-1)
             pair = zip(held, tensor.sources, strict=True)
-            sides.append([bits(stored, source.dtype)[places].view(np.uint8) for stored, source in pair])
+            sides.append([bits(stored, info.dtype)[places].view(np.uint8) for stored, (_, info) in pair])
     p, f = (np.concatenate(side) for side in zip(*sides, strict=True))
     return _sample(starts, length, p, f, tensor, recipe)
 

@@ -9,7 +9,7 @@ Where a device computes, runs of large tensors come in pieces of their own size,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fapm.formats.dtypes import itemsize
@@ -59,18 +59,25 @@ class Slice:
     raw: bool = False
 
     @property
-    def sources(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        """The stored tensors that it reads of each side: base's then finetuned's, or those of the one source."""
+    def sources(self) -> tuple[tuple[int, tuple[TensorInfo, ...]], ...]:
+        """The stored tensors that it reads of each checkpoint, and its number: of base and all others, or of one."""
         if self.raw:
-            return ((self.tensors[0].sources[-1],),)
-        return tuple(zip(*(tensor.sources for tensor in self.tensors), strict=True))
+            number, info = self.tensors[0].sources[-1]
+            return ((number, (info,)),)
+        numbers = [number for number, _ in self.tensors[0].sources]
+        infos = zip(*((info for _, info in tensor.sources) for tensor in self.tensors), strict=True)
+        return tuple(zip(numbers, infos, strict=True))
+
+    def of(self, tensors: Sequence[PairedTensor]) -> Slice:
+        """The same with the tensors as somebody else's plan has them; `tensors` are the whole section's."""
+        return replace(self, tensors=tuple(tensors[self.at : self.at + len(self.tensors)]))
 
     @property
     def nbytes(self) -> int:
         """Input bytes."""
         if self.raw:
             return self.stop - self.start
-        return (self.stop - self.start) * sum(itemsize(source.dtype) for source in self.tensors[0].sources)
+        return (self.stop - self.start) * sum(itemsize(info.dtype) for _, info in self.tensors[0].sources)
 
     @property
     def large(self) -> bool:
@@ -153,7 +160,11 @@ def _section(tensors: Sequence[PairedTensor], device: Sizes | None, kinds: Mappi
     size = ranges = 0
     on_device = False
     for part in _slices(tensors, device or ON_HOST, kinds):
-        nbytes, count, there = part.nbytes, 2 * len(part.tensors), device is not None and part.large
+        nbytes, count, there = (
+            part.nbytes,
+            len(part.tensors[0].sources) * len(part.tensors),
+            device is not None and part.large,
+        )
         most = device.piece_bytes if device and there else PIECE_BYTES
         if here and (there != on_device or size + nbytes > most or ranges + count > MOST_RANGES):
             pieces.append(Piece(tuple(here), size, on_device))
@@ -182,7 +193,8 @@ def _slices(tensors: Sequence[PairedTensor], sizes: Sizes, kinds: Mapping[str, A
             numel = 0
             yield from _cut(tensor, i, sizes)
             continue
-        kind = (*(source.dtype for source in tensor.sources), tensor.dtype, kinds.get(tensor.name, tensor.parameter))
+        stored = ((number, info.dtype) for number, info in tensor.sources)
+        kind = (*stored, tensor.dtype, kinds.get(tensor.name, tensor.parameter))
         full = numel + tensor.common > _TOGETHER or i - first >= MOST_RANGES // 2
         if numel and (kind != alike or full):
             yield from gathered(i)
@@ -195,12 +207,12 @@ def _slices(tensors: Sequence[PairedTensor], sizes: Sizes, kinds: Mapping[str, A
 
 def _cut(tensor: PairedTensor, at: int, sizes: Sizes) -> Iterator[Slice]:
     if tensor.common:
-        together = sum(itemsize(s.dtype) for s in tensor.sources)
+        together = sum(itemsize(info.dtype) for _, info in tensor.sources)
         most = min(sizes.piece_bytes // together, sizes.output_bytes // itemsize(tensor.dtype))
         step = min(sizes.chunk, most // BLOCK * BLOCK)
         for start in range(0, tensor.common, step):
             yield Slice((tensor,), at, start, min(start + step, tensor.common))
-    source = tensor.sources[-1]
+    _, source = tensor.sources[-1]
     begin = tensor.common * itemsize(source.dtype) if tensor.common else 0
     step = CHUNK * max(1, itemsize(source.dtype))  # bytes; at most a piece, and a multiple of every width
     for start in range(begin, source.nbytes, step):

@@ -25,6 +25,8 @@ MEASURED = np.dtype(
         ("threshold_key", np.int64),
         ("ties", np.int64),
         ("rank", np.int64),
+        ("shared", np.int64),
+        ("opposed", np.int64),
         ("mean_abs_base", np.float64),
         ("norm_delta", np.float64),
         ("norm_base", np.float64),
@@ -36,6 +38,9 @@ MEASURED = np.dtype(
 )
 """Row of a tensor as a worker has measured it. NaN is what has no meaning for it or no finite value; of one that was
 not pruned only `seconds` means something.
+
+Of a merge `kept` are the elements that some source changes, `shared` those that several do, `opposed` those of them
+that two move in different directions.
 
 `before` are quantiles of |Δ|/|p| over the elements that fine-tuning changed, `after` over those of them that were kept,
 both from a sample. `ties` is the part of its group's tie quota that its shard hands out, `rank` how many singular
@@ -95,6 +100,7 @@ def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, A
     numel = int(common.sum())
     squares = [norm**2 for norm in rows["norm_delta"].tolist() if not math.isnan(norm)]
     shares = [share for norm, share in zip(rows["norm_delta"], rows["kept_share"], strict=True) if not math.isnan(norm)]
+    merged = any(t.operation == "merge" for t in tensors)
     kept_squares = math.fsum(square * share for square, share in zip(squares, shares, strict=True) if square)
     kept, changed, kept_changed, rank = (int(rows[key].sum()) for key in ("kept", "changed", "kept_changed", "rank"))
     weights = weights_of(tensors)
@@ -107,8 +113,9 @@ def totals(tensors: Sequence[PairedTensor], measured: np.ndarray) -> dict[str, A
         "kept_changed": kept_changed,
         "density": kept / numel if numel else None,
         "effective_density": kept_changed / numel if numel else None,
-        "kept_share": kept_squares / math.fsum(squares) if math.fsum(squares) else None,
+        "kept_share": kept_squares / math.fsum(squares) if math.fsum(squares) and not merged else None,
         "norm_delta": math.sqrt(math.fsum(squares)),
+        **({name: int(rows[name].sum()) for name in ("shared", "opposed")} if merged else {}),
         "rank": rank,
         "full_rank": sum(t.full_rank for t in tensors),
         "weights": weights.numel,
@@ -126,7 +133,7 @@ def to_parquet(shards: Sequence[Shard], groups: dict[str, Group], measured: np.n
     tensors = [t for shard in shards for t in shard.tensors]
     common = np.array([t.common for t in tensors], np.int64)
     pruned = common > 0
-    competing = [groups[t.group] if t.common else None for t in tensors]
+    competing = [groups[t.group] if t.group and t.common else None for t in tensors]
     integers, reals = pa.int64(), pa.float64()
     columns: dict[str, pa.Array] = {
         "name": _texts([t.name for t in tensors]),
@@ -143,6 +150,8 @@ def to_parquet(shards: Sequence[Shard], groups: dict[str, Group], measured: np.n
     }
     for key in ("kept", "changed", "kept_changed", "threshold_key", "ties", "rank"):
         columns[key] = _numbers(measured[key], integers, pruned)
+    for key in ("shared", "opposed"):
+        columns[key] = _numbers(measured[key], integers, [t.operation == "merge" for t in tensors])
     told = {"threshold": score_of(measured["threshold_key"]).astype(np.float64)}
     told |= {key: measured[key] for key in ("mean_abs_base", "norm_delta", "norm_base", "kept_share")}
     told |= {

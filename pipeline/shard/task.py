@@ -30,6 +30,8 @@ class LaneTask:
         brackets: for `measure`, the keys to count, for groups over several shards.
         thresholds: for `write`, what was found for those groups, with this shard's part of the tie quota.
         round: how many times the groups have been measured.
+        source: of one of a merge's sources its number, and `read`: the merge's shard, which is read for all of them.
+        parts: of a merge the work for its sources.
     """
 
     recipe: Recipe
@@ -39,6 +41,9 @@ class LaneTask:
     brackets: dict[str, Bracket] = field(default_factory=dict)
     thresholds: dict[str, Threshold] = field(default_factory=dict)
     round: int = 0
+    source: int = 0
+    read: Shard | None = None
+    parts: tuple[LaneTask, ...] = ()
 
     def cross_shard(self) -> list[PairedTensor]:
         """The shard's tensors whose groups lie in other shards too."""
@@ -53,8 +58,13 @@ class Task:
 
     @property
     def shard(self) -> Shard:
-        """The first run's: that of the others has the same tensors."""
-        return self.lanes[0].shard
+        """What is read: the first run's shard, that of the others has the same tensors; of sources their merge's."""
+        return self.lanes[0].read or self.lanes[0].shard
+
+    @property
+    def parts(self) -> tuple[LaneTask, ...]:
+        """The lanes, and of a merge those of its sources."""
+        return tuple(part for lane in self.lanes for part in lane.parts or (lane,))
 
     @property
     def round(self) -> int:
@@ -140,13 +150,13 @@ def unpack(data: bytes) -> dict[str, np.ndarray]:
     return load(zlib.decompress(data))
 
 
-def load_means(folder: Store, shard: Shard) -> np.ndarray:
+def load_means(folder: Store, shard: Shard, source: int = 0) -> np.ndarray:
     """mean|p| and Σp² of the tensors of a shard, (t, 2) float64: NaN where they are not known yet.
 
     Of tensors in groups over several shards, sampling finds those of the large ones and the first round the others.
     """
     means = np.full((len(shard.tensors), 2), np.nan)
-    for name in (sample_name(shard.index), measure_name(shard.index, 1)):
+    for name in (sample_name(shard.index, source), measure_name(shard.index, 1, source)):
         if folder.has(name):
             found = load_arrays(folder, name, "means")[1]["means"]
             means = np.where(np.isnan(means), found, means)

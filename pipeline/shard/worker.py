@@ -117,9 +117,9 @@ class Worker:
         self._recipe = recipe
         self._out = out
         self._outs = {out.address: out}  # kept from task to task, with what they know and their connections
-        self._inputs = open_store(recipe.base), open_store(recipe.finetuned)
+        self._checkpoints = tuple(open_store(path) for path in recipe.checkpoints)
         self._histograms = HistogramMemory()
-        self._operation = operation_of(recipe.method)  # of all its lanes
+        self._operation = operation_of(recipe)  # of all its lanes
         self._lent = 0
         self.tell = StepProgress(progress or (lambda nbytes: None))
         self._cancelled = cancelled or threading.Event()
@@ -138,10 +138,10 @@ class Worker:
         if device is None or use is Use.NONE:
             self._engine = make_engine(self._recipe.method, "cpu")
             self._engines = {self._recipe.method: self._engine}
-            self._reader = SectionReader(*self._inputs, memory)
+            self._reader = SectionReader(self._checkpoints, memory)
         else:
             self._shares = shares(memory, self._device_memory, use is Use.STREAMED)
-            self._reader = SectionReader(*self._inputs, self._shares.host)
+            self._reader = SectionReader(self._checkpoints, self._shares.host)
             self._reader.stage_on(device, self._recipe, self._shares)
         self._lent, self.prefetch = 0, Prefetch(self._reader, self._cut)
 
@@ -156,7 +156,7 @@ class Worker:
     def close(self) -> None:
         self.prefetch.forget()
         self._reader.close()
-        for folder in self._inputs:
+        for folder in self._checkpoints:
             folder.close()
 
     @_step
@@ -169,7 +169,7 @@ class Worker:
         meter = Meter(self._reader)
         self.prefetch.forget()
         lanes = self._lanes(task)
-        wide = {t.name for of in task.lanes for t in of.cross_shard()}
+        wide = {t.name for of in task.parts for t in of.cross_shard()}
         progress = 0
         for section in self._cut(cut_for(task, wide)):
             if not self._reader.fits(section):
@@ -182,7 +182,7 @@ class Worker:
         def take(tensor: PairedTensor, share: float) -> Sample:
             longest = LONG_RUN if self._reader.is_far else RUN
             given = self._reader, tensor, share, self._recipe, longest
-            found: Sample = taken.get((tensor.name, share), lambda: far(*given))
+            found: Sample = taken.get((tensor.name, tensor.source, share), lambda: far(*given))
             return found
 
         for lane in lanes:
@@ -199,7 +199,7 @@ class Worker:
             ]
             save_arrays(
                 lane.out,
-                sample_name(task.shard.index),
+                sample_name(task.shard.index, lane.task.source),
                 meter.read_bytes,
                 list(members),
                 weights=np.stack([found.weights for found in surveys]),
@@ -232,7 +232,7 @@ class Worker:
         read = meter.read_bytes
         for lane, tally in zip(lanes, counted, strict=True):
             found = tally.arrays()
-            name = measure_name(task.shard.index, lane.task.round)
+            name = measure_name(task.shard.index, lane.task.round, lane.task.source)
             save_arrays(lane.out, name, read, list(tally.names), **found, means=lane.means)
         return meter.done(task, progress)
 
@@ -246,19 +246,16 @@ class Worker:
         try:
             for lane in lanes:
                 of_first = outputs[0].delta if outputs else None
-                outputs.append(begin_output(lane, self._inputs, self._engine.device, self._buffer, of_first))
+                outputs.append(begin_output(lane, self._checkpoints[0], self._engine.device, self._buffer, of_first))
                 outputs[-1].sink.append(lane.task.shard.header)
             sinks = [output.sink for output in outputs]
-            first = 0
             for pieces in self.prefetch.sections(to_write, task, following):
                 started = time.perf_counter()
-                here = slice(first, first + len(pieces.section.tensors))
-                states = self._states(lanes, pieces)
+                self._operation.write(lanes, self._states(_parts(lanes), pieces), outputs, self.tell)
+                here = [lanes[0].place[t.name] for t in pieces.section.tensors]
                 nbytes = np.array([t.nbytes for t in pieces.section.tensors])
-                for output, rows in zip(outputs, self._operation.write(lanes, states, outputs, self.tell), strict=True):
-                    output.rows[here] = rows
-                    output.rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
-                first = here.stop
+                for lane in lanes:
+                    lane.rows["seconds"][here] = (time.perf_counter() - started) * nbytes / max(1, nbytes.sum())
             checksums = [sink.finish() for sink in sinks]
             sparse = [output.delta.finish() if output.delta else None for output in outputs]
         except BaseException:
@@ -285,20 +282,20 @@ class Worker:
             self.prefetch.forget()
             self._reader.lend(lent)
             self._lent = lent
-        for lane in lanes:
-            lane.means = load_means(lane.out, lane.task.shard)
-        share_means(lanes)
+        for lane in _parts(lanes):
+            lane.means = load_means(lane.out, lane.task.shard, lane.task.source)
+        share_means(_parts(lanes))
         return lanes
 
     def _states(self, lanes: Sequence[Lane], pieces: Pieces) -> list[SectionState]:
-        """One for each lane, over the same pieces."""
+        """One for each lane, over the same pieces; of a merge one for each source."""
         states: list[SectionState] = []
         taken = SampleCache(len(lanes))
         for lane in lanes:
             tensors = tuple(lane.tensors[t.name] for t in pieces.section.tensors)
             engine = self._engine_for(lane.recipe.method)
             given = lane.recipe, engine, pieces, lane.task.groups, self._check, self._histograms
-            states.append(SectionState(*given, tensors, taken))
+            states.append(SectionState(*given, tensors, taken, lane.task.source or 1))
         return states
 
     def _engine_for(self, method: str) -> Engine:
@@ -317,6 +314,11 @@ class Worker:
 
     def _cut(self, cut: Cut) -> list[Section]:
         return sections(cut.tensors, cut.together, None if self.use is Use.NONE else self._shares.cut, cut.kinds)
+
+
+def _parts(lanes: Sequence[Lane]) -> list[Lane]:
+    """The lanes, and of a merge those of its sources."""
+    return [part for lane in lanes for part in lane.parts or [lane]]
 
 
 def _half(section: Section) -> int:

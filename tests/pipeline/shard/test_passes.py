@@ -65,7 +65,7 @@ class Setting:
         self.recipe = Recipe.of(**sides, **choices)
         self.plan: Plan = make_plan(self.recipe)
         (self.section,) = sections(self.plan.shards[0].tensors, list(self.plan.groups))
-        reader = SectionReader(Folder(sides["base"]), Folder(sides["finetuned"]), 1 << 28)
+        reader = SectionReader([Folder(sides["base"]), Folder(sides["finetuned"])], 1 << 28)
         loads = reader.start(self.section) if self.resident else NOTHING
         pieces = Pieces(reader, self.section, loads)
         return SectionState(self.recipe, make_engine(self.recipe.method, "cpu"), pieces, self.plan.groups)

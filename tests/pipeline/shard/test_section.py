@@ -109,7 +109,7 @@ def test_what_is_read_is_what_was_stored_wherever_it_lies(tmp_path: Path, order:
         raw_tensors(tmp_path / role / "model.safetensors", entries)
     plan = make_plan(Recipe.of(**{side: str(tmp_path / side) for side in ("base", "finetuned", "out")}))
     folders = [Folder(tmp_path / role) for role in ("base", "finetuned")]
-    reader = SectionReader(*folders, 1 << 28)
+    reader = SectionReader(folders, 1 << 28)
     for one in sections(plan.shards[0].tensors):
         pieces = Pieces(reader, one, reader.start(one) if resident else NOTHING)
         for loaded in pieces:
