@@ -232,23 +232,6 @@ def recipe_options(command: Command) -> Command:
     return _config_option(choice_options(command))
 
 
-def as_arguments(recipe: Recipe) -> list[str]:
-    """The options with which `fapm prune`, or `fapm merge`, makes this recipe again."""
-    from fapm.recipe import option_words
-
-    given = recipe.model_dump(mode="json", exclude_defaults=True)
-    arguments = []
-    for lane, source in zip(recipe.lanes, given.pop("merged", ()), strict=False):
-        said = {"finetuned": lane.finetuned, "weight": source.get("weight", 1.0)}
-        said |= {name: getattr(lane, name) for name in ("method", "density", "scope", "seed")}
-        arguments += [word for name, value in said.items() for word in option_words(name, value)]
-    if recipe.merged:
-        given = {name: value for name, value in given.items() if name not in said}
-    for field, value in given.items():
-        arguments += option_words(field, value)
-    return arguments
-
-
 def read_choices(config: str | None, choices: dict[str, Any], ray: str | None = None) -> tuple[Recipe, str, str]:
     """The recipe, where to run it (`off`, `local` or a Ray address), and who said so.
 

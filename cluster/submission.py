@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fapm import fields
-from fapm.cluster.options import as_arguments
 from fapm.errors import UserError
 from fapm.formats.newest import LATEST
 from fapm.manifest.state import State, identity, look
-from fapm.recipe import PATHS, Recipe
+from fapm.recipe import PATHS, Recipe, command_words
 from fapm.storage.address import absolute, input_elsewhere, is_repository, open_store, split
 
 NAME = "fapm"
@@ -52,8 +51,7 @@ class Submission:
     @property
     def arguments(self) -> list[str]:
         """Of `fapm`."""
-        command = "merge" if self.recipe.merged else "prune"
-        return [command, *as_arguments(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
+        return [*command_words(self.recipe), "--ray", self.ray, *(["--overwrite"] if self.overwrite else [])]
 
 
 def make_submission(recipe: Recipe, ray: str, overwrite: bool, say: Callable[[str], None]) -> Submission:

@@ -3,9 +3,9 @@
     import fapm
     fapm.prune(base="llama/", finetuned="llama-math/", out="pruned/", density=0.1)
 
-`prune`, `plan`, `sweep`, `compare`, `verify`, `report`, `status`, `inspect`, `apply` and `extract` do what the commands
-of those names do; `Recipe` is what they do it by, `fapm.delta` applies a sparse task vector to a model in memory. What
-the user has to mend is a `UserError` with a sentence; where it may pass by itself, a `PassingError`.
+`prune`, `merge`, `plan`, `sweep`, `compare`, `verify`, `report`, `status`, `inspect`, `apply` and `extract` do what
+the commands of those names do; `Recipe` is what they do it by, `fapm.delta` applies a sparse task vector to a model in
+memory. What the user has to mend is a `UserError` with a sentence; where it may pass by itself, a `PassingError`.
 
 What is named here is loaded when it is first used, so that a command line answers before torch is imported.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fapm.api import apply as apply
     from fapm.api import compare as compare
     from fapm.api import extract as extract
+    from fapm.api import merge as merge
     from fapm.api import plan as plan
     from fapm.api import prune as prune
     from fapm.api import sweep as sweep
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from fapm.schedule import Watch as Watch
 
 _HOMES = {
-    **dict.fromkeys(("apply", "compare", "extract", "plan", "prune", "sweep", "verify"), "api"),
+    **dict.fromkeys(("apply", "compare", "extract", "merge", "plan", "prune", "sweep", "verify"), "api"),
     **dict.fromkeys(("Facts", "inspect", "report", "status"), "reporting.looking"),
     "PassingError": "errors",
     "Plan": "planning.plan",
@@ -48,7 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Facts", "PassingError", "Plan", "Recipe", "Result", "UserError", "Watch", "apply", "compare", "delta", "extract",
-    "inspect", "plan", "prune", "report", "status", "sweep", "verify",
+    "inspect", "merge", "plan", "prune", "report", "status", "sweep", "verify",
 ]  # fmt: skip
 
 

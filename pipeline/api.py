@@ -7,7 +7,7 @@ Each takes a recipe's choices by name (`Recipe` has them) and shows its progress
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fapm.choosing.evaluation import Evaluate, evaluation, in_turn
@@ -65,6 +65,31 @@ def prune(
     """
     with watching(watch) as told:
         return prune_and_publish(_recipe(recipe, choices), overwrite=overwrite, pool=pool, watch=told)
+
+
+def merge(
+    sources: Sequence[str | Mapping[str, Any]],
+    /,
+    *,
+    overwrite: bool = False,
+    pool: MakePool | None = None,
+    watch: Watch | None = None,
+    **choices: Any,
+) -> Result:
+    """Prune several fine-tuned checkpoints of one base, each as it would be alone, and combine what is kept of them.
+
+    Args:
+        sources: their folders, or mappings with `finetuned` and perhaps `weight`, `method`, `density`, `scope`, `seed`.
+        overwrite, pool, watch: as of `prune`.
+        choices: a recipe's: `base`, `out`, `combine`, `scaling`, and what is for all sources.
+
+    Raises:
+        UserError: the sources do not belong together, or as of `prune`.
+    """
+    merged = [{"finetuned": source} if isinstance(source, str) else dict(source) for source in sources]
+    if not merged:
+        raise UserError("give at least one fine-tuned checkpoint")
+    return prune(Recipe.of(**choices, merged=merged), overwrite=overwrite, pool=pool, watch=watch)
 
 
 def plan(recipe: Recipe | None = None, /, *, overwrite: bool = False, **choices: Any) -> Plan:

@@ -15,8 +15,8 @@ from fapm.formats.checkpoint import Checkpoint, read_config
 from fapm.formats.side_files import CARD
 from fapm.planning.plan import Plan
 from fapm.planning.shards import pattern_of
-from fapm.recipe import EVERYTHING, how, option_words
-from fapm.scoring.methods import METHODS, PARAMETERS
+from fapm.recipe import EVERYTHING, PATHS, Recipe, command_words, how
+from fapm.scoring.methods import METHODS
 from fapm.storage.address import repository_of, split
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def model_card(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     metadata = _metadata(plan, own, base_s)
     parts = [
         f"---\n{metadata}\n---",
-        f"# {_as_text(_name(plan.finetuned))}, pruned",
+        f"# {_as_text(_title(plan))}",
         _what(plan, rows),
         *([f"## How it was chosen\n\n{plan.chosen}"] if plan.chosen else []),
         "## What was kept\n\n" + _table(rows),
@@ -111,6 +111,12 @@ def _name(side: Checkpoint) -> str:
     return one_line(split(side.folder.absolute().address)[1])
 
 
+def _title(plan: Plan) -> str:
+    if plan.lanes:
+        return f"{' and '.join(_name(lane.finetuned) for lane in plan.lanes)}, merged"
+    return f"{_name(plan.finetuned)}, pruned"
+
+
 def _as_text(name: str) -> str:
     """A name as Markdown that shows it as it is: no HTML, no link, no image."""
     return re.sub(r"([\\`*\[\]()<>!&#|~])", r"\\\1", name)
@@ -132,6 +138,8 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         )
     if recipe.rules == EVERYTHING:
         return f"All of {finetuned}."
+    if plan.lanes:
+        return _what_of_a_merge(plan, rows)
     if METHODS[recipe.method].kind == "matrix":
         rank, full = (sum(row.get(key) or 0 for row in rows) for key in ("rank", "full_rank"))
         return (
@@ -160,6 +168,17 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _what_of_a_merge(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
+    base = _called(plan.base)
+    names = [_called(lane.finetuned) for lane in plan.lanes]
+    numel, changed = (sum(row[key] or 0 for row in rows) for key in ("pruned_numel", "kept"))
+    kept = "; ".join(f"of {name} {how(lane.recipe.model_dump())}" for name, lane in zip(names, plan.lanes, strict=True))
+    return (
+        f"{base} with a part of what {', '.join(names)} have changed, put together by `{plan.recipe.combine}`: "
+        f"{changed:,} of {numel:,} elements are other than in base. What was kept of each: {kept}."
+    )
+
+
 def _table(rows: Iterable[dict[str, Any]]) -> str:
     """Tensors whose names differ in numbers only, in one line."""
     by_pattern: dict[str, list[dict[str, Any]]] = {}
@@ -181,15 +200,12 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _again(plan: Plan) -> str:
-    given = plan.recipe.model_dump(mode="json", exclude_defaults=True)
-    words = ["fapm", "prune"]
-    for role, side in (("base", plan.base), ("finetuned", plan.finetuned)):
-        words += [f"--{role}", repository_of(side.folder.address, pinned=True) or shlex.quote(_name(side))]
-    words += ["--out", "OUT", f"--{METHODS[plan.recipe.method].parameter}", f"{plan.recipe.parameter:g}"]
-    for name in plan.recipe.decides():
-        if name in given and name not in PARAMETERS:
-            words += map(shlex.quote, option_words(name, given[name]))
-    line = one_line(" ".join(words)).replace("`", "'")
+    base, *finetuned = (repository_of(s.folder.address, pinned=True) or _name(s) for s in plan.inputs.values())
+    usual = {name: field.default for name, field in Recipe.model_fields.items() if name not in plan.recipe.decides()}
+    given = plan.recipe.at(base, finetuned)
+    means = {name: value for name, value in usual.items() if name not in (*PATHS, "merged")}
+    words = ["fapm", *command_words(given.model_copy(update=means | {"out": "OUT"}))]
+    line = one_line(shlex.join(words)).replace("`", "'")
     return (
         f"```sh\n{line}\n```\n\nWhat identifies the inputs, and checksums of the output, are in "
         "`fapm/manifest.json`; `fapm verify` reads it all again."

@@ -474,6 +474,27 @@ def how(choices: Mapping[str, Any]) -> str:
     return f"{choices['method']}, {method.symbol} {value:g}{scope}"
 
 
+def command_words(recipe: Recipe) -> list[str]:
+    """The words after `fapm` that make this recipe again: what the method is given always, else what is not usual."""
+    given = recipe.model_dump(mode="json", exclude_defaults=True)
+    merged, words = given.pop("merged", []), []
+    of_source = ("method", "density", "scope", "seed")
+    words = ["merge" if merged else "prune", *option_words("base", given.pop("base"))]
+    for lane, source in zip(recipe.lanes, merged, strict=False):
+        said = {"finetuned": lane.finetuned, "weight": source.get("weight", 1.0)}
+        said |= {name: getattr(lane, name) for name in of_source}
+        words += [word for name, value in said.items() for word in option_words(name, value)]
+    if merged:
+        given = {name: value for name, value in given.items() if name not in ("finetuned", *of_source)}
+        given = {"out": given.pop("out"), "combine": recipe.combine, **given}
+    else:
+        said = {"finetuned": given.pop("finetuned"), "out": given.pop("out")}
+        given = said | {METHODS[recipe.method].parameter: recipe.parameter} | given
+    for name, value in given.items():
+        words += option_words(name, value)
+    return words
+
+
 def template() -> str:
     """A recipe in YAML with every choice and what it means; those that have a default stand in comments with it."""
     lines = ["# A recipe for `fapm prune --config`. What stands in brackets is the default; remove the # to choose."]

@@ -12,7 +12,8 @@ from fapm.formats.checkpoint import open_checkpoint
 from fapm.formats.newest import newest
 from fapm.layout import MANIFEST, SWEEP
 from fapm.reporting.facts import checkpoint_facts, densities, extremes, run_facts
-from fapm.reporting.text import checkpoint_text, densities_text, extremes_text, run_text, sweep_text
+from fapm.reporting.sources import shares_by_layer
+from fapm.reporting.text import checkpoint_text, densities_text, extremes_text, run_text, sources_text, sweep_text
 from fapm.storage.address import inside, open_store
 
 
@@ -40,13 +41,20 @@ def report(out: str) -> Facts:
     from fapm.manifest.read import load_manifest, read_table
 
     swept = read_sweep(inside(out, SWEEP))
-    facts, texts = {"sweep": swept} if swept else {}, [sweep_text(swept, out)] if swept else []
+    facts: dict[str, Any] = {"sweep": swept} if swept else {}
+    texts = [sweep_text(swept, out)] if swept else []
     if not swept or open_store(out).has(MANIFEST):
         facts |= run_facts(load_manifest(out), out)
         rows = read_table(out)
         found = densities((row["name"], row["density"]) for row in rows if row["density"] is not None)
-        facts |= extremes(rows) | {"densities": found}
-        texts += [run_text(facts), extremes_text(facts)]
+        if "sources" in facts:
+            of_sources = [read_table(out, i) for i, _ in enumerate(facts["sources"], 1)]
+            layers = shares_by_layer(rows, of_sources)
+            facts |= {"layers": layers, "densities": found}
+            texts += [run_text(facts), sources_text(layers)]
+        else:
+            facts |= extremes(rows) | {"densities": found}
+            texts += [run_text(facts), extremes_text(facts)]
         texts += [f"densities: {densities_text(found)}"] if found else []
     return Facts(facts, "\n\n".join(texts))
 

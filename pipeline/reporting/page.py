@@ -20,12 +20,13 @@ from fapm.choosing.skills import AXES, DEFINITIONS, Measure, Point, doubts, rema
 from fapm.choosing.sweep import read_sweep
 from fapm.errors import UserError
 from fapm.layout import MANIFEST, SWEEP
-from fapm.manifest.read import load_manifest, read_table
+from fapm.manifest.read import load_manifest, read_table, recipe_of
 from fapm.planning.shards import group_of, pattern_of
-from fapm.recipe import format_bytes, how
+from fapm.recipe import command_words, format_bytes, how
 from fapm.reporting import figures
 from fapm.reporting.facts import run_facts
 from fapm.reporting.figures import Figure
+from fapm.reporting.sources import shares_by_layer, sources_table
 from fapm.reporting.text import kept_text, measure_text, run_text
 from fapm.storage.address import inside, open_store, split
 from fapm.storage.local import plain_errors
@@ -72,7 +73,10 @@ def page(out: str) -> str:
         verdict, unsure = _verdict(swept, out) if swept else ([_kept_line(made)], [])
         tuned, base = (split(made["paths"][side])[1] for side in ("finetuned", "base"))
         when = f"{out}, finished {made['finished']} with fapm {made.get('fapm', '')}".rstrip()
-        return _rendered(f"{tuned} pruned against {base}", when, verdict, unsure, sections)
+        title = f"{tuned} pruned against {base}"
+        if made.get("sources"):
+            title = f"{' and '.join(split(source['path'])[1] for source in made['sources'])} merged over {base}"
+        return _rendered(title, when, verdict, unsure, sections)
 
 
 def compared_page(facts: dict[str, Any]) -> str:
@@ -127,6 +131,12 @@ def _kept_line(made: dict[str, Any]) -> str:
     share = f", which carry {totals['kept_share']:.1%} of ‖Δ‖²" if totals["kept_share"] is not None else ""
     if totals.get("full_rank"):
         return f"{totals['rank']:,} of {totals['full_rank']:,} singular values of the change are kept{share}."
+    if made.get("sources") and totals["pruned_numel"]:
+        share, several = totals["kept"] / totals["pruned_numel"], totals["shared"] / max(1, totals["kept"])
+        return (
+            f"{share:.1%} of the elements are other than in base, {several:.1%} of them changed by several of the "
+            f"sources ({how(made['recipe'])}); all others are base's."
+        )
     if totals["density"] is None:
         return f"Nothing was pruned in {totals['tensors']:,} tensors."
     return (
@@ -213,6 +223,12 @@ def _rows_table(rows: Sequence[dict[str, Any]], chosen: str) -> Table:
 
 def _of_output(made: dict[str, Any], rows: Sequence[dict[str, Any]], out: str, name: str) -> list[Section]:
     sections = [Section(f"What was done{name}", text=run_text(run_facts(made, out)))]
+    if made.get("sources"):
+        of_sources = [read_table(out, i) for i, _ in enumerate(made["sources"], 1)]
+        return [
+            *sections,
+            Section("Who has changed what", table=Table(*sources_table(shares_by_layer(rows, of_sources)))),
+        ]
     layers, kinds, cells = _by_layer(rows)
     if layers and kinds:
         grids = {
@@ -228,19 +244,9 @@ def _of_output(made: dict[str, Any], rows: Sequence[dict[str, Any]], out: str, n
 
 def _again(made: dict[str, Any], out: str, swept: dict[str, Any] | None) -> str:
     """The commands: the sweep's, the prune's, and what checks it."""
-    from fapm.recipe import option_words
-
     paths = made["paths"]
-    words = [
-        "fapm",
-        "prune",
-        *(word for side in ("base", "finetuned") for word in (f"--{side}", paths[side])),
-        "--out",
-        out,
-    ]
-    for name, value in made["recipe"].items():
-        if value not in (None, [], False, "checkpoint"):
-            words += option_words(name, value)
+    finetuned = [source["path"] for source in made.get("sources", ())] or [paths["finetuned"]]
+    words = ["fapm", *command_words(recipe_of(made, paths["base"], finetuned, out))]
     lines = [shlex.join(swept["command"])] if swept and swept.get("command") else []
     return "\n".join([*lines, shlex.join(words), f"fapm verify {shlex.quote(out)}"])
 

@@ -12,6 +12,7 @@ from fapm.errors import duration, one_line, plural
 from fapm.recipe import EVERYTHING, format_bytes, how, parse_rule
 from fapm.reporting.advice import advice_text
 from fapm.reporting.facts import named
+from fapm.reporting.sources import sources_table
 from fapm.scoring.methods import METHODS
 from fapm.storage.address import scheme_of
 
@@ -160,6 +161,12 @@ def extremes_text(facts: dict[str, Any]) -> str:
     gap = [("…", "", f"({plural(between, 'tensor')} between)")] if between else []
     heading = ("kept ‖Δ‖²", "‖Δ‖ / ‖W‖", "tensor")
     return layout([heading, *map(line, highest), *gap, *map(line, lowest)], right=(0, 1))
+
+
+def sources_text(layers: Sequence[dict[str, Any]]) -> str:
+    """Of a merge who has changed what, a line a layer."""
+    head, body = sources_table(layers)
+    return layout([head, *body], right=range(1, len(head)))
 
 
 def densities_text(found: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from conftest import Runner
 
 from fapm import Recipe, UserError, prune
 from fapm.cluster.cli import cli
-from fapm.cluster.options import as_arguments
+from fapm.recipe import command_words
 from fapm.reporting.progress import Progress, Retold
 
 pytest.importorskip("ray")
@@ -147,7 +147,7 @@ def test_the_package_is_shipped_and_not_the_folder_of_the_user(pair, cluster):
 )  # fmt: skip
 def test_the_options_of_a_recipe_make_it_again(choices):
     recipe = Recipe.of(base="b", finetuned="f x", out="{date}-{{o}}", **choices)
-    with cli.commands["prune"].make_context("prune", as_arguments(recipe)) as context:
+    with cli.commands["prune"].make_context("prune", command_words(recipe)[1:]) as context:
         again = {k: v for k, v in context.params.items() if v not in (None, (), False)}
     assert Recipe.of(**again) == recipe
 

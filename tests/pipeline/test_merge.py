@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ import torch
 from checkpoints import DTYPES, Tensors, load, save, weights_of
 from click.testing import CliRunner
 
+import fapm
 from fapm import Recipe, prune
 from fapm.checking.verify import verify
 from fapm.cluster.cli import cli
 from fapm.errors import UserError
 from fapm.manifest.read import load_manifest, read_table
 from fapm.recipe import read_recipe
+from fapm.reporting.page import page
 
 COMBINATIONS = ("sum", "mean", "ties", "slerp", "model-stock", "first", "last")
 SHAPES = {
@@ -448,3 +451,34 @@ def test_a_sparse_task_vector_of_a_merge(folder):
     )
     for name, tensor in load(whole).items():
         assert np.array_equal(load(folder / "applied")[name].float().numpy(), tensor.float().numpy())
+
+
+def test_from_python_with_its_card_and_its_page(folder, monkeypatch):
+    sources = write(folder)
+    sources[1] |= {"density": 0.4}
+    result = fapm.merge(
+        [sources[0]["finetuned"], sources[1]], base=str(folder / "base"), out=str(folder / "out"), combine="ties"
+    )
+    assert "ties of 2 fine-tuned checkpoints" in repr(result)
+    card = (folder / "out/README.md").read_text()
+    assert "# f1 and f2, merged" in card
+    changed, numel = (result.manifest["totals"][key] for key in ("kept", "pruned_numel"))
+    assert f"put together by `ties`: {changed:,} of {numel:,} elements are other than in base" in card
+    (command,) = [line for line in card.splitlines() if line.startswith("fapm merge")]
+    wanted = weights_of(folder / "out")
+    done = CliRunner().invoke(cli, shlex.split(command.replace("OUT", str(folder / "again")))[1:])
+    assert done.exit_code == 1  # the card has no path of this machine
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(cli, shlex.split(command.replace("OUT", "again"))[1:])
+    assert done.exit_code == 0, done.output
+    assert weights_of(folder / "again") == wanted
+    made = page(str(folder / "out"))
+    assert "Who has changed what" in made and "f1 and f2 merged over base" in made
+    layers = fapm.report(str(folder / "out"))["layers"]
+    assert [cell["layer"] for cell in layers] == ["model.layers.0", "model.layers.1", "outside layers"]
+    assert sum(cell["changed"] for cell in layers) == changed
+    assert [sum(cell["kept"][i] for cell in layers) for i in (0, 1)] == [
+        of["kept"] for of in result.manifest["sources"]
+    ]
+    with pytest.raises(UserError, match="at least one fine-tuned checkpoint"):
+        fapm.merge([], base="base", out="none")

@@ -19,8 +19,8 @@ from pace import soon, wait_until
 
 from fapm import Recipe, UserError, prune
 from fapm.checking.verify import verify
-from fapm.cluster.options import as_arguments
 from fapm.errors import PassingError
+from fapm.recipe import command_words
 from fapm.storage.address import open_store
 from fapm.storage.lease import lease
 
@@ -86,7 +86,7 @@ def test_on_ray(client, home, runner):
 def test_killed_it_goes_on_and_leaves_no_part(client, home, runner):
     expected, _ = runner.prune(shard_size="10MB")
     one = far(home, runner, shard_size="10MB")
-    command = [sys.executable, "-m", "fapm", "prune", *as_arguments(one), "--ray", "off"]
+    command = [sys.executable, "-m", "fapm", *command_words(one), "--ray", "off"]
     for seconds in (0, 0.1, 0.2, 0.3, 0.4):
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = set(s3.names(client, one.out))

@@ -215,9 +215,9 @@ def test_nothing_secret_is_left_anywhere(client, home, runner, capfd):
 
 
 def process(one: Recipe, **environment: str) -> subprocess.Popen[str]:
-    from fapm.cluster.options import as_arguments
+    from fapm.recipe import command_words
 
-    command = [sys.executable, "-m", "fapm", "prune", *as_arguments(one), "--ray", "off"]
+    command = [sys.executable, "-m", "fapm", *command_words(one), "--ray", "off"]
     return subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -18,7 +18,7 @@ from checkpoints import digests, gaussian
 from conftest import Runner
 
 from fapm import Recipe
-from fapm.cluster.options import as_arguments
+from fapm.recipe import command_words
 
 STORE = 80_000_000
 HEALTH = {
@@ -134,7 +134,7 @@ class Driver:
     def __init__(self, recipe: Recipe, address: str, **environment: str):
         self.out, self.lines = Path(recipe.out), list[str]()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fapm", "prune", *as_arguments(recipe), "--ray", address],
+            [sys.executable, "-m", "fapm", *command_words(recipe), "--ray", address],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
