@@ -95,6 +95,8 @@ def round_to(vals: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         if dtype in ("F64", "F32", "F16"):
             return vals.astype(f"f{itemsize(dtype)}").view(f"u{itemsize(dtype)}")
+        if dtype == "BF16":
+            return _to_bfloat16(vals if vals.dtype == np.float32 else _to_odd_float32(vals))
         return _round_with_torch(vals, dtype)
 
 
@@ -109,6 +111,21 @@ def refuse_overflow(count: int, dtype: str, what: str) -> None:
             f"tensor {what!r}: {count} values are too large for {TORCH_NAMES[dtype]}; "
             "ask for a wider --dtype, or give the tensor a --rule"
         )
+
+
+def _to_bfloat16(vals: np.ndarray) -> np.ndarray:
+    """float32 to the nearest bfloat16, ties to even: its upper half, and one more where the lower half says so."""
+    code = np.ascontiguousarray(vals).view(np.uint32)
+    rounded = code >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += code
+    rounded += np.uint32(0x7FFF)  # wraps for some NaN, which are set apart
+    rounded >>= np.uint32(16)
+    found = rounded.astype(np.uint16)
+    nan = np.isnan(vals)
+    if nan.any():
+        found[nan] = 0x7FC0
+    return found
 
 
 _BEYOND_E4M3 = 464.0  # the last that rounds to its largest number, 448

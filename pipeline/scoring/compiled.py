@@ -171,13 +171,13 @@ def abs_sums(p, starts, sums, squares):  # type: ignore[no-untyped-def]
                     d = np.float64(abs(_value(row[i + 3 * LANES])))
                     lanes[i] += (a + b) + (c + d)
                     lanes2[i] += (a * a + b * b) + (c * c + d * d)
-            sums[block] = _total(lanes)
-            squares[block] = _total(lanes2)
+            sums[block] = total_of(lanes)
+            squares[block] = total_of(lanes2)
             block += 1
 
 
 @compiled
-def _total(lanes):  # type: ignore[no-untyped-def]
+def total_of(lanes):  # type: ignore[no-untyped-def]
     width = lanes.size
     while width > 1:
         width //= 2
@@ -232,7 +232,7 @@ def kernels(name: str) -> Kernels:
         sizes[p.size :] = 0
         scores[p.size :] = -np.inf
 
-    score_tile = register_jitable(_named(score_tile, name))
+    score_tile = register_jitable(named(score_tile, name))
 
     def select(p, f, starts, start, m, streams, k, keys, ties):  # type: ignore[no-untyped-def]
         """By counting, like everything here: the upper 11 bits of the keys, then those of the keys that agree."""
@@ -389,18 +389,18 @@ def kernels(name: str) -> Kernels:
                         y2 = x2 if scores[i + 2 * LANES] > threshold else 0.0
                         y3 = x3 if scores[i + 3 * LANES] > threshold else 0.0
                         lanes2[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3)
-                sums[block] = _total(lanes)
-                kept_sums[block] = _total(lanes2)
+                sums[block] = total_of(lanes)
+                kept_sums[block] = total_of(lanes2)
                 block += 1
             ties[groups[r]] = left
             counts[0, r] = n_kept
             counts[1, r] = n_changed
             counts[2, r] = n_both
 
-    return Kernels(compiled(_named(select, name)), compiled(_named(count, name)), compiled(_named(apply, name)))
+    return Kernels(compiled(named(select, name)), compiled(named(count, name)), compiled(named(apply, name)))
 
 
-def _named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
+def named(function: Callable[..., Any], method: str) -> Callable[..., Any]:
     """Give a loop a name of its own for each method and each state of the formulas.
 
     numba links compiled code by name, that from its cache too: of two loops with one name the first serves both.
@@ -434,7 +434,7 @@ class CpuEngine:
 
         def count(chunk: Chunk, m: np.ndarray, groups: np.ndarray) -> Counted:
             groups = groups.reshape(chunk.runs, -1)
-            return Counted(bool(_call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above)))
+            return Counted(bool(call(self._kernels.count, *_operands(chunk, m), groups, *layout, h.bins, h.above)))
 
         return AtOnce(count)
 
@@ -443,19 +443,19 @@ class CpuEngine:
             counts = np.empty((3, chunk.runs), np.int64)
             squares, kept_squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
             given = chunk.pruned, chunk.kept, out, counts, squares, kept_squares
-            _call(self._kernels.apply, *_operands(chunk, m), thresholds, groups, ties, *given)
+            call(self._kernels.apply, *_operands(chunk, m), thresholds, groups, ties, *given)
             return Applied(counts[0], counts[1], counts[2], squares, kept_squares)
 
         return AtOnce(apply)
 
     def _sums(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         sums, squares = np.zeros(chunk.blocks), np.zeros(chunk.blocks)
-        _call(abs_sums, chunk.p, chunk.starts, sums, squares)
+        call(abs_sums, chunk.p, chunk.starts, sums, squares)
         return sums, squares
 
     def _select(self, chunk: Chunk, m: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keys, ties = np.zeros((2, chunk.runs), np.int64)
-        _call(self._kernels.select, *_operands(chunk, m), k, keys, ties)
+        call(self._kernels.select, *_operands(chunk, m), k, keys, ties)
         return keys, ties
 
 
@@ -463,7 +463,7 @@ def _operands(chunk: Chunk, m: np.ndarray) -> tuple[Any, ...]:
     return chunk.p, chunk.f, chunk.starts, chunk.start, m.astype(chunk.real), chunk.streams
 
 
-def _call(loop: Callable[..., Any], *operands: Any) -> Any:
+def call(loop: Callable[..., Any], *operands: Any) -> Any:
     """Call a loop; that what was compiled cannot be kept, on a full disk say, is no reason to fail."""
     for _ in range(2):  # the loop itself, and the one that it calls
         with contextlib.suppress(OSError):

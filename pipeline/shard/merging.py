@@ -14,7 +14,8 @@ import numpy as np
 
 from fapm.errors import UserError
 from fapm.formats.dtypes import convert, itemsize, refuse_overflow, round_to, upcast, values
-from fapm.scoring.combining import COMBINATIONS, Angular, Values, combine
+from fapm.scoring.combined import combine, conflicts
+from fapm.scoring.combining import COMBINATIONS, Angular
 from fapm.scoring.methods import BLOCK
 from fapm.shard import passes
 from fapm.shard.chunk import count_nonfinite, starts_of
@@ -94,49 +95,32 @@ class _Merge:
         here, tensor, starts = places(part), part.tensors[0], starts_of(part)
         assert tensor.base
         p, of_sources = _values(part, held, applying)
-        changed = [value != p for value in of_sources]
-        count = np.sum(changed, axis=0, dtype=np.int16)
         if self._how == "error":
-            self._refuse_conflicts(part, starts, of_sources, changed)
+            self._refuse_conflicts(part, starts, conflicts(p, of_sources))
         weights = [self._weights[number - 1] for number, _ in tensor.sources if number]
-        out = np.empty_like(p)
-        with np.errstate(all="ignore"):
-            for said, begin, end in zip(factors, starts[:-1], starts[1:], strict=True):
-                given = [value[begin:end] for value in of_sources]
-                out[begin:end] = combine(self._how, p[begin:end], given, weights, self._scaling, said)
-        bits = round_to(out, tensor.dtype)
-        unchanged = convert(held[0], tensor.base.dtype, tensor.dtype)
-        stays = count == 0
-        if self._how == "slerp":  # on an arc all elements move
-            stays &= np.repeat([len(said) == 1 for said in factors], np.diff(starts))
-        np.copyto(bits, unchanged, where=stays)
-        width = itemsize(tensor.dtype)
+        done = combine(self._how, p, of_sources, starts, weights, self._scaling, factors)
+        bits, width = round_to(done.values, tensor.dtype), itemsize(tensor.dtype)
         self._sink.reserve(bits.size * width, width).view(bits.dtype)[:] = bits
         if len(part.tensors) == 1:
             self._sink.filled_from(tensor.name, part.start, held[0])
+        written = bits != convert(held[0], tensor.base.dtype, tensor.dtype)
         rows = self._rows[here]
-        opposed = np.any([value > p for value in of_sources], axis=0) & np.any([v < p for v in of_sources], axis=0)
-        for name, mask in (
-            ("kept", count > 0), ("kept_changed", bits != unchanged), ("shared", count > 1), ("opposed", opposed),
-        ):  # fmt: skip
-            rows[name] += np.add.reduceat(mask, starts[:-1], dtype=np.int64)
-        stored = bits.view(np.uint8)
-        ends = (starts * width).tolist()
+        rows["kept"] += done.changed
+        rows["shared"] += done.shared
+        rows["opposed"] += done.opposed
+        rows["kept_changed"] += np.add.reduceat(written, starts[:-1], dtype=np.int64)
+        self._squares.add(here.start, starts.size - 1, done.squares)
+        stored, ends = bits.view(np.uint8), (starts * width).tolist()
         self._overflowed[here] += [
             sum(count_nonfinite(stored[begin:end], tensor.dtype)) for begin, end in itertools.pairwise(ends)
         ]
-        moved = upcast(values(stored, tensor.dtype)).astype(np.float64) - p
-        self._squares.add(here.start, starts.size - 1, _block_sums(moved * moved, starts))
 
-    def _refuse_conflicts(self, part: Slice, starts: np.ndarray, of_sources: Values, changed: Values) -> None:
-        """Refuse an element of which two sources make different values.
+    def _refuse_conflicts(self, part: Slice, starts: np.ndarray, wrong: np.ndarray) -> None:
+        """Refuse elements of which two sources make different values.
 
         Raises:
             UserError: with the tensor's name.
         """
-        wrong = np.zeros(changed[0].size, bool)
-        for (v, is_v), (w, is_w) in itertools.combinations(zip(of_sources, changed, strict=True), 2):
-            wrong |= is_v & is_w & (v != w)
         if wrong.any():
             at = int(np.searchsorted(starts, np.argmax(wrong), side="right")) - 1
             raise UserError(
@@ -153,7 +137,8 @@ class _Merge:
             if part.raw:
                 continue
             starts = starts_of(part)
-            wide = [vector.astype(np.float64) for vector in combination.vectors(*_values(part, held, applying))]
+            p, found = _values(part, held, applying)
+            wide = [vector.astype(np.float64) for vector in combination.vectors(p, list(found))]
             for i, j in itertools.combinations_with_replacement(range(len(wide)), 2):
                 of_pair = sums.setdefault((i, j), BlockSums(len(self._tensors)))
                 of_pair.add(part.at, starts.size - 1, _block_sums(wide[i] * wide[j], starts))
@@ -201,8 +186,8 @@ def _slices(state: SectionState) -> Iterator[tuple[Slice, list[np.ndarray]]]:
             yield replace(part, start=start, stop=stop), cut
 
 
-def _values(part: Slice, held: list[np.ndarray], applying: Sequence[Applying]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """p, and v of every source that has the tensors of a slice, in one real type."""
+def _values(part: Slice, held: list[np.ndarray], applying: Sequence[Applying]) -> tuple[np.ndarray, np.ndarray]:
+    """p (n,), and v of every source that has the tensors of a slice, (N, n), in one real type."""
     numbers = [number for number, _ in part.sources]
     assert part.tensors[0].base
     p = upcast(values(held[0], part.tensors[0].base.dtype))
@@ -212,7 +197,7 @@ def _values(part: Slice, held: list[np.ndarray], applying: Sequence[Applying]) -
         if one.state.source in numbers
     ]
     real = np.result_type(p, *found)
-    return p.astype(real, copy=False), [value.astype(real, copy=False) for value in found]
+    return p.astype(real, copy=False), np.stack([value.astype(real, copy=False) for value in found])
 
 
 def _block_sums(terms: np.ndarray, starts: np.ndarray) -> np.ndarray:
