@@ -83,7 +83,8 @@ def extremes(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     Args:
         rows: the table of a run.
     """
-    ranked = sorted((r for r in rows if r["kept_share"] is not None), key=lambda r: (r["kept_share"], r["name"]))
+    told = (r for r in rows if r["kept_share"] is not None and r["norm_delta"] is not None)
+    ranked = sorted(told, key=lambda r: (r["kept_share"], r["name"]))
     shown = ("name", "shape", "kept_share", "norm_delta", "norm_base")
     short = [{key: row[key] for key in shown} for row in ranked]
     end = min(_EXTREMES, len(short) // 2)

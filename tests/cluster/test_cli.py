@@ -129,7 +129,7 @@ def test_every_option_arrives(pair):
     )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         **{side: str(pair / side) for side in ("base", "finetuned", "out")}, "strength": 2.0, "tail": 0.5,
-        "density": 0.25, "method": "random", "scope": "layer",
+        "merged": [], "combine": "sum", "scaling": 1.0, "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
         "staging": "st", "visibility": "public", "alone": True, "device_memory": 2_000_000_000,

@@ -46,6 +46,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["prune", *sides, "--out", str(folder / "out")],
         ["prune", *sides, "--out", str(folder / "delta"), "--emit", "delta"],
         ["sweep", *sides, "--out", str(folder / "swept"), "--density", "0.1,0.3", "--evaluate", score],
+        ["merge", *sides[:4], "--finetuned", str(folder / "delta"), *sides[4:], "--out", str(folder / "merged")],
         ["prune", *sides, "--out", str(folder / "begun"), "--scope", "global", "--shard-size", "4KiB"],
     ):
         done = CliRunner().invoke(cli, words, catch_exceptions=False)
@@ -84,6 +85,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "adapter/adapter_config.json": (
         "plan --base base-of-adapter --finetuned adapter --out pruned", "inspect adapter",
     ),
+    "merged/fapm/manifest.json": tuple(f"{words} merged" for words in ("report --html page.html", "report", "verify")),
     "begun/fapm/run.json": (f"plan {SIDES} begun --scope global --shard-size 4KiB",),
 }  # fmt: skip
 """Which commands read what."""
@@ -174,6 +176,16 @@ def test_fuzz_what_a_folder_says(place, name):
         run(command)
 
     fuzz()
+
+
+def test_a_time_of_change_that_is_not_there(place):
+    path = place / "begun/fapm/run.json"
+    said = json.loads(path.read_text())
+    for file in said["inputs"]["finetuned"].values():
+        file["mtime_ns"] = None
+    path.write_text(json.dumps(said))
+    done = run(f"plan {SIDES} begun --scope global --shard-size 4KiB")
+    assert "has changed since (it was written again)" in done.output
 
 
 columns = st.sampled_from([

@@ -95,6 +95,7 @@ def test_extremes_are_ranked_and_never_listed_twice():
     few = extremes([row(1), row(2), row(3)])
     assert [r["name"] for r in (*few["highest"], *few["lowest"])] == ["t3", "t2", "t1"]
     assert [r["name"] for r in extremes([row(1)])["highest"]] == ["t1"]
+    assert extremes([row(1) | {"norm_delta": None}])["changed_tensors"] == 0  # of a table that somebody has changed
 
 
 def test_the_table_of_a_plan_names_wide_groups(runner):
