@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fapm.scoring.combining import COMBINATIONS
+from fapm.scoring.compiled import LANES, TILE, call, compiled, named, total_of
 from fapm.scoring.methods import BLOCK
 
 
@@ -44,8 +45,6 @@ def combine(
         starts: (r + 1,) int64, where each tensor's elements begin, and the last one's end.
         factors: of a combination that looks at whole tensors what it has found of each.
     """
-    from fapm.scoring.compiled import call  # numba is loaded by who computes, not by who plans
-
     real, runs = p.dtype.type, starts.size - 1
     out, counts = np.empty_like(p), np.zeros((3, runs), np.int64)
     blocks = max(1, -(-p.size // BLOCK)) if runs == 1 else runs
@@ -61,8 +60,6 @@ def combine(
 
 @functools.cache
 def _loop(how: str) -> Callable[..., Any]:
-    from fapm.scoring.compiled import LANES, TILE, compiled, named, total_of
-
     code = list(COMBINATIONS).index(how)
     by_sum, by_mean, by_sign, by_arc, by_center, _, by_last, _ = range(len(COMBINATIONS))
     last = code == by_last

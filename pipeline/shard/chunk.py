@@ -35,17 +35,29 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
     return Chunk(starts_of(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
 
 
-def value_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chunk:
-    """The same where elements become values in the type of the arithmetic: base's, or what is kept, not rounded."""
+def value_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe, p: np.ndarray) -> Chunk:
+    """The same where elements become values in the type of the arithmetic: base's, or what is kept, not rounded.
+
+    Args:
+        p: base's values, float32 or float64.
+    """
     tensor, method = part.tensors[0], METHODS[recipe.method]
-    p, f = pair_of_values(views[0], views[1], tensor, recipe)
+    assert tensor.base is not None
+    assert tensor.finetuned is not None
+    stored_p, stored_f = (
+        values(views[0], tensor.base.dtype),
+        values(repaired(views[0], views[1], tensor, recipe), tensor.finetuned.dtype),
+    )
+    f = upcast(stored_f)
+    real = np.result_type(p, f)
+    p, f = p.astype(real, copy=False), f.astype(real, copy=False)
     kept = f
     if method.value is not None and tensor.parameter not in (0, 1):
         with np.errstate(all="ignore"):
-            kept = method.value(p, f, p.dtype.type(tensor.parameter))
-    bits_of = f"u{p.itemsize}"
-    given = streams(part.tensors, recipe), p, f, p.view(bits_of), np.ascontiguousarray(kept).view(bits_of)
-    return Chunk(starts_of(part), part.start, *given)
+            kept = np.ascontiguousarray(method.value(p, f, real.type(tensor.parameter)))
+    scored = (stored_p, stored_f) if stored_p.dtype == stored_f.dtype else (p, f)
+    made = p.view(f"u{p.itemsize}"), kept.view(f"u{p.itemsize}")
+    return Chunk(starts_of(part), part.start, streams(part.tensors, recipe), *scored, *made)
 
 
 def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChunk:

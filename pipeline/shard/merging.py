@@ -14,7 +14,6 @@ import numpy as np
 
 from fapm.errors import UserError
 from fapm.formats.dtypes import convert, itemsize, refuse_overflow, round_to, upcast, values
-from fapm.scoring.combined import combine, conflicts
 from fapm.scoring.combining import COMBINATIONS, Angular
 from fapm.scoring.methods import BLOCK
 from fapm.shard import passes
@@ -64,6 +63,7 @@ class _Merge:
         self._rows = np.zeros(len(self._tensors), MEASURED)
         self._overflowed = np.zeros(len(self._tensors), np.int64)
         self._squares = BlockSums(len(self._tensors))
+        self._scratch = np.empty(0, np.float32)
 
     def write(self, tell: Callable[[int], None]) -> None:
         combination = COMBINATIONS[self._how]
@@ -92,9 +92,11 @@ class _Merge:
         factors: Sequence[tuple[float, ...]],
     ) -> None:
         """Write a slice, and count what is done in it."""
+        from fapm.scoring.combined import combine, conflicts  # numba is loaded by who computes, not by who plans
+
         here, tensor, starts = places(part), part.tensors[0], starts_of(part)
         assert tensor.base
-        p, of_sources = _values(part, held, applying)
+        p, of_sources = self._values(part, held, applying)
         if self._how == "error":
             self._refuse_conflicts(part, starts, conflicts(p, of_sources))
         weights = [self._weights[number - 1] for number, _ in tensor.sources if number]
@@ -114,6 +116,27 @@ class _Merge:
         self._overflowed[here] += [
             sum(count_nonfinite(stored[begin:end], tensor.dtype)) for begin, end in itertools.pairwise(ends)
         ]
+
+    def _values(
+        self, part: Slice, held: list[np.ndarray], applying: Sequence[Applying]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """p (n,), and v of every source that has the tensors of a slice, (N, n), in one real type; until the next
+        slice."""
+        places_of = {number: i for i, (number, _) in enumerate(part.sources)}
+        assert part.tensors[0].base
+        p = upcast(values(held[0], part.tensors[0].base.dtype))
+        there = [one for one in applying if one.state.source in places_of]
+        if self._scratch.dtype != p.dtype or self._scratch.size < len(there) * p.size:
+            self._scratch = np.empty(len(there) * max(p.size, _STEP), p.dtype)  # fresh pages cost more than the work
+        rows = self._scratch[: len(there) * p.size].reshape(len(there), p.size)
+        found = [
+            one.values(part, [held[0], held[places_of[one.state.source]]], p, row)
+            for one, row in zip(there, rows, strict=True)
+        ]
+        real = np.result_type(p, *found)
+        if real == rows.dtype:
+            return p, rows
+        return p.astype(real), np.stack([value.astype(real) for value in found])
 
     def _refuse_conflicts(self, part: Slice, starts: np.ndarray, wrong: np.ndarray) -> None:
         """Refuse elements of which two sources make different values.
@@ -137,7 +160,7 @@ class _Merge:
             if part.raw:
                 continue
             starts = starts_of(part)
-            p, found = _values(part, held, applying)
+            p, found = self._values(part, held, applying)
             wide = [vector.astype(np.float64) for vector in combination.vectors(p, list(found))]
             for i, j in itertools.combinations_with_replacement(range(len(wide)), 2):
                 of_pair = sums.setdefault((i, j), BlockSums(len(self._tensors)))
@@ -184,20 +207,6 @@ def _slices(state: SectionState) -> Iterator[tuple[Slice, list[np.ndarray]]]:
             begin, end = start - part.start, stop - part.start
             cut = [stored[begin * width : end * width] for stored, width in zip(held, widths, strict=True)]
             yield replace(part, start=start, stop=stop), cut
-
-
-def _values(part: Slice, held: list[np.ndarray], applying: Sequence[Applying]) -> tuple[np.ndarray, np.ndarray]:
-    """p (n,), and v of every source that has the tensors of a slice, (N, n), in one real type."""
-    numbers = [number for number, _ in part.sources]
-    assert part.tensors[0].base
-    p = upcast(values(held[0], part.tensors[0].base.dtype))
-    found = [
-        one.values(part, [held[0], held[numbers.index(one.state.source)]])
-        for one in applying
-        if one.state.source in numbers
-    ]
-    real = np.result_type(p, *found)
-    return p.astype(real, copy=False), np.stack([value.astype(real, copy=False) for value in found])
 
 
 def _block_sums(terms: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -504,17 +504,18 @@ class Applying:
         if chunk.runs == 1 and isinstance(held, list):
             sink.filled_from(own.tensors[0].name, part.start, held[0])
 
-    def values(self, part: Slice, pair: list[np.ndarray]) -> np.ndarray:
-        """Values of the elements of a slice: base's, or what is kept of the source, in the type of the arithmetic.
+    def values(self, part: Slice, pair: list[np.ndarray], p: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Values (n,) of the elements of a slice: base's, or what is kept of the source, in the type of the arithmetic.
 
         Args:
-            pair: the bytes of base and of the source.
+            pair: the bytes of base and of the source, and `p`: base's values.
+            out: (n,) of p's dtype, for the values if that is theirs.
         """
         own = self.state.own(part)
-        chunk = value_chunk(own, pair, self.state.recipe)
-        out = np.empty_like(chunk.kept)
-        self._add(own, chunk, out)
-        return out.view(chunk.p.dtype)
+        chunk = value_chunk(own, pair, self.state.recipe, p)
+        made = out.view(chunk.kept.dtype) if out.itemsize == chunk.kept.itemsize else np.empty_like(chunk.kept)
+        self._add(own, chunk, made)
+        return made.view(f"f{made.itemsize}")
 
     def _add(self, part: Slice, chunk: AnyChunk, out: np.ndarray) -> None:
         state, here = self.state, places(part)
