@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +59,22 @@ def make(folder: Path, layers: int, count: int) -> None:
 
 def timed(command: list[str]) -> tuple[float, float, float]:
     """Wall seconds, CPU seconds and GB at most."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)}: {said[-2000:]}")
-    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6
+    done = subprocess.run([sys.executable, "-c", WATCH, *command], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    wall, cpu, memory = map(float, done.stdout.split())
+    return wall, cpu, memory
+
+
+WATCH = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6)
+sys.exit(code)
+"""
+"""In a small process of its own: the most memory that a process had counts what its parent had when it was made."""
 
 
 def theirs(folder: Path, program: str, about: dict[str, Any], sources: list[str], normalize: bool) -> list[str]:
