@@ -58,6 +58,7 @@ _SECTIONS: dict[str, tuple[Any, ...]] = {
         _option("--strength", "FACTOR"),
         _option("--tail", "SHARE"),
         _option("--scope", "SCOPE"),
+        _option("--layer-scale", "A:B"),
         _option("--rule", "PATTERN=ACTION", "rules", multiple=True),
     ),
     "What is written": (
@@ -153,8 +154,8 @@ def _with_sections(command: Command, left_out: set[str]) -> Command:
 
 
 _OF_CONTENT = {
-    "finetuned", "method", "density", "strength", "tail", "scope", "rules", "dtype", "seed", "nonfinite", "emit",
-    "unpaired",
+    "finetuned", "method", "density", "strength", "tail", "scope", "layer_scale", "rules", "dtype", "seed", "nonfinite",
+    "emit", "unpaired",
 }  # fmt: skip
 
 

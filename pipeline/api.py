@@ -124,7 +124,7 @@ def sweep(
         evaluate, tasks, texts: as `--evaluate`, `--tasks` and `--text` take them.
         choose: as `--choose` takes it; `choose_anyway`: where the evaluations show neither skill.
         evaluator: makes what evaluates, for a recipe; one after the other in this process by default.
-        choices: a recipe's; `method`, `scope`, `density`, `strength` and `tail` may be lists.
+        choices: a recipe's; `method`, `scope`, `density`, `strength`, `tail` and `layer_scale` may be lists.
 
     Raises:
         UserError, PassingError: as of `prune`; no candidate can be chosen so.

@@ -26,6 +26,10 @@ DESCRIPTIONS = {
     "strength": "Of dg-hard: by how much its threshold is higher than that for noise, 0 to 1,000,000.  [1]",
     "tail": "Of timber: what singular values beyond the effective rank are multiplied by, 0 to 1.  [0]",
     "scope": "What shares one budget: tensor, layer or global.  [tensor]",
+    "layer_scale": (
+        "Factors A:B of what is kept: A in the first layer of a stack and outside of layers, B in the last, between "
+        "them what lies between.  [none, as by 1:1]"
+    ),
     "rules": (
         "What becomes of the tensors whose name matches: prune, base, finetuned, or a density of their own. "
         "The first match decides; rules given here replace the recipe's. Repeatable."

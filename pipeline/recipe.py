@@ -36,7 +36,7 @@ from fapm.storage.address import absolute
 
 _LATER = (
     "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",
-    "unpaired", "strength", "tail", "merged", "combine", "scaling",
+    "unpaired", "strength", "tail", "merged", "combine", "scaling", "layer_scale",
 )  # fmt: skip
 
 EVERYTHING = ("*=finetuned",)
@@ -134,6 +134,35 @@ def parse_workers(value: Any) -> Workers:
     return Workers(least, most)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerScale:
+    """What is kept in the first layer of a stack is multiplied by `first`, in the last by `last`, between them by what
+    lies between; outside layers by `first`. LiNeS, arXiv 2410.17146."""
+
+    first: float
+    last: float
+
+    def plain(self) -> str:
+        """As a user would write it."""
+        return f"{self.first!r}:{self.last!r}"
+
+    def of(self, layer: int, layers: int) -> float:
+        """The factor of one of a stack of layers, counted from 0."""
+        return self.first + (self.last - self.first) * layer / (layers - 1) if layers > 1 else self.first
+
+
+def parse_layer_scale(value: Any) -> LayerScale:
+    """`0.5:1` → LayerScale."""
+    if isinstance(value, LayerScale):
+        return value
+    number = r"-?(?:\d{1,6}(?:\.\d{0,17})?|\.\d{1,17})(?:e-?\d{1,2})?"
+    match = re.fullmatch(rf"\s*({number})\s*:\s*({number})\s*", value) if isinstance(value, str) else None
+    factors = [float(factor) for factor in match.groups()] if match else []
+    if not factors or max(map(abs, factors)) > 1e6:
+        raise ValueError("give the factors of the first and of the last layer, like 0.5:1, of at most 1,000,000")
+    return LayerScale(*factors)
+
+
 def _key_and_value(label: str) -> str:
     if not re.fullmatch(r"[^=\s]+=\S+", label):
         raise ValueError("write a label like market-type=spot")
@@ -197,6 +226,9 @@ class Recipe(BaseModel):
     strength: float = Field(1.0, ge=0, le=1e6, allow_inf_nan=False)
     tail: Share = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     scope: Literal["tensor", "layer", "global"] = "tensor"
+    layer_scale: Annotated[LayerScale, BeforeValidator(parse_layer_scale), PlainSerializer(LayerScale.plain)] | None = (
+        None
+    )
     rules: tuple[str, ...] = ()
     renames: tuple[str, ...] = ()
     allow_pickle: bool = False
@@ -471,7 +503,8 @@ def how(choices: Mapping[str, Any]) -> str:
     method = METHODS[choices["method"]]
     scope = f", scope {choices['scope']}" if len(method.scopes) > 1 else ""
     value = choices.get(method.parameter, Recipe.model_fields[method.parameter].default)
-    return f"{choices['method']}, {method.symbol} {value:g}{scope}"
+    scaled = f", layer scale {choices['layer_scale']}" if choices.get("layer_scale") else ""
+    return f"{choices['method']}, {method.symbol} {value:g}{scope}{scaled}"
 
 
 def command_words(recipe: Recipe) -> list[str]:

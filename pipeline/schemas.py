@@ -21,6 +21,7 @@ class Choices(Record):
     method: _Method
     density: _Density
     strength: Number = 1.0
+    layer_scale: Text | None = None
     tail: _Density = 0.0
     scope: Name
     rules: list[Text]
@@ -163,6 +164,7 @@ class CandidateRecord(PointRecord):
     scope: Name
     density: _Density
     strength: Number = 1.0
+    layer_scale: Text | None = None
     tail: _Density = 0.0
     decides: dict[Name, Any]
     kept: Count

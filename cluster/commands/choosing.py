@@ -46,9 +46,10 @@ def sweep(
 ) -> None:
     """Prune in many ways from one reading, evaluate each by your own means, and choose.
 
-    --method, --scope, --density, --strength and --tail take several values between commas, or lists in the recipe. base
-    and finetuned are evaluated first. The candidates are in OUT/sweep/, each as complete as prune makes it; what is
-    chosen becomes OUT, where --overwrite replaces another choice. The same command again does what is missing.
+    --method, --scope, --density, --strength, --tail and --layer-scale take several values between commas, or lists in
+    the recipe. base and finetuned are evaluated first. The candidates are in OUT/sweep/, each as complete as prune
+    makes it; what is chosen becomes OUT, where --overwrite replaces another choice. The same command again does what
+    is missing.
 
     \b
     Examples:

@@ -146,7 +146,7 @@ class Comparison:
                 added.add(~keep & (out != pruned) & (out == kept), start, scores)
             self._progress((stop - start) * out.itemsize)
         sources = "base's value nor finetuned's"
-        if method.value:
+        if method.value or tensor.scale != 1:
             sources = f"base's value nor what {self._recipe.method} makes of the two"
         if strange.count:
             problems.append(f"tensor {tensor.name!r}: {strange} are neither {sources}")
@@ -185,8 +185,8 @@ class Comparison:
             for strip in spans:
                 p, f, out = self._strip(strip)
                 delta = _along(f - p, rows, columns)
-                wanted = p + _along(((delta @ vectors) * gains) @ vectors.T, rows, columns)
-                allowed = 1e-5 * largest + 1e-6 * np.abs(wanted)
+                wanted = p + tensor.scale * _along(((delta @ vectors) * gains) @ vectors.T, rows, columns)
+                allowed = 1e-5 * abs(tensor.scale) * largest + 1e-6 * np.abs(wanted)
                 low, high = (self._rounded((wanted + by).astype(p.dtype)) for by in (-allowed, allowed))
                 strange.add(((out < low) | (out > high)).reshape(-1), strip[0][0])
                 self._progress(out.size * itemsize(tensor.dtype))
@@ -251,11 +251,13 @@ class Comparison:
 
     def _value(self, p: np.ndarray, f: np.ndarray) -> np.ndarray:
         """Values that kept elements have, before they are rounded: f itself where they are finetuned's."""
-        keep, parameter = METHODS[self._recipe.method].value, self._tensor.parameter
-        if keep is None or not 0 < parameter < 1:
-            return f
+        keep, parameter, s = METHODS[self._recipe.method].value, self._tensor.parameter, self._tensor.scale
+        kept = f
         with np.errstate(all="ignore"):
-            kept: np.ndarray = keep(p, f, p.dtype.type(parameter))
+            if keep is not None and 0 < parameter < 1:
+                kept = keep(p, f, p.dtype.type(parameter))
+            if s != 1:
+                kept = p + p.dtype.type(s) * (kept - p)
         return kept
 
     def mean(self, row: dict[str, Any], problems: list[str]) -> float:

@@ -12,7 +12,7 @@ from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS, PARAMETERS
 from fapm.storage.address import inside
 
-SWEPT = ("method", "scope", *PARAMETERS)
+SWEPT = ("method", "scope", *PARAMETERS, "layer_scale")
 """The choices that a sweep may have several of."""
 
 MOST = 200
@@ -54,9 +54,15 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
 def _name(recipe: Recipe, several_scopes: bool) -> str:
     scope = several_scopes and len(METHODS[recipe.method].scopes) > 1
     value = recipe.parameter
-    words = [recipe.method, *([recipe.scope] if scope else []), f"{value:.17g}"]
-    words[-1] = next(text for text in (f"{value:g}", words[-1]) if float(text) == value)
+    words = [recipe.method, *([recipe.scope] if scope else []), _exact(value)]
+    if recipe.layer_scale:
+        words += ["scale", *map(_exact, (recipe.layer_scale.first, recipe.layer_scale.last))]
     return "-".join(words)
+
+
+def _exact(value: float) -> str:
+    """A number in as few digits as tell it from others."""
+    return next(text for text in (f"{value:g}", f"{value:.17g}") if float(text) == value)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -265,6 +265,7 @@ def sweep_facts(swept: Swept) -> dict[str, Any]:
                 "scope": recipe.scope,
                 "density": recipe.density,
                 "strength": recipe.strength,
+                "layer_scale": recipe.layer_scale and recipe.layer_scale.plain(),
                 "tail": recipe.tail,
                 "decides": recipe.decides(),
                 "kept": totals["kept"],

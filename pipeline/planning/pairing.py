@@ -17,7 +17,7 @@ from fapm.formats.vocabulary import tied_to
 from fapm.planning.plan import Operation, PairedTensor
 from fapm.planning.shards import group_of
 from fapm.planning.vocabulary import is_vocabulary
-from fapm.recipe import Recipe, Rule
+from fapm.recipe import LayerScale, Recipe, Rule
 from fapm.scoring.methods import METHODS
 
 
@@ -93,6 +93,8 @@ def pair_all(
             if 0 in (f.numel, p.numel):
                 _refuse_empty("base" if f.numel else "finetuned", name, p if f.numel else f)
             wrong.append(f"{name} (base {list(p.shape)}, finetuned {list(f.shape)})")
+    if recipe.layer_scale:
+        paired = _scaled(paired, recipe.layer_scale)
     if wrong:
         raise UserError(
             f"{len(wrong)} tensor(s) have another shape in base than in finetuned: {listed(wrong)}; "
@@ -110,6 +112,23 @@ def pair_all(
     if grown:
         warnings.append(f"rows that only finetuned has are taken from it: {listed(grown)}")
     return paired
+
+
+def _scaled(tensors: list[PairedTensor], scale: LayerScale) -> list[PairedTensor]:
+    """The same, each with the factor of its layer in its stack."""
+    layers = {t.name: layer for t in tensors if (layer := group_of(t.name, "layer")) != t.name}
+    counts: dict[str, int] = {}
+    for layer in layers.values():
+        stack, _, number = layer.rpartition(".")
+        counts[stack] = max(counts.get(stack, 0), int(number) + 1)
+
+    def factor(name: str) -> float:
+        if name not in layers:
+            return scale.first
+        stack, _, number = layers[name].rpartition(".")
+        return scale.of(int(number), counts[stack])
+
+    return [replace(t, scale=factor(t.name)) if t.action == "prune" else t for t in tensors]
 
 
 LEAST_ELEMENTS = 1024

@@ -31,6 +31,7 @@ class PairedTensor:
         group: the group it competes in; empty if it is not pruned.
         parameter: the method's for this tensor: of a selection the density, a share of `common` that it adds to its
             group's budget; of a blend α; of a matrix method 1.
+        scale: what is kept of the change is multiplied by it.
         operation: what a worker does with it, by the method's kind; empty if it passes through.
         folder: of a model of several folders the one in which it lies, with which its name then begins.
         source: number of the checkpoint that `finetuned` is of: 1 is the first fine-tuned one, 0 would be base.
@@ -52,6 +53,7 @@ class PairedTensor:
     operation: Operation = ""
     source: int = 1
     others: tuple[tuple[int, TensorInfo], ...] = ()
+    scale: float = 1.0
 
     @property
     def stored_name(self) -> str:

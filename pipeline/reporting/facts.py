@@ -40,7 +40,11 @@ def run_facts(manifest: dict[str, Any], out: str) -> dict[str, Any]:
         "out": out,
         "base": manifest["paths"]["base"],
         "finetuned": manifest["paths"]["finetuned"],
-        **{choice: recipe[choice] for choice in ("method", *PARAMETERS, "scope", "rules") if choice in recipe},
+        **{
+            choice: recipe[choice]
+            for choice in ("method", *PARAMETERS, "scope", "layer_scale", "rules")
+            if choice in recipe
+        },
         **_merge_facts(manifest),
         "shards": len(manifest["shards"]),
         "totals": manifest["totals"],

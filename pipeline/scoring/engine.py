@@ -66,6 +66,7 @@ class StoredChunk:
         p_dtype, f_dtype, dtype: torch's names of the dtypes of both and of the output.
         repair: finetuned's values that are not finite become base's.
         mixed: what kept elements are mixed by, None where they keep the fine-tuned value.
+        scale: what their change is multiplied by.
     """
 
     start: int
@@ -77,6 +78,7 @@ class StoredChunk:
     numel: int
     repair: bool = False
     mixed: float | None = None
+    scale: float = 1.0
 
     @property
     def runs(self) -> int:
@@ -85,7 +87,7 @@ class StoredChunk:
     @property
     def rounded(self) -> bool:
         """As of a Chunk."""
-        return self.mixed is not None or {self.p_dtype, self.f_dtype} != {self.dtype}
+        return self.mixed is not None or self.scale != 1 or {self.p_dtype, self.f_dtype} != {self.dtype}
 
 
 @dataclass(slots=True)

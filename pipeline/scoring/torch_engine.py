@@ -102,13 +102,16 @@ class TorchEngine:
         dtype."""
         p, f = _repaired(chunk, *self._stored(chunk))
         pruned = _in_dtype(p, chunk.dtype)
-        if chunk.mixed is None:
+        if chunk.mixed is None and chunk.scale == 1:
             kept = _in_dtype(f, chunk.dtype)
         else:
-            assert self._method.value
-            x, y = _values(p, f)
-            density = torch.full((), chunk.mixed, dtype=x.dtype, device=x.device)
-            kept = _rounded(self._method.value(x, y, density), chunk.dtype)
+            x, value = _values(p, f)
+            if chunk.mixed is not None:
+                assert self._method.value
+                value = self._method.value(x, value, torch.full((), chunk.mixed, dtype=x.dtype, device=x.device))
+            if chunk.scale != 1:
+                value = x + torch.full((), chunk.scale, dtype=x.dtype, device=x.device) * (value - x)
+            kept = _rounded(value, chunk.dtype)
         return _bits(pruned), _bits(kept), pruned.dtype if chunk.rounded else None
 
     def _stored(self, chunk: StoredChunk) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from fapm.formats.dtypes import TORCH_NAMES, bits, convert, nonfinite, round_to,
 from fapm.planning.plan import PairedTensor
 from fapm.recipe import Recipe
 from fapm.scoring.engine import Chunk, StoredChunk
-from fapm.scoring.methods import METHODS, stream_of
+from fapm.scoring.methods import METHODS, Method, stream_of
 from fapm.shard.section import Slice
 
 
@@ -25,13 +25,13 @@ def make_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe) -> Chun
     if p.dtype != f.dtype:
         p, f = _common(p, f)
     pruned = convert(stored_p, tensor.base.dtype, tensor.dtype)
-    if method.value is None or tensor.parameter in (0, 1):
-        kept = convert(stored_f, tensor.finetuned.dtype, tensor.dtype)
+    if _is_made(tensor, method):
+        kept = round_to(_kept(tensor, method, upcast(p), upcast(f)), tensor.dtype)
     else:
-        x, y = upcast(p), upcast(f)
-        with np.errstate(all="ignore"):
-            kept = round_to(method.value(x, y, x.dtype.type(tensor.parameter)), tensor.dtype)
-    rounded = method.value is not None or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
+        kept = convert(stored_f, tensor.finetuned.dtype, tensor.dtype)
+    rounded = (
+        method.value is not None or tensor.scale != 1 or {tensor.base.dtype, tensor.finetuned.dtype} != {tensor.dtype}
+    )
     return Chunk(starts_of(part), part.start, streams(part.tensors, recipe), p, f, pruned, kept, rounded)
 
 
@@ -51,13 +51,28 @@ def value_chunk(part: Slice, views: Sequence[np.ndarray], recipe: Recipe, p: np.
     f = upcast(stored_f)
     real = np.result_type(p, f)
     p, f = p.astype(real, copy=False), f.astype(real, copy=False)
-    kept = f
-    if method.value is not None and tensor.parameter not in (0, 1):
-        with np.errstate(all="ignore"):
-            kept = np.ascontiguousarray(method.value(p, f, real.type(tensor.parameter)))
+    kept = np.ascontiguousarray(_kept(tensor, method, p, f))
     scored = (stored_p, stored_f) if stored_p.dtype == stored_f.dtype else (p, f)
     made = p.view(f"u{p.itemsize}"), kept.view(f"u{p.itemsize}")
     return Chunk(starts_of(part), part.start, streams(part.tensors, recipe), *scored, *made)
+
+
+def _is_mixed(tensor: PairedTensor, method: Method) -> bool:
+    return method.value is not None and tensor.parameter not in (0, 1)
+
+
+def _is_made(tensor: PairedTensor, method: Method) -> bool:
+    """Whether kept elements have other values than finetuned's."""
+    return _is_mixed(tensor, method) or tensor.scale != 1
+
+
+def _kept(tensor: PairedTensor, method: Method, p: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """Values (n,) that kept elements have, before they are rounded: v, or p + s·(v − p) of a layer that is scaled."""
+    real, value = p.dtype.type, f
+    with np.errstate(all="ignore"):
+        if method.value is not None and _is_mixed(tensor, method):
+            value = method.value(p, f, real(tensor.parameter))
+        return value if tensor.scale == 1 else p + real(tensor.scale) * (value - p)
 
 
 def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChunk:
@@ -65,7 +80,6 @@ def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChu
     (tensor,) = part.tensors
     assert tensor.base is not None
     assert tensor.finetuned is not None
-    mixed = METHODS[recipe.method].value is not None and tensor.parameter not in (0, 1)
     return StoredChunk(
         start=part.start,
         stream=int(streams(part.tensors, recipe)[0]),
@@ -75,7 +89,8 @@ def stored_chunk(part: Slice, put: tuple[Any, Any], recipe: Recipe) -> StoredChu
         dtype=TORCH_NAMES[tensor.dtype],
         numel=part.stop - part.start,
         repair=recipe.nonfinite == "base",
-        mixed=tensor.parameter if mixed else None,
+        mixed=tensor.parameter if _is_mixed(tensor, METHODS[recipe.method]) else None,
+        scale=tensor.scale,
     )
 
 

@@ -51,6 +51,6 @@ def cut_for(task: Task, names: set[str]) -> Cut:
     groups = {t.name: t.group for t in widest.shard.tensors}
     tensors = [replace(t, group=groups[t.name]) for t in task.shard.tensors if t.name in names]
     whole = len(tensors) == len(task.shard.tensors)
-    by_lane = [{t.name: t.parameter for t in of.shard.tensors} for of in task.parts]
+    by_lane = [{t.name: (t.parameter, t.scale) for t in of.shard.tensors} for of in task.parts]
     kinds = {t.name: tuple(lane[t.name] for lane in by_lane) for t in tensors}
     return Cut(tensors, together(widest) if whole else [], kinds)

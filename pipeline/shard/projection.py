@@ -124,7 +124,7 @@ def _write_kept(
     held: int,
     sums: _Sums,
 ) -> None:
-    """Write what the method of a lane keeps of a matrix: p + Δ', rounded once."""
+    """Write what the method of a lane keeps of a matrix: p + s·Δ', rounded once."""
     method = METHODS[state.recipe.method]
     assert isinstance(method, Matrix)
     gains = method.gains(spectrum.sigma, delta.shape, state.recipe.parameter)
@@ -133,7 +133,9 @@ def _write_kept(
         by = projector(spectrum, gains)
         for p, f, part in kept(delta, by, held):
             with np.errstate(all="ignore"):
-                out = round_to(p + part.astype(p.dtype), tensor.dtype).reshape(-1).view(np.uint8)
+                part = part.astype(p.dtype)
+                part = part if tensor.scale == 1 else p.dtype.type(tensor.scale) * part
+                out = round_to(p + part, tensor.dtype).reshape(-1).view(np.uint8)
             overflowed += sum(count_nonfinite(out, tensor.dtype))
             sink.append(out)
             sums.changed += int(np.count_nonzero(f != p))

@@ -194,7 +194,7 @@ def _slices(tensors: Sequence[PairedTensor], sizes: Sizes, kinds: Mapping[str, A
             yield from _cut(tensor, i, sizes)
             continue
         stored = ((number, info.dtype) for number, info in tensor.sources)
-        kind = (*stored, tensor.dtype, kinds.get(tensor.name, tensor.parameter))
+        kind = (*stored, tensor.dtype, kinds.get(tensor.name, (tensor.parameter, tensor.scale)))
         full = numel + tensor.common > _TOGETHER or i - first >= MOST_RANGES // 2
         if numel and (kind != alike or full):
             yield from gathered(i)

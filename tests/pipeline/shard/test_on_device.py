@@ -59,6 +59,13 @@ def test_methods_and_scopes(runner, method, scope):
     same(on_torch(runner.recipe(**choices)), runner.prune(**choices)[0])
 
 
+@pytest.mark.parametrize("method", ["fapm", "dare", "wise-ft"])
+def test_what_is_kept_is_scaled_by_its_layer(runner, method):
+    runner.write(*gaussian(SHAPES | {f"model.layers.{i}.a": (300, 400) for i in range(3)}, torch.bfloat16))
+    choices = {"method": method, "density": 0.3, "layer_scale": "0.3:1"}
+    same(on_torch(runner.recipe(**choices)), runner.prune(**choices)[0])
+
+
 @pytest.mark.parametrize("emit", ["checkpoint", "delta"])
 def test_candidates_from_one_reading(runner, emit):
     runner.write(*gaussian(SHAPES, torch.bfloat16))
