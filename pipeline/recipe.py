@@ -31,6 +31,7 @@ from pydantic.fields import FieldInfo
 from fapm import fields
 from fapm.descriptions import DESCRIPTIONS
 from fapm.errors import UserError
+from fapm.mergekit import choices_of, is_mergekit
 from fapm.scoring.methods import METHODS
 from fapm.storage.address import absolute
 
@@ -426,12 +427,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The choices in a YAML file, and perhaps `ray`.
+    """The choices in a YAML file, and perhaps `ray`; of a recipe of mergekit what it stands for.
 
     Raises:
         UserError: it is no plain YAML, or names a choice that there is not.
     """
     known = read_yaml(path)
+    if is_mergekit(known):
+        return choices_of(known, str(path))
     for name in known:
         if name not in (*Recipe.model_fields, "ray"):
             lines = Path(path).read_text(errors="replace").splitlines()

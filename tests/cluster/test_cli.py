@@ -104,7 +104,7 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 
 def test_every_option_arrives(pair):
     given = {
-        "strength": "2", "tail": "0.5",
+        "strength": "2", "tail": "0.5", "layer-scale": "0.5:1",
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
@@ -129,7 +129,8 @@ def test_every_option_arrives(pair):
     )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         **{side: str(pair / side) for side in ("base", "finetuned", "out")}, "strength": 2.0, "tail": 0.5,
-        "merged": [], "combine": "sum", "scaling": 1.0, "density": 0.25, "method": "random", "scope": "layer",
+        "merged": [], "combine": "sum", "scaling": 1.0, "layer_scale": "0.5:1.0",
+        "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
         "staging": "st", "visibility": "public", "alone": True, "device_memory": 2_000_000_000,
