@@ -95,8 +95,8 @@ def choices_of(loaded: Mapping[str, Any], path: str) -> dict[str, Any]:
         choices["combine"] = meaning.normalized if normalize else meaning.plain
         if not choices["combine"]:
             raise refuse(
-                f"merge_method {name} without normalize has no meaning here: what is put together is divided by the sum "
-                "of its weights; add normalize: true"
+                f"merge_method {name} without normalize has no meaning here: what is put together is divided by "
+                "the sum of its weights; add normalize: true"
             )
     if name == "slerp":
         if len(sources) != 1:

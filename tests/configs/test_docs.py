@@ -141,6 +141,17 @@ def test_the_tutorial_works_as_it_stands(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_said_of_merges_works(tmp_path):
+    (first, merge), (second, code) = blocks("docs/merging.md")
+    assert (first, second) == ("sh", "python")
+    links = "ln -s fapm-demo/base base && ln -s fapm-demo/finetuned math && ln -s fapm-demo/pruned code"
+    in_shell(tmp_path, f"fapm demo && {links}\n{merge}")
+    in_shell(tmp_path, f"python3 - <<'END'\n{code}\nEND")
+    for name in ("both", "both-ties", "from-python"):
+        assert (tmp_path / name / "fapm/manifest.json").exists()
+
+
+@pytest.mark.slow
 def test_the_readme_prunes_and_loads(tmp_path):
     found = [
         (kind, block) for kind, block in blocks("README.md") if block.startswith(("fapm prune", "from transformers"))
