@@ -86,7 +86,8 @@ def verify(
         for tensor in sorted(plan.tensors(), key=lambda t: t.name):
             if tensor.name in tensors:
                 row, there, tell = rows.get(tensor.name, {}), tensors[tensor.name], progress or (lambda nbytes: None)
-                compared = Comparison(plan, folder, tensor, there, tell)
+                whose = plan.lanes[tensor.source - 1] if plan.lanes else plan  # where what it is taken from lies
+                compared = Comparison(whose, folder, tensor, there, tell)
                 if tensor.operation == "merge":
                     problems += MergedComparison(plan, folder, tensor, there, lanes, tell).problems(row)
                 elif tensor.operation == "matrices":

@@ -34,6 +34,10 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
     Raises:
         UserError: a choice cannot be, or there are too many.
     """
+    if choices.get("merged"):
+        raise UserError(
+            "a sweep is over ways to prune one fine-tuned checkpoint; give a merge's to fapm merge, one by one"
+        )
     lists = {name: _listed(choices[name]) for name in SWEPT if choices.get(name) is not None}
     lists = {name: lists.get(name) or [Recipe.model_fields[name].default] for name in SWEPT}
     found: dict[str, Candidate] = {}

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from fapm.errors import UserError, listed
-from fapm.formats.dtypes import OUTPUT_DTYPES, is_weight, itemsize
-from fapm.formats.tensor import Part, Sides
+from fapm.formats.dtypes import OUTPUT_DTYPES, itemsize
+from fapm.formats.tensor import Part, Sides, TensorInfo
 from fapm.planning.plan import PairedTensor, Plan, Shard
 from fapm.planning.shards import cut, default_shard_size, group
 from fapm.recipe import Recipe
@@ -57,8 +57,9 @@ def merge(recipe: Recipe, lanes: Sequence[Plan]) -> Plan:
     of_lane = [{t.name: replace(t, source=i) for t in lane.tensors()} for i, lane in enumerate(lanes, 1)]
     names = sorted(set().union(*of_lane))
     found = {name: [of[name] for of in of_lane if name in of] for name in names}
-    merged = [_merged(recipe, name, of_name) for name, of_name in found.items()]
-    _refuse_undecided(found, lanes)
+    found = {name: _that_change(of_name, lanes) for name, of_name in found.items()}
+    _refuse_undecided(recipe, found, lanes)
+    merged = [_merged(recipe, of_name) for of_name in found.values()]
     if isinstance(COMBINATIONS[recipe.combine], Angular):
         lacking = [t.name for t in merged if t.operation and len(t.sources) <= len(lanes)]
         if lacking:
@@ -89,11 +90,11 @@ def merge(recipe: Recipe, lanes: Sequence[Plan]) -> Plan:
     )
 
 
-def _merged(recipe: Recipe, name: str, of_name: Sequence[PairedTensor]) -> PairedTensor:
+def _merged(recipe: Recipe, of_name: Sequence[PairedTensor]) -> PairedTensor:
     """One tensor of the output."""
     first = of_name[0]
     if first.action != "prune":
-        return first
+        return of_name[-1] if recipe.combine == "last" else first
     dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype else first.dtype
     others = tuple((t.source, t.finetuned) for t in of_name[1:] if t.finetuned)
     nbytes = first.numel * itemsize(dtype)
@@ -115,7 +116,16 @@ def _lacking(tensor: PairedTensor) -> PairedTensor:
     return replace(tensor, action="base", common=0, operation="", others=(), finetuned=None)
 
 
-def _refuse_undecided(found: Mapping[str, Sequence[PairedTensor]], lanes: Sequence[Plan]) -> None:
+def _that_change(of_name: list[PairedTensor], lanes: Sequence[Plan]) -> list[PairedTensor]:
+    """Of a tensor that is taken as it is by all sources, those that store other bytes than base, if any does."""
+    base = of_name[0].base
+    if base is None or any(t.action != "finetuned" for t in of_name):
+        return of_name
+    changing = [t for t in of_name if t.base != base or not _same_bytes(t, (0, base), lanes)]
+    return changing or of_name[:1]
+
+
+def _refuse_undecided(recipe: Recipe, found: Mapping[str, Sequence[PairedTensor]], lanes: Sequence[Plan]) -> None:
     """Refuse tensors of which it is not clear what a merge of them would be.
 
     Raises:
@@ -130,7 +140,7 @@ def _refuse_undecided(found: Mapping[str, Sequence[PairedTensor]], lanes: Sequen
             why = "have another shape or kind in one source than in another"
         elif first.action == "prune" and first.common < first.numel:
             why = "have rows that base does not have, so that there is nothing to combine them with"
-        elif first.action == "finetuned" and len(of_name) > 1 and not _are_alike(of_name, lanes):
+        elif first.action == "finetuned" and recipe.combine not in ("first", "last") and _differ(of_name, lanes):
             why = "are not floating point, or not in base, and differ between the sources"
         if why:
             wrong.setdefault(why, []).append(name)
@@ -139,19 +149,29 @@ def _refuse_undecided(found: Mapping[str, Sequence[PairedTensor]], lanes: Sequen
         raise UserError(f"{said}; --rule NAME=base takes base's where it has one")
 
 
-def _are_alike(tensors: Sequence[PairedTensor], lanes: Sequence[Plan]) -> bool:
-    """Whether all sources store the same bytes of a tensor that is taken as it is."""
-    first = tensors[0].finetuned
-    stored = []
-    for tensor in tensors:
-        plan, info = lanes[tensor.source - 1], tensor.finetuned
-        if info is None or first is None or (info.dtype, info.shape) != (first.dtype, first.shape):
-            return False
-        if is_weight(info.dtype) and info.nbytes > _MOST_COMPARED:
-            return False
-        stored.append(Sides(plan.base.folder, plan.finetuned.folder).whole(Part("finetuned", info)))
-    return all(np.array_equal(one, stored[0]) for one in stored)
+def _differ(of_name: Sequence[PairedTensor], lanes: Sequence[Plan]) -> bool:
+    """Whether sources store different bytes of a tensor."""
+    first, *others = of_name
+    return not all(t.finetuned and _same_bytes(first, (t.source, t.finetuned), lanes) for t in others)
 
 
-_MOST_COMPARED = 1 << 30
-"""Bytes of a tensor without a partner in base that sources are compared by."""
+def _same_bytes(tensor: PairedTensor, other: tuple[int, TensorInfo], lanes: Sequence[Plan]) -> bool:
+    """Whether what a source stores of a tensor is, byte for byte, what another checkpoint has of it.
+
+    Args:
+        other: the checkpoint's number, 0 for base, and what it has.
+    """
+    number, theirs = other
+    mine = tensor.finetuned
+    if mine is None or (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+        return False
+    one, two = (Sides(lanes[i - 1].base.folder, lanes[i - 1].finetuned.folder) for i in (tensor.source, number or 1))
+    part = Part("finetuned" if number else "base", theirs)
+    return all(
+        np.array_equal(one.take(Part("finetuned", mine), at, at + step), two.take(part, at, at + step))
+        for at in range(0, mine.nbytes, _AT_ONCE)
+        for step in [min(_AT_ONCE, mine.nbytes - at)]
+    )
+
+
+_AT_ONCE = 8 << 20  # bytes; a multiple of every width

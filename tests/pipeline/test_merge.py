@@ -265,6 +265,23 @@ def test_the_same_bytes_of_what_has_no_partner_are_taken(folder):
     assert torch.equal(out["ids"], torch.arange(5)) and torch.equal(out["new.weight"], torch.ones(3))
 
 
+def test_of_what_is_not_floating_point_only_those_count_that_change_it(folder):
+    """As where one of several deltas has moved a counter; where two have, first and last decide."""
+    write(folder)
+    ids = torch.arange(5)
+    save(folder / "base", load(folder / "base") | {"ids": ids}, 2)
+    save(folder / "g1", load(folder / "f1") | {"ids": ids})
+    for i, changed in (("2", ids + 1), ("3", ids + 2)):
+        save(folder / f"g{i}", load(folder / "f2") | {"ids": changed})
+    one, two, three = ({"finetuned": str(folder / f"g{i}")} for i in (1, 2, 3))
+    assert torch.equal(load(merged(folder, [one, two], "out-1"))["ids"], ids + 1)
+    assert torch.equal(load(merged(folder, [one, two, three], "out-2", combine="last"))["ids"], ids + 2)
+    assert torch.equal(load(merged(folder, [one, three, two], "out-3", combine="first"))["ids"], ids + 2)
+    with pytest.raises(UserError, match="differ between the sources: ids"):
+        merged(folder, [one, two, three], "out-4")
+    assert verify(str(folder / "out-2")) == []
+
+
 def test_error_lets_pass_what_sources_agree_on(folder):
     write(folder)
     one, base = load(folder / "f1"), load(folder / "base")
