@@ -142,19 +142,20 @@ def test_what_several_ranks_have_written(pair, columns):
     """Sizes that do not divide evenly; the ranks' parts are put together where they are read."""
     save_pair(pair, {"a": (41, 8), "b": (7, 19), "c": (300, 257), "norm": (5,)})
     code = (
-        "import sys; sys.path[:0] = sys.argv[4:]; from pathlib import Path; import test_pickled as t;"
-        "t.sharded(int(sys.argv[1]), 4, Path(sys.argv[2]), sys.argv[3] == 'True')"
+        "import sys; sys.path[:0] = sys.argv[5:]; from pathlib import Path; import test_pickled as t;"
+        "t.sharded(int(sys.argv[1]), int(sys.argv[4]), Path(sys.argv[2]), sys.argv[3] == 'True')"
     )
     here = Path(__file__)
+    count = 4 if columns else 2
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(pair), str(columns), str(here.parent), *ROOMS],
+            [sys.executable, "-c", code, str(rank), str(pair), str(columns), str(count), str(here.parent), *ROOMS],
             cwd=here.parents[3],
         )
-        for rank in range(4)
+        for rank in range(count)
     ]
-    assert [rank.wait() for rank in ranks] == [0] * 4
-    assert len(list((pair / "dcp").glob("*.distcp"))) == 4
+    assert [rank.wait() for rank in ranks] == [0] * count
+    assert len(list((pair / "dcp").glob("*.distcp"))) == count
     found, result = pruned(pair, "dcp", allow_pickle=True, memory="64MiB")
     assert found == pruned(pair, "finetuned")[0]
     assert result.plan.finetuned.tensors["c"].form is not None
