@@ -57,6 +57,7 @@ _SECTIONS: dict[str, tuple[Any, ...]] = {
         _option("--density", "SHARE"),
         _option("--strength", "FACTOR"),
         _option("--tail", "SHARE"),
+        _option("--rank", "N"),
         _option("--scope", "SCOPE"),
         _option("--layer-scale", "A:B"),
         _option("--rule", "PATTERN=ACTION", "rules", multiple=True),
@@ -154,8 +155,8 @@ def _with_sections(command: Command, left_out: set[str]) -> Command:
 
 
 _OF_CONTENT = {
-    "finetuned", "method", "density", "strength", "tail", "scope", "layer_scale", "rules", "dtype", "seed", "nonfinite",
-    "emit", "unpaired",
+    "finetuned", "method", "density", "strength", "tail", "rank", "scope", "layer_scale", "rules", "dtype", "seed",
+    "nonfinite", "emit", "unpaired",
 }  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def merge_options(command: Command) -> Command:
     ]
     combination = [_option("--combine", "HOW"), _option("--scaling", "FACTOR")]
     command = _with_sections(
-        command, {"finetuned", "method", "density", "strength", "tail", "scope", "seed", "on_conflict"}
+        command, {"finetuned", "method", "density", "strength", "tail", "rank", "scope", "seed", "on_conflict"}
     )
     command = cloup.option_group("How they are combined", *combination)(command)
     title = "Fine-tuned checkpoints, each with its options, or all with the same"

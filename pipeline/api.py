@@ -197,10 +197,13 @@ def apply(deltas: str | Sequence[str], **how: Any) -> Result:
     return prune(**{**how, "finetuned": finetuned, "allow_code": True, "rules": EVERYTHING})
 
 
-def extract(**how: Any) -> Result:
+def extract(*, lora: int | None = None, **how: Any) -> Result:
     """Make a sparse task vector of any two checkpoints: all elements that differ, pruned or not.
 
     Args:
+        lora: make a LoRA adapter of this rank instead: of each linear layer's change the nearest matrix of it.
         how: `base`, `finetuned`, `out`, and means, as of `prune`.
     """
+    if lora is not None:
+        return prune(**{**how, "method": "low-rank", "rank": lora, "emit": "adapter"})
     return prune(**{**how, "emit": "delta", "rules": EVERYTHING})

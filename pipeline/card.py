@@ -136,6 +136,13 @@ def _what(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
             f"{_what(only, rows)}\n\nNot a whole checkpoint but its sparse task vector: what differs from {base}"
             ". `fapm apply --base BASE --delta THIS --out OUT` puts it together, byte for byte."
         )
+    if recipe.emit == "adapter":
+        rank = sum(row.get("rank") or 0 for row in rows)
+        return (
+            f"A LoRA adapter for {base}, made of what {finetuned} has changed in it: of each of {len(rows):,} linear "
+            f"layers what `{how(recipe.model_dump())}` keeps, {rank:,} singular values in all. Not a whole checkpoint: "
+            "PEFT loads it over base."
+        )
     if recipe.rules == EVERYTHING:
         return f"All of {finetuned}."
     if plan.lanes:

@@ -22,8 +22,9 @@ DESCRIPTIONS = {
     ),
     "scaling": "λ, by which a merge multiplies what it adds to base.  [1]",
     "density": "Share of the elements that stay fine-tuned, 0 to 1; for wise-ft it is α.  [0.1]",
-    "method": "fapm, magnitude, relative, random, dare, wise-ft, dg-hard or timber.  [fapm]",
+    "method": "fapm, magnitude, relative, random, dare, wise-ft, dg-hard, timber or low-rank.  [fapm]",
     "strength": "Of dg-hard: by how much its threshold is higher than that for noise, 0 to 1,000,000.  [1]",
+    "rank": "Of low-rank: singular values that are kept of each matrix, 1 to 1,048,576.  [16]",
     "tail": "Of timber: what singular values beyond the effective rank are multiplied by, 0 to 1.  [0]",
     "scope": "What shares one budget: tensor, layer or global.  [tensor]",
     "layer_scale": (
@@ -49,7 +50,10 @@ DESCRIPTIONS = {
     "allow_same": "base and finetuned may be one checkpoint, whose copy the output then is.",
     "strict": "Let warnings be errors: nothing is written where there is anything to warn of.",
     "allow_code": "Copy Python and auto_map of the fine-tuned checkpoint too; it is never run.",
-    "emit": "checkpoint; delta, the sparse task vector: what differs from base; or both.  [checkpoint]",
+    "emit": (
+        "checkpoint; delta, the sparse task vector: what differs from base; both; or adapter, what a matrix method "
+        "keeps as a LoRA adapter for PEFT.  [checkpoint]"
+    ),
     "on_conflict": (
         "Where several sparse task vectors write different values to one place: error, first or last.  [error]"
     ),

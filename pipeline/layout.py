@@ -6,6 +6,7 @@ fapm/lock/N              leases; fapm/tmp/TOKEN: what their holders are writing
 fapm/work/…              records of finished shards, counts, thresholds; removed at the end
 model-….safetensors      each appears whole
 model.safetensors.index.json, side files, fapm/recipe.yaml, fapm/tensors.parquet, config.json
+adapter_model.safetensors, adapter_config.json: instead of shards, where the output is an adapter
 fapm/source-N.parquet    of a merge, the table of its Nth source
 fapm/manifest.json       written last: with it, and only with it, the run is finished
 sweep/NAME/…             candidates of which the output was chosen
@@ -61,6 +62,10 @@ def record_name(shard: int) -> str:
 
 def rows_name(shard: int, source: int = 0) -> str:
     return f"{WORK}/shard-{shard:05d}{_of(source)}.rows"
+
+
+def factors_name(shard: int, tensor: int) -> str:
+    return f"{WORK}/factors-{shard:05d}-{tensor:05d}.safetensors"
 
 
 def delta_facts_name(shard: int) -> str:

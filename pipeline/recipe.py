@@ -37,7 +37,7 @@ from fapm.storage.address import absolute
 
 _LATER = (
     "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",
-    "unpaired", "strength", "tail", "merged", "combine", "scaling", "layer_scale",
+    "unpaired", "strength", "tail", "merged", "combine", "scaling", "layer_scale", "rank",
 )  # fmt: skip
 
 EVERYTHING = ("*=finetuned",)
@@ -226,6 +226,7 @@ class Recipe(BaseModel):
     density: Share = Field(0.1, ge=0, le=1, allow_inf_nan=False)
     strength: float = Field(1.0, ge=0, le=1e6, allow_inf_nan=False)
     tail: Share = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    rank: int = Field(16, ge=1, le=2**20)
     scope: Literal["tensor", "layer", "global"] = "tensor"
     layer_scale: Annotated[LayerScale, BeforeValidator(parse_layer_scale), PlainSerializer(LayerScale.plain)] | None = (
         None
@@ -236,7 +237,7 @@ class Recipe(BaseModel):
     allow_code: bool = False
     allow_same: bool = False
     strict: bool = False
-    emit: Literal["checkpoint", "delta", "both"] = "checkpoint"
+    emit: Literal["checkpoint", "delta", "both", "adapter"] = "checkpoint"
     delta_compression: Literal["zstd", "none"] = "zstd"
     reversible: bool = False
     on_conflict: Literal["error", "first", "last"] = "error"
@@ -373,9 +374,8 @@ class Recipe(BaseModel):
 
     @property
     def parameter(self) -> float:
-        """The method's: a density, α, a strength or a tail."""
-        value: float = getattr(self, METHODS[self.method].parameter)
-        return value
+        """The method's: a density, α, a strength, a tail or a rank."""
+        return float(getattr(self, METHODS[self.method].parameter))
 
     @property
     def parsed_rules(self) -> tuple[Rule, ...]:

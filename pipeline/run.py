@@ -217,7 +217,9 @@ def check_disk(plan: Plan, state: State) -> None:
 
 def check_disk_for(runs: Sequence[tuple[Plan, State]]) -> None:
     """The same for several outputs side by side."""
-    runs = [run for run in runs if run[0].recipe.emit != "delta"]  # how large that is, is known when it is there
+    runs = [
+        run for run in runs if run[0].recipe.emit in ("checkpoint", "both")
+    ]  # how large that is, is known when it is there
     if not runs:
         return
     out = runs[0][0].out

@@ -23,6 +23,7 @@ class Choices(Record):
     strength: Number = 1.0
     layer_scale: Text | None = None
     tail: _Density = 0.0
+    rank: Count = 16
     scope: Name
     rules: list[Text]
 
@@ -118,6 +119,7 @@ class ManifestRecord(RunRecord):
     shards: list[ShardRecord]
     totals: Totals
     sources: list[SourceRecord] = Field(default_factory=list)
+    adapter: FileRecord | None = None
     left_out: list[Name]
     added: list[Name]
     accounts: dict[Name, Account] = Field(default_factory=dict)
@@ -166,6 +168,7 @@ class CandidateRecord(PointRecord):
     strength: Number = 1.0
     layer_scale: Text | None = None
     tail: _Density = 0.0
+    rank: Count = 16
     decides: dict[Name, Any]
     kept: Count
     pruned_numel: Count

@@ -99,14 +99,23 @@ def apply(deltas: tuple[str, ...], overwrite: bool, as_json: bool, **choices: An
 @cloup.command(cls=RecipeCommand, short_help="Make a delta of any two checkpoints.")
 @work_options("on_conflict")
 @cloup.option("--finetuned", metavar="FOLDER", help="Folder of the fine-tuned checkpoint.")
-def extract(finetuned: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
+@cloup.option("--lora", "rank", metavar="RANK", help="Make a LoRA adapter of this rank instead.")
+def extract(finetuned: str | None, rank: str | None, overwrite: bool, as_json: bool, **choices: Any) -> None:
     """Make a sparse task vector of any two checkpoints: all elements that differ, pruned or not.
+
+    With --lora an adapter for PEFT: of each linear layer's change the nearest matrix of that rank. What it cannot hold,
+    norms, embeddings, stacked experts, stays base's and is named; the table says which share of ‖Δ‖² it has.
 
     \b
     Examples:
       fapm extract --base llama/ --finetuned llama-math/ --out llama-math-delta/
+      fapm extract --base llama/ --finetuned llama-math/ --out llama-math-lora/ --lora 64 --memory 4GiB
     """
-    _all_of_finetuned({**choices, "finetuned": finetuned, "emit": "delta"}, overwrite, as_json)
+    choices = {**choices, "finetuned": finetuned}
+    if rank is None:
+        return _all_of_finetuned({**choices, "emit": "delta"}, overwrite, as_json)
+    adapter = {"method": "low-rank", "rank": rank, "emit": "adapter"}
+    return _prune(*read_choices(None, {**choices, **adapter}), overwrite, as_json)
 
 
 def _all_of_finetuned(choices: dict[str, Any], overwrite: bool, as_json: bool) -> None:

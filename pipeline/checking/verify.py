@@ -22,7 +22,8 @@ from fapm.checking.consumers import read_as_consumers_do
 from fapm.checking.folder import check_folder, refused_by_transformers
 from fapm.checking.merged import CheckedLane, MergedComparison
 from fapm.errors import UserError
-from fapm.formats.checkpoint import Checkpoint
+from fapm.formats.adapter import WEIGHTS
+from fapm.formats.checkpoint import Checkpoint, open_checkpoint
 from fapm.formats.delta import DELTA, check_base, patched, read_delta, stored_in
 from fapm.formats.header import read_header
 from fapm.formats.tensor import Part, Sides, TensorInfo
@@ -65,11 +66,13 @@ def verify(
         records = manifest["shards"]
         if plan.recipe.emit == "delta":
             tensors, unreadable, problems = _check_delta(plan, folder, records)
+        elif plan.recipe.emit == "adapter":
+            tensors, unreadable, problems = _check_adapter(plan, folder, manifest.get("adapter"))
         else:
             tensors, unreadable, problems = _check_files(folder, records)
             listed = {name: info for name, info in tensors.items() if "/" not in info.file}
             problems += _check_index(folder, listed, unreadable, sum("/" not in record["name"] for record in records))
-        if plan.recipe.emit != "delta":
+        if plan.recipe.emit in ("checkpoint", "both"):
             problems += check_folder(folder, tensors, plan.base.tensors)
             problems += refused_by_transformers(folder) if load else []
         if plan.recipe.emit == "both":
@@ -174,6 +177,24 @@ def _check_delta(
         if digest.hexdigest() != wanted:
             problems.append(f"tensor {name!r}: its xxh3-128 is {digest.hexdigest()}, and {DELTA} says {wanted}")
     return tensors, set(), problems
+
+
+def _check_adapter(
+    plan: Plan, folder: Store, record: dict[str, Any] | None
+) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
+    """The same of an adapter: what base becomes with it, as whoever reads adapters forms it."""
+    names = {t.name for t in plan.tensors()}
+    if not record or not folder.has(record["name"]):
+        return {}, {shard.name for shard in plan.shards}, [f"{WEIGHTS}: missing"]
+    problems = []
+    found = _checksum(folder.reader(record["name"]))
+    if found != record["xxh3_128"]:
+        problems.append(f"{record['name']}: its xxh3-128 is {found} and should be {record['xxh3_128']}")
+    try:
+        opened = open_checkpoint(folder.address, "finetuned", plan.base)
+    except UserError as error:
+        return {}, {shard.name for shard in plan.shards}, [*problems, str(error)]
+    return {name: info for name, info in opened.tensors.items() if name in names}, set(), problems
 
 
 _AT_ONCE = 8 << 20  # bytes; a multiple of every width

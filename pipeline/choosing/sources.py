@@ -74,7 +74,7 @@ def output(name: str, address: str, manifest: dict[str, Any], recipe: Recipe) ->
         recipe: that made it.
     """
     digest = _digest([record["xxh3_128"] for record in manifest["shards"]])
-    if recipe.emit != "delta":
+    if recipe.emit not in ("delta", "adapter"):
         return Source(name, address, digest)
     whole = Recipe.of(
         base=absolute(recipe.base), finetuned=address, out=address, rules=EVERYTHING, allow_code=True,

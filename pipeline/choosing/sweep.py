@@ -267,6 +267,7 @@ def sweep_facts(swept: Swept) -> dict[str, Any]:
                 "strength": recipe.strength,
                 "layer_scale": recipe.layer_scale and recipe.layer_scale.plain(),
                 "tail": recipe.tail,
+                "rank": recipe.rank,
                 "decides": recipe.decides(),
                 "kept": totals["kept"],
                 "pruned_numel": totals["pruned_numel"],

@@ -30,6 +30,7 @@ from fapm.layout import (
     rows_name,
     table_name,
 )
+from fapm.manifest.adapter import write_adapter
 from fapm.manifest.read import read_run_file, read_table
 from fapm.manifest.state import State, identity
 from fapm.planning.plan import Plan, Shard
@@ -119,8 +120,10 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
     for lane, made in zip(plan.lanes, of_sources, strict=True):
         out.write(table_name(lane.source), made)
     out.write(TABLE, table)
-    if plan.recipe.emit != "checkpoint":
+    with_delta = plan.recipe.emit in ("delta", "both")
+    if with_delta:
         out.write(DELTA, _delta(plan, records, out))
+    adapter = {"adapter": write_adapter(plan, out)} if plan.recipe.emit == "adapter" else {}
     for name, data in _beside(plan, lambda: from_parquet(table)):
         out.write(name, data())
     manifest = {
@@ -134,7 +137,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
             **totals(list(plan.tensors()), measured[0]),
             "read_bytes": sum(r["read_bytes"] for r in records) + _read_to_measure(out),
             "elements": sum(t.numel for t in plan.tensors()),
-            "delta_bytes": sum(r.get("delta", r)["nbytes"] for r in records) if plan.recipe.emit != "checkpoint" else 0,
+            "delta_bytes": sum(r.get("delta", r)["nbytes"] for r in records) if with_delta else 0,
             "written_bytes": sum(r["nbytes"] + r.get("delta", {"nbytes": 0})["nbytes"] for r in records),
         },
         **(
@@ -142,6 +145,7 @@ def finish(plan: Plan, facts: dict[str, Any], out: Store) -> dict[str, Any]:
             if plan.lanes
             else {}
         ),
+        **adapter,
         "left_out": list(plan.left_out),
         "added": list(plan.added),
         "accounts": {side: asdict(found) for side, found in plan.accounts.items()},
@@ -201,9 +205,9 @@ def _beside(plan: Plan, rows: Callable[[], list[dict[str, Any]]]) -> Iterator[tu
         if name != "config.json" and not (is_code(name) and not plan.recipe.allow_code):
             yield name, functools.partial(_side_file, plan, name)
     yield CARD, lambda: model_card(plan, rows()).encode()
-    if sum("/" not in s.name for s in plan.shards) > 1 and plan.recipe.emit != "delta":
+    if sum("/" not in s.name for s in plan.shards) > 1 and plan.recipe.emit in ("checkpoint", "both"):
         yield INDEX, lambda: json.dumps(index_json(plan.shards), indent=2).encode()
-    if "config.json" in plan.finetuned.side_files:
+    if "config.json" in plan.finetuned.side_files and plan.recipe.emit != "adapter":
         yield "config.json", lambda: _config(plan)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from fapm import fields
 from fapm.errors import UserError
+from fapm.formats.adapter import CONFIG as ADAPTER_CONFIG
+from fapm.formats.adapter import WEIGHTS as ADAPTER
 from fapm.formats.delta import DELTA, delta_name
 from fapm.layout import INDEX, LOCKS, MANIFEST, RUN, SWEEP, TEMPORARY, WORK, record_name
 from fapm.manifest.read import read_run_file
@@ -187,7 +189,7 @@ def begin(plan: Plan, state: State, out: Store) -> None:
 def _clear(out: Store) -> None:
     """Remove what a checkpoint in this folder consists of, the part that makes it one first."""
     files = out.files()
-    for name in (MANIFEST, "config.json", INDEX, DELTA):
+    for name in (MANIFEST, "config.json", INDEX, DELTA, ADAPTER, ADAPTER_CONFIG):
         out.remove(name)
     for name in files:
         if "/" not in name and (name.endswith((".safetensors", ".index.json"))):
@@ -201,7 +203,7 @@ def _clear(out: Store) -> None:
 def unfinished_shards(plan: Plan) -> list[int]:
     """The shards that are not there, or without the record that belongs to them."""
     there = plan.out.files()
-    done = MANIFEST in there
+    done = MANIFEST in there and (plan.recipe.emit != "adapter" or ADAPTER in there)
     return [
         s.index
         for s in plan.shards
@@ -210,8 +212,9 @@ def unfinished_shards(plan: Plan) -> list[int]:
 
 
 def shard_files(recipe: Recipe, shard: str) -> list[str]:
-    """Files of a shard: itself, its sparse task vector, or both."""
-    return [*([shard] if recipe.emit != "delta" else []), *([delta_name(shard)] if recipe.emit != "checkpoint" else [])]
+    """Files of a shard: itself, its sparse task vector, or both; none of an adapter."""
+    whole = [shard] if recipe.emit in ("checkpoint", "both") else []
+    return [*whole, *([delta_name(shard)] if recipe.emit in ("delta", "both") else [])]
 
 
 def _is_there(recipe: Recipe, shard: Shard, there: dict[str, FileStat]) -> bool:

@@ -18,6 +18,7 @@ from fapm.formats.side_files import is_code
 from fapm.formats.tensor import Side, TensorInfo
 from fapm.formats.unpaired import refuse_strangers
 from fapm.formats.vocabulary import tied_to
+from fapm.planning.adapter import for_adapter
 from fapm.planning.matrices import refuse_large_matrices
 from fapm.planning.merge import check_merge, merge
 from fapm.planning.pairing import as_finetuned_names_it, pair_all, refuse_unpaired_of
@@ -121,6 +122,8 @@ def plan_pair(recipe: Recipe, base: Checkpoint, finetuned: Checkpoint) -> Plan:
         )
     refuse_large_matrices(recipe, paired)
     accounts = _accounts(base, finetuned, paired, left_out)
+    if recipe.emit == "adapter":
+        paired, accounts = for_adapter(recipe, finetuned, paired, accounts, warnings)
     shards = cut(paired, recipe.shard_size or default_shard_size(sum(t.nbytes for t in paired)))
     said = tuple(map(printable, warnings))
     return Plan(recipe, recipe, base, finetuned, shards, group(shards), left_out, added, said, accounts, tuple(heads))

@@ -104,7 +104,7 @@ def pair_all(
         warnings.append(
             f"{len(passed)} tensor(s) are not floating point and pass through from finetuned: {listed(passed)}"
         )
-    if flat:
+    if flat and recipe.emit != "adapter":
         warnings.append(
             f"{len(flat)} tensor(s) are no matrices of {LEAST_ELEMENTS:,} elements, and {recipe.method} takes them "
             f"from finetuned: {listed(flat)}; --rule NAME=base takes base's"

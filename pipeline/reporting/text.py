@@ -100,6 +100,8 @@ def next_text(facts: dict[str, Any], emit: str) -> str:
     load = f"AutoModelForCausalLM.from_pretrained({facts['out']!r})"
     if emit == "delta":
         load = f"fapm apply --base {base} --delta {out} --out WHOLE"
+    elif emit == "adapter":
+        load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({facts['base']!r}), {facts['out']!r})"
     sides = f"--base {base} --finetuned {shlex.quote(facts['finetuned'])}"
     swept = f"fapm sweep {sides} --out SWEPT --density 0.05,0.1,0.2 --evaluate './score.sh {{checkpoint}}'"
     words = [
@@ -231,6 +233,8 @@ def plan_text(facts: dict[str, Any]) -> str:
 
 def _to_write(facts: dict[str, Any]) -> str:
     emit = facts["recipe"].get("emit", "checkpoint")
+    if emit == "adapter":
+        return "an adapter" + (", all of it to upload" if facts["upload_bytes"] else "")
     if emit == "delta":
         return "what differs from base" + (", all of it to upload" if facts["upload_bytes"] else "")
     more = " and what differs from base" if emit == "both" else ""

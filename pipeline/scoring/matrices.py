@@ -199,6 +199,19 @@ def kept(delta: Delta, by: np.ndarray, held: int = 1) -> Iterator[tuple[np.ndarr
             yield p, f, summed
 
 
+def factors(delta: Delta, spectrum: Spectrum, gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A (r, n) and B (m, r), float32: B·A is Δ with its singular values times their gains, r of which are not 0."""
+    some = gains != 0
+    vectors, by = spectrum.vectors[:, some], gains[some]
+    if delta.is_tall:
+        rows = [(block @ vectors * by).astype(np.float32) for *_, block in delta.blocks()]
+        return vectors.T.astype(np.float32), np.concatenate(rows)
+    a = np.zeros((by.size, delta.shape[1]))
+    for here, _, _, block in delta.blocks():
+        a += vectors[here].T @ block
+    return a.astype(np.float32), (vectors * by).astype(np.float32)
+
+
 class _OneThread:
     """Linear algebra with one thread while anybody is at it: with several the bits depend on how many."""
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fapm.scoring.spectrum import above_noise, effective_rank
+from fapm.scoring.spectrum import above_noise, effective_rank, largest
 
 BLOCK = 1 << 16
 """Elements whose |p| are summed before the exactly rounded sum (SEMANTICS.md, 2). Never change it: m depends on it."""
@@ -143,6 +143,7 @@ METHODS: dict[str, Method] = {
     "wise-ft": Blend(interpolated),
     "dg-hard": Matrix(above_noise, "strength"),
     "timber": Matrix(effective_rank, "tail"),
+    "low-rank": Matrix(largest, "rank"),
 }
 
 PARAMETERS = tuple(dict.fromkeys(method.parameter for method in METHODS.values()))

@@ -32,6 +32,11 @@ def effective_rank(sigma: np.ndarray, shape: tuple[int, int], tail: float) -> np
     return np.where(np.arange(sigma.size) < rank, 1.0, tail)
 
 
+def largest(sigma: np.ndarray, shape: tuple[int, int], rank: float) -> np.ndarray:
+    """1 for the `rank` largest σ, 0 for the others: the nearest matrix of that rank. Eckart and Young 1936."""
+    return (np.arange(sigma.size) < rank).astype(np.float64) * (sigma > 0)
+
+
 def _omega(beta: float) -> float:
     """ω(β) of a threshold for known noise, Gavish and Donoho 2014, equation 3."""
     return math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))

@@ -11,6 +11,7 @@ from fapm.layout import delta_facts_name, record_name, rows_name
 from fapm.scoring.engine import DeviceEngine
 from fapm.scoring.matrices import library
 from fapm.shard.delta import Checked, DeltaWriter, promised
+from fapm.shard.factors import Factors
 from fapm.shard.lane import Lane
 from fapm.shard.meter import Meter
 from fapm.shard.writing import BUFFERS, AnySink, Direct, Sink
@@ -35,7 +36,8 @@ class Output:
         shard, out, emit = self.lane.task.shard, self.lane.out, self.lane.recipe.emit
         for lane in (self.lane, *self.lane.parts):
             out.write(rows_name(shard.index, lane.task.source), lane.rows.tobytes())
-        record: dict[str, Any] = {"name": shard.name, "nbytes": shard.nbytes, "xxh3_128": checksum}
+        nbytes = self.sink.nbytes if isinstance(self.sink, Factors) else shard.nbytes
+        record: dict[str, Any] = {"name": shard.name, "nbytes": nbytes, "xxh3_128": checksum}
         if sparse and self.delta:
             record = sparse if emit == "delta" else {**record, "delta": sparse}
             out.write(delta_facts_name(shard.index), json.dumps(self.delta.tensors).encode())
@@ -58,6 +60,9 @@ def begin_output(
         first: of the first lane, what has already been found of base.
     """
     shard, recipe = lane.task.shard, lane.recipe
+    if recipe.emit == "adapter":
+        factors = Factors(shard, lane.out)
+        return Output(lane, factors, None, factors)
     writer, delta = _writers(lane, base, first)
     sink: AnySink
     if delta and recipe.emit == "delta" and device is None:

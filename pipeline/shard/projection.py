@@ -11,9 +11,21 @@ from fapm.errors import UserError, one_line
 from fapm.formats.dtypes import itemsize, refuse_overflow, round_to
 from fapm.layout import LIBRARY
 from fapm.planning.plan import PairedTensor
-from fapm.scoring.matrices import BLOCK, Delta, Spectrum, decompose, kept, library, one_thread, projector, rows_of
+from fapm.scoring.matrices import (
+    BLOCK,
+    Delta,
+    Spectrum,
+    decompose,
+    factors,
+    kept,
+    library,
+    one_thread,
+    projector,
+    rows_of,
+)
 from fapm.scoring.methods import METHODS, Matrix
 from fapm.shard.chunk import count_nonfinite, pair_of_values
+from fapm.shard.factors import Factors
 from fapm.shard.passes import SectionState, pass_through, refuse_nonfinite
 from fapm.shard.section import Slice
 from fapm.shard.table import MEASURED
@@ -83,6 +95,11 @@ class _Sums:
         self.kept_squares: list[float] = []
         self.base_squares: list[float] = []
 
+    def add(self, p: np.ndarray, f: np.ndarray) -> None:
+        """Count rows of base and finetuned."""
+        self.changed += int(np.count_nonzero(f != p))
+        self.base_squares.append(float(np.vdot(p.astype(np.float64), p.astype(np.float64))))
+
     def into(self, row: np.ndarray) -> None:
         changed = self.changed
         row["kept"], row["changed"], row["rank"] = self.kept, changed, self.rank
@@ -130,16 +147,19 @@ def _write_kept(
     gains = method.gains(spectrum.sigma, delta.shape, state.recipe.parameter)
     overflowed = 0
     with one_thread:
-        by = projector(spectrum, gains)
-        for p, f, part in kept(delta, by, held):
-            with np.errstate(all="ignore"):
-                part = part.astype(p.dtype)
-                part = part if tensor.scale == 1 else p.dtype.type(tensor.scale) * part
-                out = round_to(p + part, tensor.dtype).reshape(-1).view(np.uint8)
-            overflowed += sum(count_nonfinite(out, tensor.dtype))
-            sink.append(out)
-            sums.changed += int(np.count_nonzero(f != p))
-            sums.base_squares.append(float(np.vdot(p.astype(np.float64), p.astype(np.float64))))
+        if isinstance(sink, Factors):
+            sink.take(tensor.name, *factors(delta, spectrum, gains * tensor.scale))
+            for _, p, f, _ in delta.blocks():
+                sums.add(p, f)
+        else:
+            for p, f, part in kept(delta, projector(spectrum, gains), held):
+                with np.errstate(all="ignore"):
+                    part = part.astype(p.dtype)
+                    part = part if tensor.scale == 1 else p.dtype.type(tensor.scale) * part
+                    out = round_to(p + part, tensor.dtype).reshape(-1).view(np.uint8)
+                overflowed += sum(count_nonfinite(out, tensor.dtype))
+                sink.append(out)
+                sums.add(p, f)
     refuse_overflow(overflowed, tensor.dtype, tensor.name)
     squares = spectrum.sigma**2
     sums.squares.append(float(squares.sum()))

@@ -17,6 +17,23 @@ BUFFER_BYTES = 8 << 20
 BUFFERS = 3
 
 
+class AnySink(Protocol):
+    """Taker of a shard's bytes in order; what each of its methods does says `Sink`."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    def reserve(self, nbytes: int, align: int = 1) -> np.ndarray: ...
+
+    def filled_from(self, name: str, start: int, base: np.ndarray) -> None: ...
+
+    def append(self, data: np.ndarray | bytes) -> None: ...
+
+    def finish(self) -> str: ...
+
+    def abandon(self) -> None: ...
+
+
 class Sink:
     """Takes a file's bytes in order.
 
@@ -168,9 +185,6 @@ class Direct:
     def _write(self, data: np.ndarray) -> None:
         self._writer.write(self._position, data)
         self._position += data.size
-
-
-AnySink = Sink | Direct
 
 
 def already_done() -> None:

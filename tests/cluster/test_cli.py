@@ -104,7 +104,7 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 
 def test_every_option_arrives(pair):
     given = {
-        "strength": "2", "tail": "0.5", "layer-scale": "0.5:1",
+        "strength": "2", "tail": "0.5", "rank": "9", "layer-scale": "0.5:1",
         "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
         "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
         "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
@@ -129,7 +129,7 @@ def test_every_option_arrives(pair):
     )
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         **{side: str(pair / side) for side in ("base", "finetuned", "out")}, "strength": 2.0, "tail": 0.5,
-        "merged": [], "combine": "sum", "scaling": 1.0, "layer_scale": "0.5:1.0",
+        "merged": [], "combine": "sum", "scaling": 1.0, "layer_scale": "0.5:1.0", "rank": 9,
         "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
         "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
@@ -643,7 +643,7 @@ def test_the_help_says_what_is_allowed():
     shown = " ".join(fapm("prune", "--help-all").stdout.split())
     limited = [field for field in Recipe.model_fields if bounds(field)]
     sizes = ["shard_size", "memory", "device_memory"]
-    assert limited == ["density", "strength", "tail", "seed", *sizes, "cpus_per_worker", "gpus_per_worker"]
+    assert limited == ["density", "strength", "tail", "rank", "seed", *sizes, "cpus_per_worker", "gpus_per_worker"]
     for field in limited:
         assert bounds(field) in shown, field
 
