@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +10,7 @@ import pytest
 import torch
 from checkpoints import load, save
 from click.testing import CliRunner
+from killing import killed_until_done
 from safetensors.torch import load_file
 
 import fapm
@@ -120,25 +116,17 @@ def test_the_same_bytes_from_any_number_of_workers_and_after_being_killed(pair, 
     wanted = (tmp_path / "one/adapter_model.safetensors").read_bytes()
     prune(Recipe.of(**pair | {"memory": "1GiB"}, out=str(tmp_path / "three"), workers=3, **choices))
     assert (tmp_path / "three/adapter_model.safetensors").read_bytes() == wanted
-    words = "extract --base base --finetuned finetuned --lora 8 --out killed --shard-size 100kB --memory 128MB"
-    command = [sys.executable, "-m", "fapm", *words.split(), "--workers", "1"]
-    waits = iter([0.8, 1.0, 1.2, 1.4])
-    for _ in range(20):
-        began = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wait = next(waits, None)
-        if wait is not None:
-            time.sleep(wait)
-            os.kill(began.pid, signal.SIGKILL)
-        if began.wait() == 0:
-            break
-    assert began.returncode == 0
+    words = (
+        "extract --base base --finetuned finetuned --lora 8 --out killed --shard-size 100kB --memory 128MB --workers 1"
+    )
+    killed_until_done(words, tmp_path)
     assert (tmp_path / "killed/adapter_model.safetensors").read_bytes() == wanted
     # What is gone is made again, and what is there is not.
     again = CliRunner().invoke(cli, ["extract", *(f"--{k}={v}" for k, v in pair.items()), "--lora=8",
                                      "--shard-size=100kB", f"--out={tmp_path / 'killed'}"])  # fmt: skip
     assert "nothing to do" in again.output
     (tmp_path / "killed/adapter_model.safetensors").unlink()
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    killed_until_done(words, tmp_path, ())
     assert (tmp_path / "killed/adapter_model.safetensors").read_bytes() == wanted
 
 

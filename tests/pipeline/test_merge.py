@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +13,7 @@ import pytest
 import torch
 from checkpoints import DTYPES, Tensors, load, save, weights_of
 from click.testing import CliRunner
+from killing import killed_until_done
 
 import fapm
 from fapm import Recipe, prune
@@ -409,21 +405,11 @@ def test_options_that_cannot_be(folder, words, said):
 def test_killed_at_any_moment_it_goes_on(folder):
     sources = write(folder, torch.bfloat16)
     wanted = weights_of(merged(folder, sources, combine="ties", scope="global", shard_size="60kB"))
-    words = (
+    killed_until_done(
         "merge --base base --finetuned f1 --finetuned f2 --combine ties --scope global --shard-size 60kB "
-        "--memory 128MB --workers 1 --device cpu --out killed"
+        "--memory 128MB --workers 1 --device cpu --out killed",
+        folder,
     )
-    command = [sys.executable, "-m", "fapm", *words.split()]
-    waits = iter([0.9, 1.1, 1.3, 1.5])
-    for _ in range(20):
-        began = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wait = next(waits, None)
-        if wait is not None:
-            time.sleep(wait)
-            os.kill(began.pid, signal.SIGKILL)
-        if began.wait() == 0:
-            break
-    assert began.returncode == 0
     assert weights_of(folder / "killed") == wanted
     assert not (folder / "killed/fapm/work").exists()
 
