@@ -35,10 +35,8 @@ from fapm.mergekit import choices_of, is_mergekit
 from fapm.scoring.methods import METHODS
 from fapm.storage.address import absolute
 
-_LATER = (
-    "renames", "allow_pickle", "allow_code", "emit", "delta_compression", "reversible", "on_conflict", "plain_codes",
-    "unpaired", "strength", "tail", "merged", "combine", "scaling", "layer_scale", "rank",
-)  # fmt: skip
+_ALWAYS_SAID = ("method", "density", "scope", "rules", "dtype", "seed", "nonfinite", "shard_size")
+"""Choices that every run has recorded, usual ones too."""
 
 EVERYTHING = ("*=finetuned",)
 """The rules that take all of finetuned as it is."""
@@ -337,8 +335,8 @@ class Recipe(BaseModel):
         means |= {"visibility", "alone", "workers"}
         found = self.model_dump(mode="json", exclude=means)
         found["merged"] = [{k: v for k, v in source.items() if k not in PATHS} for source in found["merged"]]
-        # What could not be chosen before is left out where it is not chosen, so that a run begun then can go on.
-        usual = {name: self.__class__.model_fields[name].default for name in _LATER}
+        # All else is left out where it is not chosen, so that a run begun before it could be chosen can go on.
+        usual = {name: field.default for name, field in type(self).model_fields.items() if name not in _ALWAYS_SAID}
         return {k: v for k, v in found.items() if k not in usual or v not in (usual[k], [])}
 
     @property

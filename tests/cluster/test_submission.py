@@ -21,6 +21,7 @@ from conftest import Runner
 
 from fapm import Recipe, UserError, prune
 from fapm.cluster.cli import cli
+from fapm.cluster.options import gather_sources
 from fapm.recipe import command_words
 from fapm.reporting.progress import Progress, Retold
 
@@ -143,13 +144,26 @@ def test_the_package_is_shipped_and_not_the_folder_of_the_user(pair, cluster):
 @pytest.mark.parametrize(
     "choices",
     [{}, {"density": 0.5, "scope": "global"}, {"rules": ("a b=base", "*'\"=0.05")}, {"labels": ("a=b", "c=!d")},
-     {"workers": "2-8", "memory": "3GiB", "shard_size": "5MB", "seed": 9}],
+     {"workers": "2-8", "memory": "3GiB", "shard_size": "5MB", "seed": 9, "layer_scale": "0.5:1"}],
 )  # fmt: skip
 def test_the_options_of_a_recipe_make_it_again(choices):
     recipe = Recipe.of(base="b", finetuned="f x", out="{date}-{{o}}", **choices)
     with cli.commands["prune"].make_context("prune", command_words(recipe)[1:]) as context:
         again = {k: v for k, v in context.params.items() if v not in (None, (), False)}
     assert Recipe.of(**again) == recipe
+
+
+def test_the_options_of_a_merge_make_it_again():
+    sources = [{"finetuned": "f 1", "weight": 0.5, "density": 0.2}, {"finetuned": "f2", "method": "dare", "seed": 4}]
+    recipe = Recipe.of(base="b", merged=sources, out="o", combine="ties", scaling=0.9, scope="layer", workers=3)
+    name, *words = command_words(recipe)
+    assert name == "merge"
+    with cli.commands["merge"].make_context("merge", words) as context:
+        given = gather_sources(dict(context.params))
+    again = Recipe.of(**{k: v for k, v in given.items() if v not in (None, (), False)})
+    assert again.lanes == recipe.lanes
+    assert [of.weight for of in again.merged] == [0.5, 1.0]
+    assert again.model_copy(update={"merged": recipe.merged, "scope": "layer"}) == recipe
 
 
 # Identity.
