@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fapm.errors import UserError
-from fapm.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes
+from fapm.recipe import LEAST_MEMORY, Recipe, Workers, binary, format_bytes, how
 from fapm.shard import staging
 from fapm.shard.reading import ENOUGH_BYTES, OVERHEAD_BYTES
 from fapm.storage.address import scheme_of
@@ -62,6 +62,10 @@ def demand(recipe: Recipe, shards: int, cluster: Mapping[str, float]) -> Demand:
         UserError: a GPU is wanted and excluded, or there is none; or the memory is too small to be divided.
     """
     cpus, gpus = recipe.cpus_per_worker or 1, recipe.gpus_per_worker
+    if not recipe.on_device:
+        if gpus:
+            raise UserError(f"--gpus-per-worker: {how(recipe.model_dump())} uses no GPU; leave it out")
+        recipe = recipe.model_copy(update={"device": "cpu"})
     if recipe.device.startswith("cuda") and gpus == 0:
         raise UserError(f"--device {recipe.device} needs a GPU and --gpus-per-worker is 0")
     if recipe.device == "cpu" and gpus:

@@ -52,7 +52,7 @@ class Pool(Protocol):
 
 def default_workers(recipe: Recipe, shards: int) -> int:
     """Workers in this process: a worker for every core, as far as there are shards, and one for a GPU."""
-    wanted = recipe.workers.most if recipe.workers else (1 if uses_gpu(recipe.device) else cores())
+    wanted = recipe.workers.most if recipe.workers else (1 if recipe.on_device and uses_gpu(recipe.device) else cores())
     return max(1, min(wanted, shards))
 
 

@@ -371,6 +371,11 @@ class Recipe(BaseModel):
         return tuple(self.model_copy(update=alone | of) for of in said)
 
     @property
+    def on_device(self) -> bool:
+        """Whether a GPU can do what is wanted."""
+        return METHODS[self.method].on_device and not self.merged
+
+    @property
     def parameter(self) -> float:
         """The method's: a density, α, a strength, a tail or a rank."""
         return float(getattr(self, METHODS[self.method].parameter))

@@ -25,7 +25,7 @@ from fapm.planning.pairing import as_finetuned_names_it, pair_all, refuse_unpair
 from fapm.planning.plan import PairedTensor, Plan
 from fapm.planning.shards import cut, default_shard_size, group, pattern_of
 from fapm.planning.vocabulary import compare_vocabularies, tied_heads
-from fapm.recipe import Recipe
+from fapm.recipe import Recipe, how
 from fapm.scoring.methods import METHODS, PARAMETERS
 
 
@@ -171,6 +171,10 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
     for text, rule in zip(recipe.rules, recipe.parsed_rules, strict=True):
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             found.append(f"the rule {text!r} matches no tensor{_near(rule.pattern, names)}")
+    if recipe.device.startswith("cuda") and not recipe.on_device:
+        found.append(
+            f"--device {recipe.device} has no meaning for {how(recipe.model_dump())}, which works on processors"
+        )
     method = METHODS[recipe.method]
     if recipe.scope not in method.scopes:
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")

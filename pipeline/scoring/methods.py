@@ -1,8 +1,8 @@
 """The methods, each of a kind: what an element is worth, and what a kept element becomes.
 
 A kind (SEMANTICS.md) says which scopes a method has, which field of a recipe is its parameter (`symbol` is what people
-call it), and whether a group has a budget; nothing else in the program asks which method it is. A method of the kind
-`Selection` is one function of
+call it), whether a group has a budget, and whether a GPU can do it (`on_device`); nothing else in the program asks which
+method it is. A method of the kind `Selection` is one function of
 
     d  = |f − p|      the size of the change
     p  = |p|          the size of the pre-trained weight
@@ -81,6 +81,7 @@ class Selection:
     hashed: bool = False
 
     kind: ClassVar[str] = "selection"
+    on_device: ClassVar[bool] = True
     parameter: ClassVar[str] = "density"
     symbol: ClassVar[str] = "density"
     scopes: ClassVar[tuple[str, ...]] = ("tensor", "layer", "global")
@@ -100,6 +101,7 @@ class Blend:
     score: Score = magnitude
 
     kind: ClassVar[str] = "blend"
+    on_device: ClassVar[bool] = True
     parameter: ClassVar[str] = "density"
     symbol: ClassVar[str] = "α"
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
@@ -127,6 +129,7 @@ class Matrix:
         return self.parameter
 
     kind: ClassVar[str] = "matrix"
+    on_device: ClassVar[bool] = False
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
     has_budget: ClassVar[bool] = False
     hashed: ClassVar[bool] = False

@@ -16,10 +16,11 @@ def lane_bytes(recipe: Recipe, out: Store, buffer: int = BUFFER_BYTES) -> int:
         buffer: bytes of each on the way to the output.
     """
     sparse = 16 << 20 if recipe.emit != "checkpoint" else 0
-    return BUFFERS * buffer + out.writing_bytes + _COUNTS_BYTES + sparse
+    return BUFFERS * buffer + out.writing_bytes + COUNTS_BYTES + sparse
 
 
-_COUNTS_BYTES = 8 << 20
+COUNTS_BYTES = 8 << 20
+"""Of the counts of a lane."""
 
 
 def runs_at_once(recipe: Recipe, out: Store) -> int:

@@ -17,6 +17,7 @@ from fapm.formats.dtypes import convert, itemsize, refuse_overflow, round_to, up
 from fapm.scoring.combining import COMBINATIONS, Angular
 from fapm.scoring.methods import BLOCK
 from fapm.shard import passes
+from fapm.shard.budget import COUNTS_BYTES
 from fapm.shard.chunk import count_nonfinite, starts_of
 from fapm.shard.lane import Lane, find_means
 from fapm.shard.output import Output
@@ -28,10 +29,9 @@ from fapm.shard.table import MEASURED, finite
 class Merging:
     """Finds the thresholds of every source, and combines what is kept of them."""
 
-    on_device = False
-
     def memory(self, lanes: Sequence[Lane]) -> int:
-        return max(8 + 3 * len(lane.parts) for lane in lanes) * _STEP * 8
+        sources = max(len(lane.parts) for lane in lanes)
+        return (8 + 3 * sources) * _STEP * 8 + (sources - 1) * len(lanes) * COUNTS_BYTES
 
     def begin(self, lanes: Sequence[Lane]) -> None:
         pass

@@ -26,9 +26,6 @@ Tell = Callable[[int], None]
 
 
 class Operation(Protocol):
-    on_device: bool
-    """Whether a device takes large tensors as they are stored."""
-
     def memory(self, lanes: Sequence[Lane]) -> int:
         """Bytes that it takes on a shard, beside what is read."""
         ...
@@ -55,8 +52,6 @@ class Operation(Protocol):
 class Elements:
     """Finds thresholds, and makes each element of p and f by them."""
 
-    on_device = True
-
     def memory(self, lanes: Sequence[Lane]) -> int:
         return 0
 
@@ -75,8 +70,6 @@ class Elements:
 
 class Projections:
     """Keeps of each matrix the part that its singular values say, which are found once for all lanes."""
-
-    on_device = False
 
     def memory(self, lanes: Sequence[Lane]) -> int:
         return matrix_bytes(lanes[0].task.shard.tensors)

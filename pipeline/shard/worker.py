@@ -124,7 +124,7 @@ class Worker:
         self.tell = StepProgress(progress or (lambda nbytes: None))
         self._cancelled = cancelled or threading.Event()
         with _failures():
-            device = recipe.device if self._operation.on_device else "cpu"
+            device = recipe.device if recipe.on_device else "cpu"
             self._engine = make_engine(recipe.method, device)
             self._engines = {recipe.method: self._engine}
             staged = self._engine.device

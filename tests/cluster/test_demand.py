@@ -30,6 +30,8 @@ def asked(cluster, shards=100, **choices) -> Demand:
         (GPUS, {"device": "cpu"}, (1, 64), {"num_gpus": 0}),
         (GPUS, {"gpus_per_worker": 0}, (1, 64), {"num_gpus": 0}),
         ({}, {}, (1, 1), {"num_cpus": 1}),  # a head that scales from nothing
+        (GPUS, {"method": "timber"}, (1, 64), {"num_cpus": 1, "num_gpus": 0}),  # which no GPU can do
+        (GPUS, {"merged": [{"finetuned": "f"}], "device": "cuda"}, (1, 64), {"num_cpus": 1, "num_gpus": 0}),
         ({}, {"gpus_per_worker": 1, "workers": "0001-4"}, (1, 4), {"num_gpus": 1}),
         ({}, {"accelerator": "A100"}, (1, 1), {"num_gpus": 1, "accelerator_type": "A100"}),
         (CPUS, {"labels": ["market-type=!spot"]}, (1, 8), {"label_selector": {"market-type": "!spot"}}),
@@ -64,6 +66,7 @@ def test_the_device_of_a_worker_is_the_only_one_that_it_has():
         (CPUS, {"device": "cuda"}, r"--device cuda: the Ray cluster has no GPU now; .* --gpus-per-worker 1 to wait"),
         (GPUS, {"device": "cuda", "gpus_per_worker": 0}, "needs a GPU and --gpus-per-worker is 0"),
         (GPUS, {"device": "cpu", "gpus_per_worker": 1}, "--device cpu uses no GPU"),
+        (GPUS, {"method": "dg-hard", "gpus_per_worker": 1}, "dg-hard, strength 1 uses no GPU"),
         (CPUS, {"memory": "128MiB", "cpus_per_worker": 4}, "--memory 128MiB: at least 64MiB for each of the 4 CPUs"),
     ],
 )

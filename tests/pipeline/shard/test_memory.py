@@ -104,6 +104,23 @@ def test_a_tensor_of_six_times_the_budget(huge, floor, scope):
     assert much < 1.1 * (ENOUGH_BYTES + OVERHEAD_BYTES)  # fresh memory costs more than reading a cached file again
 
 
+@pytest.mark.slow
+def test_a_merge_stays_within_the_budget_of_a_prune(huge, floor):
+    sources = [{"finetuned": str(huge / "finetuned"), "density": density} for density in (0.1, 0.3)]
+    shared = {"merged": sources, "combine": "ties", "workers": 1, "device": "cpu", "memory": "256MB"}
+    tiny = huge / "tiny"
+    save(tiny, {"model.layers.0.a": torch.ones(64, 64).bfloat16()})
+    save(tiny / "tuned", {"model.layers.0.a": torch.zeros(64, 64).bfloat16()})
+    few = [source | {"finetuned": str(tiny / "tuned")} for source in sources]
+    peak_kib(Recipe.of(base=str(tiny), **shared | {"merged": few}, out=str(huge / "compiled")))
+    merge = Recipe.of(base=str(huge / "base"), **shared, out=str(huge / "merged"), shard_size="200MB")
+    used = (peak_kib(merge) - floor) * 1024
+    for file in Path(merge.out).glob("*.safetensors"):
+        file.unlink()
+    print(f"\na merge of two: {used / 1e6:.0f} MB above the floor")
+    assert used < 1.1 * 256e6
+
+
 def weights_and_index(folder: Path) -> dict[str, Path]:
     return {f.name: f for f in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]}
 
