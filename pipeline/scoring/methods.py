@@ -1,8 +1,8 @@
 """The methods, each of a kind: what an element is worth, and what a kept element becomes.
 
 A kind (SEMANTICS.md) says which scopes a method has, which field of a recipe is its parameter (`symbol` is what people
-call it), whether a group has a budget, and whether a GPU can do it (`on_device`); nothing else in the program asks which
-method it is. A method of the kind `Selection` is one function of
+call it), whether a group has a budget, and whether a GPU can do it (`on_device`); nothing else in the program asks
+which method it is. A method of the kind `Selection` is one function of
 
     d  = |f − p|      the size of the change
     p  = |p|          the size of the pre-trained weight
