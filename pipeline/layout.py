@@ -36,6 +36,11 @@ def _of(source: int) -> str:
     return f"-of-{source}" if source else ""
 
 
+def is_of_first(name: str) -> bool:
+    """Whether a file is of the run itself, or of its first source: what was read for it was read for all of them."""
+    return _of(1) in name or "-of-" not in name
+
+
 def sample_name(shard: int, source: int = 0) -> str:
     return f"{WORK}/sample-{shard:05d}{_of(source)}{ARRAYS}"
 

@@ -190,6 +190,7 @@ class SweepRecord(Record):
 
     base: SideRecord
     finetuned: SideRecord
+    sources: list[SideRecord] = Field(default_factory=list)
     candidates: Annotated[list[CandidateRecord], Field(min_length=1, max_length=1000)]
     chosen: ChosenRecord | None
     command: list[Text] = Field(default_factory=list)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @cloup.command(cls=Evaluating, short_help="Prune in many ways, evaluate each, and choose.")
 @recipe_options
 @evaluation_options
+@cloup.option("--combine", metavar="HOW", help="Of merges, whose sources are in the recipe: how they are combined.")
+@cloup.option("--scaling", metavar="FACTOR", help="Of merges: λ.")
 @cloup.option(
     "--choose",
     metavar="HOW",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from fapm.recipe import Recipe
 from fapm.scoring.methods import METHODS, PARAMETERS
 from fapm.storage.address import inside
 
-SWEPT = ("method", "scope", *PARAMETERS, "layer_scale")
+SWEPT = ("method", "scope", *PARAMETERS, "layer_scale", "combine", "scaling")
 """The choices that a sweep may have several of."""
 
 MOST = 200
@@ -34,20 +34,22 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
     Raises:
         UserError: a choice cannot be, or there are too many.
     """
-    if choices.get("merged"):
-        raise UserError(
-            "a sweep is over ways to prune one fine-tuned checkpoint; give a merge's to fapm merge, one by one"
-        )
     lists = {name: _listed(choices[name]) for name in SWEPT if choices.get(name) is not None}
     lists = {name: lists.get(name) or [Recipe.model_fields[name].default] for name in SWEPT}
+    several = {name for name, values in lists.items() if len(set(map(str, values))) > 1}
     found: dict[str, Candidate] = {}
-    for values in itertools.product(*(lists[name] for name in SWEPT)):
-        recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True))})
+    merges = _merges(choices.get("merged") or ())
+    if merges == [()] and (wrong := [name for name in ("combine", "scaling") if choices.get(name) is not None]):
+        raise UserError(f"--{wrong[0]} is for merges, whose sources are listed in a recipe as `merged`")
+    for *values, merged in itertools.product(*(lists[name] for name in SWEPT), merges):
+        recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True)), "merged": merged or None})
         if recipe.scope not in METHODS[recipe.method].scopes:
             recipe = recipe.model_copy(update={"scope": "tensor"})
         others = (field for field in PARAMETERS if field != METHODS[recipe.method].parameter)
         recipe = recipe.model_copy(update={field: Recipe.model_fields[field].default for field in others})
-        name = _name(recipe, several_scopes=len(set(lists["scope"])) > 1)
+        name = _name(recipe, "scope" in several)
+        if merged:
+            name = _name_of_merge(recipe, several, merges)
         recipe = recipe.model_copy(update={"out": inside(folder, name)})
         found.setdefault(name, Candidate(name, recipe))
         if len(found) > MOST:
@@ -61,6 +63,45 @@ def _name(recipe: Recipe, several_scopes: bool) -> str:
     words = [recipe.method, *([recipe.scope] if scope else []), _exact(value)]
     if recipe.layer_scale:
         words += ["scale", *map(_exact, (recipe.layer_scale.first, recipe.layer_scale.last))]
+    return "-".join(words)
+
+
+def _merges(merged: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], ...]]:
+    """Every way to take one of the values, which may be lists, of each choice of a merge's sources."""
+    sources = [
+        [
+            dict(zip(of, values, strict=True))
+            for values in itertools.product(*(_or_list(value) for value in of.values()))
+        ]
+        for of in map(dict, merged)
+    ]
+    return list(itertools.product(*sources)) or [()]
+
+
+def _or_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def alone(choices: Mapping[str, Any]) -> Recipe:
+    """The recipe of a sweep's choices without what it may have several of; of a merge with the first of them."""
+    one = {name: value for name, value in choices.items() if name not in SWEPT}
+    return Recipe.of(**one | {"merged": _merges(choices.get("merged") or ())[0] or None})
+
+
+def _name_of_merge(recipe: Recipe, several: set[str], merges: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """How it is combined, and what else distinguishes it."""
+    words: list[str] = [recipe.combine]
+    words += [f"scaling-{_exact(recipe.scaling)}"] if "scaling" in several else []
+    words += [recipe.method] if "method" in several else []
+    words += [recipe.scope] if "scope" in several else []
+    words += [_exact(recipe.parameter)] if recipe.parameter and METHODS[recipe.method].parameter in several else []
+    if recipe.layer_scale and "layer_scale" in several:
+        words += ["scale", *map(_exact, (recipe.layer_scale.first, recipe.layer_scale.last))]
+    for i, source in enumerate(recipe.merged):
+        for field in ("weight", "method", "density", "scope", "seed"):
+            if len({str(merge[i].get(field)) for merge in merges}) > 1:
+                value = getattr(source, field)
+                words.append(f"{field}{i + 1}-{value if isinstance(value, str) else _exact(value)}")
     return "-".join(words)
 
 

@@ -150,6 +150,16 @@ def remarks(point: Point) -> list[str]:
     return found
 
 
+def reference(skills: Mapping[str, Mapping[str, Measure]], names: Sequence[str]) -> str:
+    """Of several fine-tuned checkpoints the one that is best at the new skill, which a candidate is to retain."""
+
+    def new(name: str) -> float:
+        said = skills.get(name, {}).get("new")
+        return said.value if said else -math.inf
+
+    return max(names, key=new)
+
+
 def points(skills: Mapping[str, Mapping[str, Measure]], base: str, finetuned: str) -> dict[str, Point]:
     """Every checkpoint that was evaluated, by name.
 

@@ -39,28 +39,20 @@ BASE, FINETUNED = "base", "finetuned"
 
 
 def inputs(plan: Plan) -> list[Source]:
-    """The two checkpoints that a plan is about."""
-    recipe = plan.recipe
-    base = Source(BASE, plan.base.folder.absolute().address, _identity(plan, BASE))
-    address = plan.finetuned.folder.absolute().address
-    formed = any(info.form for info in plan.finetuned.tensors.values())
-    whole = recipe.model_copy(
-        update={
-            "base": base.address,
-            "finetuned": absolute(recipe.finetuned),
-            "rules": EVERYTHING,
-            "method": "fapm",
-            "scope": "tensor",
-            "emit": "checkpoint",
-            "dtype": None,
-        }
-    )
-    return [base, Source(FINETUNED, address, _identity(plan, FINETUNED), whole if formed else None)]
+    """The checkpoints that a plan is about: base, finetuned, and of a merge finetuned-2 and so on."""
+    base = Source(BASE, plan.base.folder.absolute().address, _digest(plan.base.identity))
+    return [base, *(_finetuned(lane, base) for lane in plan.lanes or (plan,))]
 
 
-def _identity(plan: Plan, side: str) -> str:
-    files = (plan.base if side == BASE else plan.finetuned).identity
-    return _digest(files)
+def _finetuned(plan: Plan, base: Source) -> Source:
+    side = plan.finetuned
+    whole = None
+    if any(info.form for info in side.tensors.values()):
+        how = {"rules": EVERYTHING, "method": "fapm", "scope": "tensor", "emit": "checkpoint", "dtype": None}
+        sides = {"base": base.address, "finetuned": absolute(plan.recipe.finetuned)}
+        whole = plan.recipe.model_copy(update={**sides, **how})
+    name = f"{FINETUNED}-{plan.source}" if plan.source > 1 else FINETUNED
+    return Source(name, side.folder.absolute().address, _digest(side.identity), whole)
 
 
 def _digest(what: Any) -> str:

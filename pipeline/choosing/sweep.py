@@ -14,11 +14,11 @@ from typing import Any
 
 from fapm import run
 from fapm.card import model_card
-from fapm.choosing.candidates import SWEPT, Candidate, candidates
+from fapm.choosing.candidates import SWEPT, Candidate, alone, candidates
 from fapm.choosing.choice import Choice, by_name, check_choice, choose, front
 from fapm.choosing.evaluation import Evaluate, Evaluation, Said, evaluate_all, in_turn, printed_by, skills_of
-from fapm.choosing.skills import DEFINITIONS, Point, doubts, point_facts, points, remarks
-from fapm.choosing.sources import BASE, FINETUNED, inputs, output
+from fapm.choosing.skills import DEFINITIONS, Point, doubts, point_facts, points, reference, remarks
+from fapm.choosing.sources import BASE, inputs, output
 from fapm.errors import PassingError, UserError
 from fapm.formats.side_files import CARD
 from fapm.layout import RUN, SWEEP
@@ -166,13 +166,21 @@ class Swept:
     command: tuple[str, ...] = ()
 
     @property
+    def finetuned(self) -> dict[str, str]:
+        """Names of the fine-tuned checkpoints, and where they are: the one first by which candidates are measured."""
+        paths = dict(zip(list(self.made[0].plan.inputs)[1:], self.made[0].plan.recipe.checkpoints[1:], strict=True))
+        first = reference(skills_of(self.said.values()), list(paths))
+        return {first: paths[first], **paths}
+
+    @property
     def points(self) -> dict[str, Point]:
         """Everything that was evaluated, by name."""
-        return points(skills_of(self.said.values()), BASE, FINETUNED)
+        return points(skills_of(self.said.values()), BASE, next(iter(self.finetuned)))
 
     @property
     def candidate_points(self) -> dict[str, Point]:
-        return {name: point for name, point in self.points.items() if name not in (BASE, FINETUNED)}
+        inputs = self.made[0].plan.inputs
+        return {name: point for name, point in self.points.items() if name not in inputs}
 
 
 def evaluate_inputs(folder: str, plan: Plan, asked: Evaluation, do: Evaluate, watch: Watch) -> dict[str, Said]:
@@ -277,10 +285,13 @@ def sweep_facts(swept: Swept) -> dict[str, Any]:
                 "front": name in best,
             }
         )
-    first = swept.made[0].plan.recipe
+    first, finetuned = swept.made[0].plan.recipe, list(swept.finetuned.items())
     return {
         "base": {"path": first.base, **_said(swept, BASE)},
-        "finetuned": {"path": first.finetuned, **_said(swept, FINETUNED)},
+        "finetuned": {"path": finetuned[0][1], **_said(swept, finetuned[0][0])},
+        **(
+            {"sources": [{"path": path, **_said(swept, name)} for name, path in finetuned[1:]]} if finetuned[1:] else {}
+        ),
         "candidates": candidates,
         "chosen": asdict(swept.choice) | {"decides": _taken(swept, swept.choice.name).decides()}
         if swept.choice
@@ -320,6 +331,8 @@ def read_sweep(folder: str) -> dict[str, Any] | None:
 
 def _command(choices: dict[str, Any], asked: Evaluation, how: str | None) -> tuple[str, ...]:
     """The words with which this sweep is done again, evaluation and seed included."""
+    if choices.get("merged"):
+        return ()  # its sources are in a file
     words = ["fapm", "sweep"]
     for name, value in choices.items():
         several = name in SWEPT and isinstance(value, list | tuple)
@@ -333,8 +346,10 @@ def _command(choices: dict[str, Any], asked: Evaluation, how: str | None) -> tup
 
 
 def _doubts(said: dict[str, Said]) -> list[str]:
-    found = points(skills_of(said.values()), BASE, FINETUNED)
-    return doubts(found[BASE], found[FINETUNED])
+    skills = skills_of(said.values())
+    first = reference(skills, [name for name in skills if name != BASE])
+    found = points(skills, BASE, first)
+    return doubts(found[BASE], found[first])
 
 
 def _check_out(out: str, plans: Sequence[Plan]) -> None:
@@ -391,7 +406,7 @@ def run_sweep(
         UserError: as of `prune`, or the choice cannot be made before anything is.
         NoChoiceError: after all evaluations.
     """
-    one = Recipe.of(**{name: value for name, value in choices.items() if name not in SWEPT})
+    one = alone(choices)
     folder = sweep_folder(one)
     wanted = candidates(choices, folder)
     names = [candidate.name for candidate in wanted]

@@ -26,6 +26,7 @@ from fapm.layout import (
     TEMPORARY,
     WORK,
     delta_facts_name,
+    is_of_first,
     record_name,
     rows_name,
     table_name,
@@ -242,7 +243,7 @@ def replaceable_bytes(plan: Plan, state: State) -> int:
 
 
 def _read_to_measure(out: Store) -> int:
-    names = [name for name in out.files(WORK) if name.endswith(ARRAYS)]
+    names = [name for name in out.files(WORK) if name.endswith(ARRAYS) and is_of_first(name)]
     return sum(overlapped(functools.partial(saved_read_bytes, out), names, out.reads_at_once))
 
 

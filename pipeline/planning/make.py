@@ -175,6 +175,9 @@ def _ignored_settings(recipe: Recipe, names: list[str]) -> list[str]:
         found.append(
             f"--device {recipe.device} has no meaning for {how(recipe.model_dump())}, which works on processors"
         )
+    for field in ("combine", "scaling"):
+        if not recipe.merged and getattr(recipe, field) != Recipe.model_fields[field].default:
+            found.append(f"--{field} has no meaning where one fine-tuned checkpoint is pruned")
     method = METHODS[recipe.method]
     if recipe.scope not in method.scopes:
         found.append(f"--scope {recipe.scope} has no meaning for {recipe.method}, which chooses no elements")

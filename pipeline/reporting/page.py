@@ -27,7 +27,7 @@ from fapm.reporting import figures
 from fapm.reporting.facts import run_facts
 from fapm.reporting.figures import Figure
 from fapm.reporting.sources import shares_by_layer, sources_table
-from fapm.reporting.text import kept_text, measure_text, run_text
+from fapm.reporting.text import kept_text, measure_text, run_text, sides_of
 from fapm.storage.address import inside, open_store, split
 from fapm.storage.local import plain_errors
 
@@ -186,10 +186,11 @@ def _percent(measure: Measure | Mapping[str, Any] | None) -> str:
 
 
 def _of_sweep(swept: dict[str, Any]) -> list[Section]:
-    rows = [{"name": side, **swept[side]} for side in ("base", "finetuned")] + swept["candidates"]
+    sides = sides_of(swept)
+    rows = [sides[0], {**sides[1], "name": "finetuned"}, *swept["candidates"]]
     chosen = (swept["chosen"] or {}).get("name", "")
     how = (swept["chosen"] or {}).get("how", "")
-    table = _rows_table(rows, chosen)
+    table = _rows_table([*sides, *swept["candidates"]], chosen)
     return [
         Section("The trade-off", *_evaluated(rows, chosen, how), table=table),
         Section("What the words mean", [DEFINITIONS]),

@@ -300,9 +300,17 @@ def kept_text(facts: dict[str, Any]) -> str:
     return _share(facts["kept"] / facts["pruned_numel"])
 
 
+def sides_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Base and the fine-tuned checkpoints of a sweep, as its facts have them, with their names."""
+    sources = facts.get("sources", [])
+    others = [{"name": f"finetuned, {source['path']}", **source} for source in sources]
+    name = f"finetuned, {facts['finetuned']['path']}" if others else "finetuned"
+    return [{"name": "base", **facts["base"]}, {**facts["finetuned"], "name": name}, *others]
+
+
 def sweep_text(facts: dict[str, Any], out: str) -> str:
     """A sweep as a table, from `choosing.sweep.sweep_facts`."""
-    evaluated = [{"name": side, **facts[side]} for side in ("base", "finetuned") if "error" in facts[side]]
+    evaluated = [side for side in sides_of(facts) if "error" in side]
     chosen = facts["chosen"]
     notes = {one["name"]: "on the front" for one in facts["candidates"] if one["front"]}
     if chosen:

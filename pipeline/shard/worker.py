@@ -185,6 +185,7 @@ class Worker:
             found: Sample = taken.get((tensor.name, tensor.source, share), lambda: far(*given))
             return found
 
+        looked = []
         for lane in lanes:
             members: dict[str, list[PairedTensor]] = {}
             for tensor in lane.task.cross_shard():
@@ -197,11 +198,14 @@ class Worker:
                 survey(tensors, groups[name], cross_shard_size(groups[name]), take, lane.recipe, known)
                 for name, tensors in members.items()
             ]
+            looked.append((list(members), surveys))
+        read = meter.read_bytes
+        for lane, (names, surveys) in zip(lanes, looked, strict=True):
             save_arrays(
                 lane.out,
                 sample_name(task.shard.index, lane.task.source),
-                meter.read_bytes,
-                list(members),
+                read,
+                names,
                 weights=np.stack([found.weights for found in surveys]),
                 variance=np.array([found.variance for found in surveys]),
                 means=lane.means,
