@@ -23,6 +23,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import every_option
 import pytest
 import torch
 import yaml
@@ -103,36 +104,14 @@ def test_prune_keeps_the_share_asked_of_every_tensor(pair):
 
 
 def test_every_option_arrives(pair):
-    given = {
-        "strength": "2", "tail": "0.5", "rank": "9", "layer-scale": "0.5:1",
-        "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
-        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base",
-        "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
-        "on-conflict": "last", "unpaired": "pass",
-        "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=spot",
-    }  # fmt: skip
-    options = [word for name, value in given.items() for word in (f"--{name}", value)]
     rules = ["--rule", "*norm*=finetuned", "--rule", "lm_head.*=base"]
-    assert (
-        on_pair(
-            "prune",
-            *options,
-            *rules,
-            "--allow-pickle",
-            "--allow-code",
-            "--reversible",
-            "--plain-codes",
-            "--alone",
-            "--allow-same",
-        ).exit_code
-        == 0
-    )
+    assert on_pair("prune", *every_option.WORDS, *rules).exit_code == 0
     assert yaml.safe_load((pair / "out/fapm/recipe.yaml").read_text()) == {
         **{side: str(pair / side) for side in ("base", "finetuned", "out")}, "strength": 2.0, "tail": 0.5,
         "merged": [], "combine": "sum", "scaling": 1.0, "layer_scale": "0.5:1.0", "rank": 9,
         "density": 0.25, "method": "random", "scope": "layer",
         "dtype": "bfloat16", "shard_size": 4000, "memory": 200_000_000, "device": "cpu", "workers": "2-3", "seed": 7,
-        "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=spot"],
+        "cpus_per_worker": 2, "gpus_per_worker": 0.5, "accelerator": "A100", "labels": ["market-type=!spot"],
         "staging": "st", "visibility": "public", "alone": True, "device_memory": 2_000_000_000,
         "nonfinite": "base", "rules": ["*norm*=finetuned", "lm_head.*=base"],
         "allow_pickle": True, "allow_code": True, "reversible": True, "renames": [],

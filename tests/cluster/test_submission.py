@@ -18,6 +18,7 @@ import torch
 from checkpoints import gaussian
 from click.testing import CliRunner
 from conftest import Runner
+from every_option import OPTIONS, WORDS
 
 from fapm import Recipe, UserError, prune
 from fapm.cluster.cli import cli
@@ -77,36 +78,13 @@ def arguments(cluster: Cluster) -> list[str]:
 
 def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
     (pair.folder / "r.yaml").write_text("base: base\nfinetuned: finetuned\nout: out\ndensity: 0.3\nray: local\n")
-    given = {
-        "strength": "2", "tail": "0.5",
-        "density": "0.25", "method": "random", "scope": "layer", "dtype": "bfloat16", "shard-size": "4kB",
-        "memory": "200MB", "device": "cpu", "workers": "2-3", "seed": "7", "nonfinite": "base", "ray": "off",
-        "device-memory": "2GB", "staging": "st", "visibility": "public", "emit": "both", "delta-compression": "none",
-        "on-conflict": "last", "unpaired": "pass",
-        "cpus-per-worker": "2", "gpus-per-worker": "0.5", "accelerator": "A100", "label": "market-type=!spot",
-    }  # fmt: skip
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    rules = [
-        "--rule",
-        "*norm*=finetuned",
-        "--rule",
-        "it's *=base",
-        *(
-            flags := [
-                "--allow-pickle",
-                "--allow-code",
-                "--reversible",
-                "--plain-codes",
-                "--alone",
-                "--allow-same",
-            ]
-        ),
-    ]
+    words = [*WORDS, "--ray", "off", "--rule", "*norm*=finetuned", "--rule", "it's *=base"]
     offered = {option for p in cli.commands["prune"].params for option in p.opts if option.startswith("--")}
-    assert {f"--{name}" for name in given} | {"--rule", "--rename", *flags, "--overwrite", "--json"} == offered - {
+    given = {word for word in words if word.startswith("--")}
+    assert given | {"--rename", "--overwrite", "--json"} == offered - {
         "--base", "--finetuned", "--out", "--config", "--help-all", "--quiet", "--verbose", "--strict"
     }  # fmt: skip
-    assert submit("r.yaml", *words, *rules, "--overwrite").exit_code == 0
+    assert submit("r.yaml", *words, "--overwrite").exit_code == 0
     # What the cluster is told, read by the command line that reads it there.
     told: dict[str, Any] = {}
     here = cli.commands["prune"]
@@ -118,7 +96,7 @@ def test_every_option_given_after_the_recipe_reaches_the_cluster(pair, cluster):
     )
     folder = pair.folder
     sides = {side: str(folder / side) for side in ("base", "finetuned", "out")}
-    choices = {name.replace("-", "_"): value for name, value in given.items() if name not in ("ray", "label")}
+    choices = {name.replace("-", "_"): value for name, value in OPTIONS.items() if name != "label"}
     assert made == Recipe.of(
         **sides,
         **choices,
