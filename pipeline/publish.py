@@ -128,7 +128,7 @@ def _to_publish(store: Store, made: dict[str, Any], recipe: Recipe, out: str) ->
 
 def _stored(made: dict[str, Any]) -> list[str]:
     """The files that hold weights."""
-    records = made["shards"]
+    records = [made["adapter"]] if made.get("adapter") else made["shards"]
     return [one["name"] for record in records for one in (record, record.get("delta")) if one]
 
 

@@ -12,7 +12,7 @@ import hub as server
 import pytest
 import s3
 import torch
-from checkpoints import digests, gaussian
+from checkpoints import digests, gaussian, save
 from huggingface_hub import snapshot_download
 from pace import soon
 
@@ -238,6 +238,30 @@ def test_a_sparse_task_vector_goes_there_and_comes_back(logged_in, runner, emit)
         prune(runner.recipe(rules=["*=finetuned"], shard_size=300_000).model_copy(update=sides))
         for path in expected.glob("*.safetensors*"):
             assert path.read_bytes() == (Path(out) / path.name).read_bytes()
+
+
+def test_a_merge_and_an_adapter_have_no_path_of_this_machine(logged_in, runner, tmp_path):
+    sources = [{"finetuned": "org/finetuned"}, {"finetuned": str(runner.folder / "finetuned"), "weight": 0.5}]
+    choices = {"base": "org/base", "memory": "128MB", "shard_size": 300_000}
+    publish(Recipe.of(**choices, merged=sources, out="hf://org/merged"))
+    prune(Recipe.of(**choices, merged=sources, out=str(tmp_path / "merged")))
+    for side, tensors in zip(
+        ("base", "finetuned"), gaussian({"layers.0.q.weight": (64, 48)}, torch.bfloat16), strict=True
+    ):
+        logged_in.push(f"org/linear-{side}", save(tmp_path / f"linear-{side}", tensors))
+    sides = {"base": "org/linear-base", "finetuned": "org/linear-finetuned"}
+    publish(Recipe.of(**choices | sides, method="low-rank", rank=4, emit="adapter", out="hf://org/lora"))
+    merged, lora = newest(logged_in, "org/merged"), newest(logged_in, "org/lora")
+    for path in (tmp_path / "merged").glob("*.safetensors*"):
+        assert merged[path.name] == path.read_bytes()
+    commit = list(logged_in.commits["org/finetuned"])[-1]
+    told = [source["path"] for source in json.loads(merged["fapm/manifest.json"])["sources"]]
+    assert told == [f"hf://org/finetuned@{commit}", "finetuned"]
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= lora.keys() and "config.json" not in lora
+    assert json.loads(lora["adapter_config.json"])["base_model_name_or_path"] == "org/linear-base"
+    for files in (merged, lora):
+        assert str(tmp_path).encode() not in b"".join(files.values())
+    assert verify("hf://org/lora") == []
 
 
 def test_what_is_uploaded_is_not_uploaded_again(logged_in, runner, monkeypatch):
