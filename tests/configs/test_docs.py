@@ -152,6 +152,16 @@ def test_what_is_said_of_merges_works(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_said_of_the_neighbours_works(tmp_path):
+    merge, sweep, score = (block for _, block in blocks("docs/neighbours.md"))
+    (tmp_path / "classify.py").write_text(score)
+    links = "ln -s fapm-demo/base base && ln -s fapm-demo/finetuned branch-1 && ln -s fapm-demo/pruned branch-2"
+    in_shell(tmp_path, f"fapm demo && {links}\n{merge}\n{sweep}")
+    for name in ("next", "chosen"):
+        assert (tmp_path / name / "fapm/manifest.json").exists()
+
+
+@pytest.mark.slow
 def test_the_readme_prunes_and_loads(tmp_path):
     found = [
         (kind, block) for kind, block in blocks("README.md") if block.startswith(("fapm prune", "from transformers"))
