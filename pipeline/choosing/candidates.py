@@ -39,8 +39,9 @@ def candidates(choices: dict[str, Any], folder: str) -> list[Candidate]:
     several = {name for name, values in lists.items() if len(set(map(str, values))) > 1}
     found: dict[str, Candidate] = {}
     merges = _merges(choices.get("merged") or ())
-    if merges == [()] and (wrong := [name for name in ("combine", "scaling") if choices.get(name) is not None]):
-        raise UserError(f"--{wrong[0]} is for merges, whose sources are listed in a recipe as `merged`")
+    for name in ("combine", "scaling") if merges == [()] else ():
+        if lists[name] != [Recipe.model_fields[name].default]:
+            raise UserError(f"--{name} is for merges, whose sources are listed in a recipe as `merged`")
     for *values, merged in itertools.product(*(lists[name] for name in SWEPT), merges):
         recipe = Recipe.of(**{**choices, **dict(zip(SWEPT, values, strict=True)), "merged": merged or None})
         if recipe.scope not in METHODS[recipe.method].scopes:
