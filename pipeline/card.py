@@ -208,10 +208,10 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
 
 def _again(plan: Plan) -> str:
     base, *finetuned = (repository_of(s.folder.address, pinned=True) or _name(s) for s in plan.inputs.values())
-    usual = {name: field.default for name, field in Recipe.model_fields.items() if name not in plan.recipe.decides()}
-    given = plan.recipe.at(base, finetuned)
-    means = {name: value for name, value in usual.items() if name not in (*PATHS, "merged")}
-    words = ["fapm", *command_words(given.model_copy(update=means | {"out": "OUT"}))]
+    said = {*plan.recipe.decides(), *PATHS}
+    usual = {name: field.default for name, field in Recipe.model_fields.items() if name not in said}
+    given = plan.recipe.at(base, finetuned).model_copy(update=usual | {"out": "OUT"})
+    words = ["fapm", *command_words(given)]
     line = one_line(shlex.join(words)).replace("`", "'")
     return (
         f"```sh\n{line}\n```\n\nWhat identifies the inputs, and checksums of the output, are in "

@@ -367,7 +367,7 @@ class Recipe(BaseModel):
         if not self.merged:
             return (self,)
         alone: dict[str, Any] = {"merged": (), "combine": "sum", "scaling": 1.0}
-        said = ({k: v for k in _OF_A_SOURCE if (v := getattr(of, k)) is not None} for of in self.merged)
+        said = ({k: v for k in ("finetuned", *OF_A_SOURCE) if (v := getattr(of, k)) is not None} for of in self.merged)
         return tuple(self.model_copy(update=alone | of) for of in said)
 
     @property
@@ -394,7 +394,8 @@ class Recipe(BaseModel):
         return rule.action if rule else None
 
 
-_OF_A_SOURCE = ("finetuned", "method", "density", "scope", "seed")
+OF_A_SOURCE = ("method", "density", "scope", "seed")
+"""Choices that each source of a merge may have of its own, and that are the recipe's where it has not."""
 
 
 def _first_of(merged: Any) -> str | None:
@@ -517,14 +518,13 @@ def command_words(recipe: Recipe) -> list[str]:
     """The words after `fapm` that make this recipe again: what the method is given always, else what is not usual."""
     given = recipe.model_dump(mode="json", exclude_defaults=True)
     merged, words = given.pop("merged", []), []
-    of_source = ("method", "density", "scope", "seed")
     words = ["merge" if merged else "prune", *option_words("base", given.pop("base"))]
     for lane, source in zip(recipe.lanes, merged, strict=False):
         said = {"finetuned": lane.finetuned, "weight": source.get("weight", 1.0)}
-        said |= {name: getattr(lane, name) for name in of_source}
+        said |= {name: getattr(lane, name) for name in OF_A_SOURCE}
         words += [word for name, value in said.items() for word in option_words(name, value)]
     if merged:
-        given = {name: value for name, value in given.items() if name not in ("finetuned", *of_source)}
+        given = {name: value for name, value in given.items() if name not in ("finetuned", *OF_A_SOURCE)}
         given = {"out": given.pop("out"), "combine": recipe.combine, **given}
     else:
         said = {"finetuned": given.pop("finetuned"), "out": given.pop("out")}

@@ -157,9 +157,7 @@ def _check_delta(
         if not folder.has(name):
             problems.append(f"{name}: missing")
             continue
-        found = _checksum(folder.reader(name))
-        if found != record["xxh3_128"]:
-            problems.append(f"{name}: its xxh3-128 is {found} and should be {record['xxh3_128']}")
+        problems += _wrong_checksum(folder.reader(name), record)
     if problems:
         return {}, {record["name"] for record in records}, problems
     try:
@@ -186,10 +184,7 @@ def _check_adapter(
     names = {t.name for t in plan.tensors()}
     if not record or not folder.has(record["name"]):
         return {}, {shard.name for shard in plan.shards}, [f"{WEIGHTS}: missing"]
-    problems = []
-    found = _checksum(folder.reader(record["name"]))
-    if found != record["xxh3_128"]:
-        problems.append(f"{record['name']}: its xxh3-128 is {found} and should be {record['xxh3_128']}")
+    problems = _wrong_checksum(folder.reader(record["name"]), record)
     try:
         opened = open_checkpoint(folder.address, "finetuned", plan.base)
     except UserError as error:
@@ -217,11 +212,13 @@ def _differing(plan: Plan, folder: Store, tensors: dict[str, TensorInfo], of_del
     return problems
 
 
-def _checksum(reader: Reader) -> str:
+def _wrong_checksum(reader: Reader, record: dict[str, Any]) -> list[str]:
+    """What is wrong with a file's xxh3-128, if it is not the one that was recorded."""
     digest = xxhash.xxh3_128()
     for offset in range(0, reader.size, _AT_ONCE):
         digest.update(reader.read(offset, min(_AT_ONCE, reader.size - offset)))
-    return digest.hexdigest()
+    found, wanted = digest.hexdigest(), record["xxh3_128"]
+    return [] if found == wanted else [f"{record['name']}: its xxh3-128 is {found} and should be {wanted}"]
 
 
 def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
@@ -238,9 +235,7 @@ def _check_files(folder: Store, records: list[dict[str, Any]]) -> tuple[dict[str
         reader = folder.reader(name)
         if reader.size != record["nbytes"]:
             problems.append(f"{name}: has {reader.size} bytes and should have {record['nbytes']}")
-        digest = _checksum(reader)
-        if digest != record["xxh3_128"]:
-            problems.append(f"{name}: its xxh3-128 is {digest} and should be {record['xxh3_128']}")
+        problems += _wrong_checksum(reader, record)
         try:
             found = read_header(reader, name, name).tensors
         except UserError as error:

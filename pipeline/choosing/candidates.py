@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fapm.errors import UserError
-from fapm.recipe import Recipe
+from fapm.recipe import OF_A_SOURCE, Recipe
 from fapm.scoring.methods import METHODS, PARAMETERS
 from fapm.storage.address import inside
 
@@ -62,9 +62,12 @@ def _name(recipe: Recipe, several_scopes: bool) -> str:
     scope = several_scopes and len(METHODS[recipe.method].scopes) > 1
     value = recipe.parameter
     words = [recipe.method, *([recipe.scope] if scope else []), _exact(value)]
-    if recipe.layer_scale:
-        words += ["scale", *map(_exact, (recipe.layer_scale.first, recipe.layer_scale.last))]
-    return "-".join(words)
+    return "-".join([*words, *_layer_scale(recipe)])
+
+
+def _layer_scale(recipe: Recipe) -> list[str]:
+    scale = recipe.layer_scale
+    return ["scale", _exact(scale.first), _exact(scale.last)] if scale else []
 
 
 def _merges(merged: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], ...]]:
@@ -96,10 +99,9 @@ def _name_of_merge(recipe: Recipe, several: set[str], merges: Sequence[Sequence[
     words += [recipe.method] if "method" in several else []
     words += [recipe.scope] if "scope" in several else []
     words += [_exact(recipe.parameter)] if recipe.parameter and METHODS[recipe.method].parameter in several else []
-    if recipe.layer_scale and "layer_scale" in several:
-        words += ["scale", *map(_exact, (recipe.layer_scale.first, recipe.layer_scale.last))]
+    words += _layer_scale(recipe) if "layer_scale" in several else []
     for i, source in enumerate(recipe.merged):
-        for field in ("weight", "method", "density", "scope", "seed"):
+        for field in ("weight", *OF_A_SOURCE):
             if len({str(merge[i].get(field)) for merge in merges}) > 1:
                 value = getattr(source, field)
                 words.append(f"{field}{i + 1}-{value if isinstance(value, str) else _exact(value)}")

@@ -37,7 +37,7 @@ from fapm.manifest.state import State, identity
 from fapm.planning.plan import Plan, Shard
 from fapm.planning.shards import index_json
 from fapm.planning.vocabulary import is_untied, vocabulary_of
-from fapm.recipe import PATHS, Recipe
+from fapm.recipe import OF_A_SOURCE, PATHS, Recipe
 from fapm.schemas import ShardRecord
 from fapm.scoring.methods import METHODS
 from fapm.shard.table import MEASURED, from_parquet, to_parquet, totals
@@ -163,7 +163,7 @@ def _source(lane: Plan, measured: np.ndarray) -> dict[str, Any]:
     return {
         "path": lane.recipe.finetuned,
         **totals(list(lane.tensors()), measured),
-        **{name: getattr(lane.recipe, name) for name in ("method", "density", "scope", "seed")},
+        **{name: getattr(lane.recipe, name) for name in OF_A_SOURCE},
     }
 
 

@@ -49,7 +49,8 @@ def cut_for(task: Task, names: set[str]) -> Cut:
 
     widest = max(task.parts, key=lambda of: sum(of.groups[name].tensors for name in together(of)))
     groups = {t.name: t.group for t in widest.shard.tensors}
-    tensors = [replace(t, group=groups[t.name]) for t in task.shard.tensors if t.name in names]
+    mine = ((t, groups[t.name]) for t in task.shard.tensors if t.name in names)
+    tensors = [t if t.group == group else replace(t, group=group) for t, group in mine]
     whole = len(tensors) == len(task.shard.tensors)
     by_lane = [{t.name: (t.parameter, t.scale) for t in of.shard.tensors} for of in task.parts]
     kinds = {t.name: tuple(lane[t.name] for lane in by_lane) for t in tensors}

@@ -99,7 +99,7 @@ class _Merge:
         p, of_sources = self._values(part, held, applying)
         if self._how == "error":
             self._refuse_conflicts(part, starts, conflicts(p, of_sources))
-        weights = [self._weights[number - 1] for number, _ in tensor.sources if number]
+        weights = [self._weights[number - 1] for number in part.numbers if number]
         done = combine(self._how, p, of_sources, starts, weights, self._scaling, factors)
         bits, width = round_to(done.values, tensor.dtype), itemsize(tensor.dtype)
         self._sink.reserve(bits.size * width, width).view(bits.dtype)[:] = bits
@@ -122,15 +122,15 @@ class _Merge:
     ) -> tuple[np.ndarray, np.ndarray]:
         """p (n,), and v of every source that has the tensors of a slice, (N, n), in one real type; until the next
         slice."""
-        places_of = {number: i for i, (number, _) in enumerate(part.sources)}
+        numbers = part.numbers
         assert part.tensors[0].base
         p = upcast(values(held[0], part.tensors[0].base.dtype))
-        there = [one for one in applying if one.state.source in places_of]
+        there = [one for one in applying if one.state.source in numbers]
         if self._scratch.dtype != p.dtype or self._scratch.size < len(there) * p.size:
             self._scratch = np.empty(len(there) * max(p.size, _STEP), p.dtype)  # fresh pages cost more than the work
         rows = self._scratch[: len(there) * p.size].reshape(len(there), p.size)
         found = [
-            one.values(part, [held[0], held[places_of[one.state.source]]], p, row)
+            one.values(part, [held[0], held[numbers.index(one.state.source)]], p, row)
             for one, row in zip(there, rows, strict=True)
         ]
         real = np.result_type(p, *found)

@@ -158,8 +158,7 @@ class SectionState:
         """Of what is held of a slice the bytes of base and of its own source."""
         if isinstance(held, StoredChunk):
             return held
-        numbers = [number for number, _ in part.sources]
-        return [held[0], held[numbers.index(self.source)]]
+        return [held[0], held[part.numbers.index(self.source)]]
 
     def chunk(self, part: Slice, held: list[np.ndarray] | StoredChunk) -> AnyChunk:
         """Chunk for the engine, of a slice of the section."""

@@ -64,9 +64,13 @@ class Slice:
         if self.raw:
             number, info = self.tensors[0].sources[-1]
             return ((number, (info,)),)
-        numbers = [number for number, _ in self.tensors[0].sources]
         infos = zip(*((info for _, info in tensor.sources) for tensor in self.tensors), strict=True)
-        return tuple(zip(numbers, infos, strict=True))
+        return tuple(zip(self.numbers, infos, strict=True))
+
+    @property
+    def numbers(self) -> list[int]:
+        """The checkpoints of which something is held, in the order of `sources`, of a slice that is not `raw`."""
+        return [number for number, _ in self.tensors[0].sources]
 
     def of(self, tensors: Sequence[PairedTensor]) -> Slice:
         """The same with the tensors as somebody else's plan has them; `tensors` are the whole section's."""
